@@ -1,0 +1,1 @@
+"""Our parameters to and from other formats, by tables read in both directions."""

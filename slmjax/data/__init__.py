@@ -1,0 +1,1 @@
+"""Text to batches: sources, cleaning, tokenizer, token store, packing, mixture, loader. Imports no jax."""

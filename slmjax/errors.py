@@ -1,0 +1,35 @@
+"""Mistakes that a user can mend, each with the exit code its process ends with.
+
+The command line prints `str(error)` as one line on stderr, without a traceback, and exits with `error.code`.
+A message names the field or file, the value, what was expected and the fix.
+"""
+
+
+class UserError(Exception):
+    """A mistake in the command, the experiment or a file given by the user."""
+
+    code = 2
+
+
+class Diverged(UserError):
+    """Training stopped because the loss is not finite or keeps spiking."""
+
+    code = 3
+
+
+class DataError(UserError):
+    """A corpus, token store or tokenizer is missing, corrupt, or does not fit."""
+
+    code = 4
+
+
+class StorageError(UserError):
+    """A checkpoint or export cannot be written or read: disk full, no permission, corrupt."""
+
+    code = 5
+
+
+class Preempted(Exception):
+    """The process was told to stop (SIGTERM, SIGUSR1) and has saved: run the same command again."""
+
+    code = 75

@@ -1,0 +1,1 @@
+"""The decoder that assembles every family, and one declarative file a family."""

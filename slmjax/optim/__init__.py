@@ -1,0 +1,1 @@
+"""Optimizer recipes and learning-rate schedules, from optax."""

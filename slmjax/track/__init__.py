@@ -1,0 +1,1 @@
+"""Where a run is recorded: JSONL, W&B, ledger, report, energy."""

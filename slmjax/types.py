@@ -1,0 +1,115 @@
+"""The central types: arrays, and pure functions over them.
+
+Nothing here imports jax, so that `data/` can build batches without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from jax import Array
+
+Params: TypeAlias = Any
+"""A nested dict with string keys whose leaves are arrays."""
+Frozen: TypeAlias = Any
+"""Arrays that no gradient reaches (a teacher's parameters), passed to the step and never donated."""
+Key: TypeAlias = Any
+"""A jax PRNG key."""
+Metrics: TypeAlias = Mapping[str, Any]
+"""Name to scalar array. Always holds `loss` and `weight`."""
+
+
+class Batch(NamedTuple):
+    """What one step reads. All fields are [B, T].
+
+    A position whose weight is 0 (padding, or the last token of a document in a packed row) adds nothing to the loss.
+    Attention stays inside a segment: token i sees token j iff j <= i and their segment ids are equal. Padding has
+    segment id 0, documents count from 1. Positions restart at 0 in each segment.
+    """
+
+    tokens: Array  # int32
+    targets: Array  # int32: the token that follows
+    weights: Array  # float32
+    positions: Array  # int32
+    segment_ids: Array  # int32
+
+
+class Output(NamedTuple):
+    """What a decoder returns for tokens [B, T]."""
+
+    hidden: Array  # [B, T, D]: after the final norm, what the unembedding reads
+    cache: Any = None  # the key-value cache after these tokens, where one was given
+    blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
+
+
+class Model(NamedTuple):
+    """Pure functions over `Params`. Made by `Decoder.build(compute)`.
+
+    Logits are not returned by `apply`: [B, T, V] in fp32 is often the largest array of a step, so the loss decides
+    how much of it exists at once by calling `unembed` on pieces of `hidden`.
+    """
+
+    init: Callable[[Key], Params]
+    """key -> float32 parameters"""
+    apply: Callable[..., Output]
+    """(params, tokens [B,T], positions [B,T], segment_ids [B,T], *, cache=None, collect=False) -> Output"""
+    unembed: Callable[[Params, Any], Any]
+    """(params, hidden [..., D]) -> logits [..., V], float32"""
+    axes: Any
+    """The tree of `init`, each leaf a tuple with one logical axis name (or None) a dimension"""
+    init_cache: Callable[[int, int], Any]
+    """(batch, length) -> an empty key-value cache"""
+    context: int
+    """The longest sequence, in tokens, that the positions of this model can represent"""
+    vocab: int
+    """V: rows of the embedding table"""
+
+
+class ParamView(NamedTuple):
+    """Stored parameters -> the effective parameters that the model computes with.
+
+    Fake quantization, pruning masks, LoRA, casts and EMA are views, composed by `chain`.
+    """
+
+    init: Callable[[Params], Any]
+    """params -> view state (arrays only; `()` if there is none)"""
+    apply: Callable[[Params, Any], Params]
+    """(params, view state) -> effective parameters, differentiated through in the training step"""
+    update: Callable[[Any, Params, Any], Any]
+    """(view state, params after the update, step) -> view state"""
+    evaluate: Callable[[Params, Any], Params]
+    """(params, view state) -> the effective parameters of evaluation, sampling and export"""
+
+
+class Objective(NamedTuple):
+    """What is minimised. `loss` is the mean over tokens weighted by `batch.weights`."""
+
+    loss: Callable[[Params, Frozen, Batch, Key], tuple[Any, Metrics]]
+    """(effective params, frozen, batch, key) -> (loss [], metrics)
+
+    `metrics` holds scalars; `metrics["weight"]` is the sum of the weights that `loss` and every other metric are the
+    mean over: accumulation over micro-batches and over evaluation batches weighs by it, and so gives exactly the
+    mean of the large batch."""
+    frozen: Frozen = ()
+    """Passed to `loss` by every step, undonated"""
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation with the parameters that it wants evaluated (they differ for schedule-free)."""
+
+    init: Callable[[Params], Any]
+    update: Callable[..., tuple[Any, Any]]
+    """(gradients, state, params) -> (updates, state)"""
+    evaluate: Callable[[Any, Params], Params]
+    """(state, params) -> parameters for evaluation and export"""
+
+
+class TrainState(NamedTuple):
+    """Everything that changes from step to step. Arrays only; randomness is `fold_in(key, step)`."""
+
+    step: Array  # int32 []
+    params: Params
+    opt: Any
+    view: Any
