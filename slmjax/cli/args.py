@@ -1,0 +1,59 @@
+"""Command-line arguments from frozen dataclasses, by tyro; a mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from slmjax.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(args: type[T], argv: Sequence[str], *, prog: str, description: str, example: str, default: Any = None) -> T:
+    """Parses `argv` into the dataclass `args`.
+
+    A field becomes `--field`; nested dataclasses become `--outer.inner`; `tyro.conf.Positional[...]` marks positionals.
+    `--help` prints `description`, every field with its default, and `example`, and exits with 0.
+
+    Raises:
+        UserError: an unknown flag (with the nearest known ones), a missing or a badly typed value.
+    """
+    import tyro
+
+    stderr = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    config = (tyro.conf.AvoidSubcommands,)
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                args,
+                args=list(argv),
+                prog=prog,
+                description=f"{description}\n\nExample:\n  {example}",
+                config=config,
+                **extra,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{prog}: {one_line(stderr.getvalue())}; `{prog} --help` lists every field") from None
+
+
+def one_line(message: str) -> str:
+    """tyro's boxed message as one line, without its frame and closing hint."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = re.split(r"For full helptext", text)[0]
+    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Invalid value)s?\s*(─+)?\s*(?=\1)", "", text)
+    return re.sub(r"\s*─+\s*", " ", text).strip()
+
+
+def fail(error: BaseException) -> None:
+    """The one line a user sees for a mistake."""
+    print(f"slmjax: error: {' '.join(str(error).split())}", file=sys.stderr)

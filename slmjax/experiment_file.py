@@ -1,0 +1,129 @@
+"""Finds the experiment that a user names: a Python file, `file.py:function`, `module:function`, or a config.json."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from slmjax.errors import UserError
+from slmjax.serialise import from_json
+
+
+def load_module(file: str | Path) -> ModuleType:
+    """Runs a Python file as the module of its stem, once; modules beside it can be imported by it.
+
+    Raises:
+        UserError: no such file, not a Python file, or its stem is the name of another module.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"{file}: no such file; expected a Python file")
+    if path.suffix != ".py":
+        raise UserError(f"{file}: expected a Python file (.py)")
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) and Path(str(known.__file__)).resolve() == path:
+        return known
+    if known is not None or importlib.util.find_spec(path.stem) is not None and not _beside(path):
+        raise UserError(f"{file}: there is already a Python module named {path.stem!r}; rename the file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        del sys.modules[path.stem]
+        raise
+    except SyntaxError as error:
+        del sys.modules[path.stem]
+        raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
+    except Exception as error:
+        del sys.modules[path.stem]
+        line = _line_in(error, path)
+        raise UserError(f"{file}{line}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _beside(path: Path) -> bool:
+    spec = importlib.util.find_spec(path.stem)
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    """`:12`, the innermost line of the file that the exception passed through."""
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def load_value(ref: str, function: str) -> tuple[Any, Path | None]:
+    """What `function` (or the one named after a colon in `ref`) returns, and the file it came from.
+
+    Raises:
+        UserError: no such file, module or function, or it fails.
+    """
+    place, _, name = ref.rpartition(":") if ":" in ref else (ref, "", "")
+    name = name or function
+    if place.endswith(".py") or "/" in place:
+        module = load_module(place)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError:
+            raise UserError(f"{ref}: expected a Python file, module:function, or a config.json") from None
+    make = getattr(module, name, None)
+    if not callable(make):
+        raise UserError(f"{ref}: it has no function {name}(); define `def {name}():` that returns the value")
+    try:
+        value = make()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{ref}: {name}() failed{_line_in(error, Path(str(module.__file__)))}: {error}") from error
+    return value, Path(str(module.__file__))
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """A run's config.json as JSON.
+
+    Raises:
+        UserError: it cannot be read, or is not one of slmjax's.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable config.json ({error})") from None
+    if not isinstance(data, dict) or "experiment" not in data:
+        raise UserError(f"{path}: it holds no experiment; expected the config.json of a run folder")
+    return data
+
+
+def load_experiment(ref: str) -> tuple[Any, Path | None]:
+    """The `Experiment` a user names, and the Python file it was defined in (None for a config.json).
+
+    Raises:
+        UserError: nothing there, or it is no Experiment.
+    """
+    from slmjax.config import Experiment
+
+    path = Path(ref)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UserError(f"{ref}: no such file; expected a Python file, module:function, or a config.json")
+        value, source = from_json(load_config(path)["experiment"]), None
+    else:
+        value, source = load_value(ref, "experiment")
+    if not isinstance(value, Experiment):
+        raise UserError(f"{ref}: experiment() returned a {type(value).__name__}; expected slmjax.config.Experiment")
+    return value, source
