@@ -1,0 +1,64 @@
+# `make quickstart` and `make test` are all a newcomer needs. PYTHON=... chooses the interpreter.
+PYTHON ?= $(shell tools/find-python 3.13 3.12 3.11)
+REFERENCE_PYTHON ?= $(shell tools/find-python 3.11)
+VENV ?= .venv
+REF ?= .venv-ref
+BIN = $(VENV)/bin
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+TESTS ?= tests
+export SLMJAX_REFERENCE_PYTHON ?= $(CURDIR)/$(REF)/bin/python
+
+.PHONY: help quickstart test test-fast lint format docs bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	@test -n "$(PYTHON)" || exit 1
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -c requirements/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(BIN)/python $(PIP_INSTALL) -c requirements/constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	@$(BIN)/python $(PIP_INSTALL) -c requirements/constraints.txt -e '.[test,dev]'
+	@touch $@
+
+$(REF)/.installed: requirements/reference.txt requirements/reference-constraints.txt
+	@test -n "$(REFERENCE_PYTHON)" || exit 1
+	@echo "making $(REF) (torch and transformers, which the tests compare against)"
+	@$(REFERENCE_PYTHON) -m venv $(REF)
+	@$(REF)/bin/python $(PIP_INSTALL) -c requirements/reference-constraints.txt -r requirements/reference.txt
+	@touch $@
+
+quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a small model: minutes, offline
+	@VENV=$(VENV) tools/quickstart
+
+test: $(VENV)/.installed-test $(REF)/.installed  ## run every test
+	$(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(VENV)/.installed-test  ## run the tests that take seconds
+	$(BIN)/python -m pytest -m fast $(TESTS)
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## apply ruff's format and fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-test  ## check that the commands and links of docs/ work
+	$(BIN)/python -m pytest tests/docs
+
+bench: $(VENV)/.installed $(REF)/.installed  ## every benchmark, each against its peer
+	$(BIN)/python benchmarks/run_all.py --reference-python $(REF)/bin/python
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(REF) .venv-311 .cache build *.egg-info
