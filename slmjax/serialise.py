@@ -89,7 +89,8 @@ def from_json(data: Any) -> Any:
 
 def _resolve(name: str) -> Any:
     module, _, qualname = str(name).partition(":")
-    if module.split(".")[0] not in TRUSTED and module not in sys.modules:
+    package = module.split(".")[0]
+    if package not in TRUSTED and (module not in sys.modules or package in sys.stdlib_module_names):
         raise UserError(
             f"config.json names {name}, which is not part of slmjax; "
             "if you trust it, give the Python file that defines it with --code FILE"
@@ -99,9 +100,7 @@ def _resolve(name: str) -> Any:
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError):
-        raise UserError(
-            f"config.json names {name}, which does not exist in this version of {module.split('.')[0]}"
-        ) from None
+        raise UserError(f"config.json names {name}, which does not exist in this version of {package}") from None
     return found
 
 
