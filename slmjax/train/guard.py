@@ -1,0 +1,91 @@
+"""What happens when a step's loss or gradient is not finite, or jumps out of its recent range.
+
+The verdict is an array computed inside the jitted step, so nothing waits for the host. A step found bad changes
+neither parameters nor optimizer nor view. What follows on the host, once the verdict is read, is the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class GuardState(NamedTuple):
+    """Arrays only, part of the training state."""
+
+    recent: jax.Array
+    """[window, 2] float32: loss and gradient norm of the latest steps found good, as a ring"""
+    good: jax.Array
+    """int32 []: steps found good so far"""
+    skipped: jax.Array
+    """int32 []: steps found bad so far"""
+    consecutive: jax.Array
+    """int32 []: steps found bad since the last good one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """A step is bad when its loss or gradient norm is not finite, or exceeds the mean of the last `window` good steps
+    by more than `sigma` standard deviations (once half a window is known).
+
+    References:
+        Chowdhery et al. 2022 (PaLM), arXiv:2204.02311: roll back and skip the data around a spike.
+        OLMo et al. 2024, arXiv:2501.00656: skip a step beyond 6 standard deviations over 128 steps.
+    """
+
+    sigma: float | None = 6.0
+    """Standard deviations; None looks for NaN and Inf only"""
+    window: int = 128
+    """Steps"""
+
+    def init(self) -> GuardState:
+        zero = jnp.zeros((), jnp.int32)
+        return GuardState(jnp.zeros((self.window, 2), jnp.float32), zero, zero, zero)
+
+    def check(self, state: GuardState, loss: Any, grad_norm: Any) -> tuple[jax.Array, GuardState]:
+        """(state, loss [], gradient norm []) -> (good: bool [], state)"""
+        now = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+        good = jnp.isfinite(now).all()
+        if self.sigma is not None:
+            good &= ~self._spikes(state, now)
+        recent = state.recent.at[state.good % self.window].set(
+            jnp.where(good, now, state.recent[state.good % self.window])
+        )
+        return good, GuardState(
+            recent=recent,
+            good=state.good + good,
+            skipped=state.skipped + ~good,
+            consecutive=jnp.where(good, 0, state.consecutive + 1),
+        )
+
+    def _spikes(self, state: GuardState, now: jax.Array) -> jax.Array:
+        known = (jnp.arange(self.window) < state.good)[:, None]
+        n = jnp.maximum(known.sum(), 1)
+        mean = (state.recent * known).sum(0) / n
+        deviation = jnp.sqrt((jnp.square(state.recent - mean) * known).sum(0) / n)
+        # A run that has settled varies by less than rounding does: a thousandth of the mean is never a spike.
+        limit = mean + self.sigma * jnp.maximum(deviation, 1e-3 * jnp.abs(mean))
+        return (state.good >= (self.window + 1) // 2) & (now > limit).any()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip(Guard):
+    """Go on with the next batch; after `limit` bad steps in a row, stop with `errors.Diverged`."""
+
+    limit: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(Guard):
+    """Restore the last good checkpoint and go on with the data after the bad batch; after `retries` of these, stop
+    with `errors.Diverged`."""
+
+    retries: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halt(Guard):
+    """Stop at the first bad step with `errors.Diverged`."""

@@ -1,0 +1,215 @@
+"""One training step, one evaluation step: pure functions, jitted once, the same on one device and on many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from slmjax.train import sharding
+from slmjax.train.guard import Guard, GuardState, Skip
+from slmjax.types import Batch, Frozen, Key, Metrics, Objective, Optimizer, Params, ParamView, TrainState
+
+
+class Opt(NamedTuple):
+    """`TrainState.opt`: what the optimizer keeps, and what the guard has seen."""
+
+    optimizer: Any
+    guard: GuardState
+
+
+class Program(NamedTuple):
+    """The compiled pieces of a run. Made by `program`."""
+
+    init: Callable[[], TrainState]
+    """() -> the state of step 0, each array where it belongs"""
+    abstract: TrainState
+    """The same as ShapeDtypeStructs with shardings: what a checkpoint is restored into"""
+    step: Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+    """One update. The state given is donated: use the one returned"""
+    evaluate: Callable[[TrainState, Frozen, Batch], Metrics]
+    """Metrics of one batch under the evaluation parameters"""
+    params: Callable[[TrainState], Params]
+    """The effective parameters of evaluation, sampling and export"""
+    put: Callable[[Batch], Batch]
+    """This process's rows -> the global batch on the mesh"""
+    mesh: jax.sharding.Mesh
+
+
+def init_state(
+    init: Callable[[Key], Params], optimizer: Optimizer, view: ParamView, guard: Guard, key: Key
+) -> TrainState:
+    """The state of step 0. `key` seeds the parameters and nothing else."""
+    params = init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt=Opt(optimizer.init(params), guard.init()),
+        view=view.init(params),
+    )
+
+
+def evaluation_params(state: TrainState, optimizer: Optimizer, view: ParamView) -> Params:
+    """The effective parameters of evaluation, sampling and export: first the optimizer's say (schedule-free averages),
+    then the view's (EMA, quantization)."""
+    return view.evaluate(optimizer.evaluate(state.opt.optimizer, state.params), state.view)
+
+
+def _split(batch: Batch, n: int) -> Batch:
+    """[B, T] -> [n, B/n, T]. Micro-batch i takes rows i, i+n, ...: each device keeps the rows that it holds."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def accumulated(
+    loss_and_grads: Callable[[Params, Batch, Key], tuple[Metrics, Params]],
+    params: Params,
+    batch: Batch,
+    key: Key,
+    n: int,
+) -> tuple[Metrics, Params]:
+    """`loss_and_grads` over n micro-batches in turn, with the memory of one.
+
+    Each is the mean over its own tokens, so it counts by `metrics["weight"]`: the sum over the total is the mean of
+    the large batch, however the masked tokens fall.
+    """
+    if n == 1:
+        return loss_and_grads(params, batch, key)
+
+    def weighted(micro: Batch, i: Any) -> tuple[Metrics, Params]:
+        metrics, grads = loss_and_grads(params, micro, jax.random.fold_in(key, i))
+        weight = metrics["weight"]
+        return jax.tree.map(lambda x: x * weight, ({**metrics, "weight": 1.0}, grads))
+
+    def body(total: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, weighted(*xs)), None
+
+    xs = (_split(batch, n), jnp.arange(n))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, *jax.tree.map(lambda x: x[0], xs))
+    )
+    (metrics, grads), _ = jax.lax.scan(body, zeros, xs)
+    weight = metrics["weight"]
+    metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (metrics, grads))
+    return {**metrics, "weight": weight}, grads
+
+
+def make_step(
+    objective: Objective,
+    optimizer: Optimizer,
+    view: ParamView,
+    key: Key,
+    *,
+    accumulate: int = 1,
+    guard: Guard = Skip(),  # noqa: B008: a frozen value
+    schedule: Callable[[Any], Any] | None = None,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+    """The pure step, to be jitted with its first argument donated.
+
+    Metrics, all float32 scalars: the objective's, `grad_norm` (before clipping), `param_norm`, `update_norm`,
+    `lr` (where a schedule is given), `good` (1, or 0 where the guard refused the update), `skipped` (refused so far)
+    and `consecutive` (refused since the last good step).
+    """
+
+    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss_and_grads(params: Params, batch: Batch, key: Key) -> tuple[Metrics, Params]:
+            def loss_fn(params: Params) -> tuple[Any, Metrics]:
+                effective = view.apply(params, state.view)
+                return objective.loss(effective, frozen, batch, key)
+
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            return _float32({"loss": loss, **metrics}), grads
+
+        now = jax.random.fold_in(key, state.step)
+        metrics, grads = accumulated(loss_and_grads, state.params, batch, now, accumulate)
+        grad_norm = optax.global_norm(grads)
+        good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
+
+        updates, opt = optimizer.update(grads, state.opt.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = (params, opt, view.update(state.view, params, state.step))
+        before = (state.params, state.opt.optimizer, state.view)
+        params, opt, viewed = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+
+        measured = {
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(params),
+            "update_norm": jnp.where(good, optax.global_norm(updates), 0.0),
+            "good": good,
+            "skipped": watched.skipped,
+            "consecutive": watched.consecutive,
+        }
+        if schedule is not None:  # the optimizer counts the updates that it made, and so do we
+            measured["lr"] = schedule(state.step - state.opt.guard.skipped)
+        return TrainState(state.step + 1, params, Opt(opt, watched), viewed), {**metrics, **_float32(measured)}
+
+    return train_step
+
+
+def make_evaluate(
+    objective: Objective, optimizer: Optimizer, view: ParamView, key: Key
+) -> Callable[[TrainState, Frozen, Batch], Metrics]:
+    """(state, frozen, batch) -> the objective's metrics under the evaluation parameters."""
+
+    def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
+        loss, metrics = objective.loss(evaluation_params(state, optimizer, view), frozen, batch, key)
+        return _float32({"loss": loss, **metrics})
+
+    return evaluate_step
+
+
+def program(
+    init: Callable[[Key], Params],
+    axes: Any,
+    objective: Objective,
+    optimizer: Optimizer,
+    view: ParamView,
+    *,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh,
+    accumulate: int = 1,
+    guard: Guard = Skip(),  # noqa: B008: a frozen value
+    schedule: Callable[[Any], Any] | None = None,
+) -> Program:
+    """Everything that a run computes, placed on `mesh` and jitted (compiled at the first call).
+
+    Args:
+        init, axes: `Model.init` and `Model.axes`.
+        seed: parameters are drawn from `fold_in(key(seed), 0)`, the steps' randomness from `fold_in(key(seed), 1)`.
+        accumulate: micro-batches a step; divides the rows of the batch.
+        schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
+    """
+    root = jax.random.key(seed)
+    begin, steps, evals = (jax.random.fold_in(root, i) for i in range(3))
+
+    def fresh() -> TrainState:
+        return init_state(init, optimizer, view, guard, begin)
+
+    shapes = jax.eval_shape(fresh)
+    everywhere = NamedSharding(mesh, P())
+    params = sharding.shardings(shapes.params, axes, mesh)
+    placed = TrainState(
+        step=everywhere,
+        params=params,
+        opt=sharding.mirror(shapes.opt, shapes.params, params, mesh),
+        view=sharding.mirror(shapes.view, shapes.params, params, mesh),
+    )
+    step = make_step(objective, optimizer, view, steps, accumulate=accumulate, guard=guard, schedule=schedule)
+    evaluate = make_evaluate(objective, optimizer, view, evals)
+    return Program(
+        init=jax.jit(fresh, out_shardings=placed),
+        abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        params=jax.jit(lambda state: evaluation_params(state, optimizer, view), out_shardings=params),
+        put=lambda batch: sharding.put(batch, mesh),
+        mesh=mesh,
+    )
+
+
+def _float32(metrics: Metrics) -> Metrics:
+    return {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
