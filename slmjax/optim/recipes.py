@@ -1,0 +1,283 @@
+"""Optimizers: frozen dataclasses over optax.
+
+Each clips the gradient by its global norm, turns it into a direction, adds decoupled weight decay and scales by the
+learning rate: `params -= lr * (direction + weight_decay * params)`, as `torch.optim.AdamW` does. Norm gains and biases
+are never decayed.
+
+Layers are stacked on a leading axis and heads have an axis of their own; the logical axes tell which dimensions make
+up one matrix, so that what works on matrices (Muon, Adafactor) sees each layer's matrix by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import optax.contrib
+
+from slmjax import tree
+from slmjax.errors import UserError
+from slmjax.optim.schedules import Curve
+from slmjax.types import Optimizer
+
+Axes = tuple[str | None, ...]
+"""The logical axis names of one parameter"""
+
+EMBEDDING = ("vocab", "context")
+"""Axes whose entries are looked up rather than multiplied"""
+
+
+class Matrix(NamedTuple):
+    """Which dimensions of a parameter are the rows and which the columns of one matrix; the others count matrices."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def matrix(axes: Axes) -> Matrix | None:
+    """The matrix that a parameter with these axes is made of, or None for a gain or a bias.
+
+    Example: `("layers", "embed", "heads", "head_dim")` gives rows (1,) and columns (2, 3).
+    """
+    groups: list[tuple[int, ...]] = []
+    for dimension, name in enumerate(axes):
+        if name == "layers":
+            continue
+        if name == "head_dim" and groups and axes[dimension - 1] in ("heads", "kv_heads"):
+            groups[-1] += (dimension,)
+        else:
+            groups.append((dimension,))
+    return Matrix(*groups) if len(groups) == 2 else None
+
+
+def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
+    """`jax.tree.map` over a tree whose leaves are tuples of axis names."""
+    return jax.tree.map(f, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """What all optimizers share."""
+
+    weight_decay: float = 0.1
+    """Decoupled: each step multiplies the decayed parameters by `1 - lr * weight_decay`"""
+    no_decay: tuple[str, ...] = ()
+    """Path patterns spared besides gains and biases, e.g. `("embed/*",)`"""
+    clip_norm: float | None = 1.0
+    """Gradients of a larger global norm are scaled down to it; None leaves them"""
+
+    def __post_init__(self):
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or none")
+
+    @abstractmethod
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        """Gradients -> the direction to descend along, before weight decay and learning rate."""
+
+    def decayed(self, axes: Any) -> Any:
+        """A tree of bools: which parameters are decayed.
+
+        Raises:
+            UserError: a pattern of `no_decay` matches no parameter.
+        """
+        paths = tree.unflatten(dict.fromkeys(tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple)), False))
+        spared = tree.mask(paths, self.no_decay)
+        return jax.tree.map(lambda spare, a: not spare and matrix(a) is not None, spared, axes)
+
+    def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
+        """All but the clipping."""
+        return optax.chain(
+            self.direction(axes),
+            optax.add_decayed_weights(self.weight_decay, self.decayed(axes)),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+    def build(self, schedule: Curve, axes: Any) -> Optimizer:
+        """The optimizer of parameters with these logical axes (`Model.axes`). Works sharded, and inside jit.
+
+        Raises:
+            UserError: a pattern of `no_decay` matches no parameter.
+        """
+        tx = optax.chain(self.clip(), self.descend(schedule, axes))
+        return Optimizer(init=tx.init, update=tx.update, evaluate=lambda state, params: params)
+
+    def clip(self) -> optax.GradientTransformation:
+        return optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Recipe):
+    """Adam with decoupled weight decay; betas as usual for language models.
+
+    References:
+        Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Recipe):
+    """The sign of an interpolated momentum: half of Adam's state. Wants a learning rate 3 to 10 times smaller than
+    AdamW's and a weight decay as many times larger.
+
+    References:
+        Chen et al. 2023, arXiv:2302.06675
+    """
+
+    weight_decay: float = 0.5
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Recipe):
+    """Orthogonalised momentum for the matrices inside the layers; AdamW for embeddings, unembedding, gains and biases.
+
+    The momentum of each layer's matrix (heads flattened) is replaced by the nearest semi-orthogonal matrix, by
+    `newton_schulz_steps` quintic iterations: its singular values become roughly 1. It is then scaled by
+    `rms * sqrt(max(rows, columns))`, so that an entry moves by `rms * lr`, about what AdamW does: one learning rate and
+    one weight decay serve both.
+
+    References:
+        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982 (rms scaling)
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: int = 5
+    rms: float = 0.2
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    not_muon: tuple[str, ...] = ()
+    """Path patterns of matrices that AdamW takes nevertheless"""
+
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        flat = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+        given = tree.flatten(tree.mask(tree.unflatten(dict.fromkeys(flat, False)), self.not_muon))
+
+        def dimension_numbers(path: str, a: Axes) -> optax.contrib.MuonDimensionNumbers | None:
+            m = matrix(a)
+            if m is None or given[path] or any(name in EMBEDDING for name in a):
+                return None
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
+
+        return optax.contrib.muon(
+            learning_rate=-1.0,  # optax descends; here only the direction is wanted
+            beta=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.newton_schulz_steps,
+            consistent_rms=self.rms,
+            adam_b1=self.adam_b1,
+            adam_b2=self.adam_b2,
+            eps=self.adam_eps,
+            muon_weight_dimension_numbers=tree.map_with_path(
+                dimension_numbers, axes, is_leaf=lambda x: isinstance(x, tuple)
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Recipe):
+    """Second moments kept as a row and a column a matrix, relative step sizes: almost no optimizer memory.
+
+    The learning rate is a fraction of each matrix's own root mean square: 1e-2 is usual. The weight decay is
+    decoupled here too.
+
+    References:
+        Shazeer and Stern 2018, arXiv:1804.04235
+    """
+
+    weight_decay: float = 0.0
+    decay_power: float = 0.8
+    """The second moment of step t forgets at rate `1 - t**-decay_power`"""
+    update_clip: float = 1.0
+    """Largest root mean square of a matrix's update before scaling"""
+    min_factored: int = 128
+    """Matrices with a side shorter than this keep the full second moment"""
+
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        tx = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=self.decay_power, min_dim_size_to_factor=self.min_factored),
+            optax.clip_by_block_rms(self.update_clip),
+            optax.scale_by_param_block_rms(),
+        )
+        return per_matrix(tx, axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeAdamW(AdamW):
+    """AdamW whose averaging replaces the decay of the learning rate, so that a run can stop at any step.
+
+    Gradients are taken at y = (1 - b1) z + b1 x, where z is AdamW without momentum and x the average of the z's
+    weighted by lr^2. Training sees y; evaluation and export see x. The schedule is warm-up, then constant: decaying
+    it too would average twice.
+
+    References:
+        Defazio et al. 2024, The Road Less Scheduled, arXiv:2405.15682
+    """
+
+    def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
+        with jax.ensure_compile_time_eval():
+            rates = [float(schedule(np.int32(2**k))) for k in range(31)]
+        if rates[-1] < 0.999 * max(rates):
+            raise UserError(
+                "schedule decays, but optimizer ScheduleFreeAdamW averages instead of decaying; use "
+                "schedule = Constant(peak_lr=..., warmup_steps=...)"
+            )
+        return optax.contrib.schedule_free(super().descend(schedule, axes), schedule, b1=self.b1)
+
+    def direction(self, axes: Any) -> optax.GradientTransformation:
+        return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
+
+    def build(self, schedule: Curve, axes: Any) -> Optimizer:
+        built = super().build(schedule, axes)
+        return built._replace(evaluate=lambda state, params: optax.contrib.schedule_free_eval_params(state[-1], params))
+
+
+def per_matrix(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+    """`tx` as it would be with each layer's parameter a leaf of its own, and heads flattened into a side of a matrix.
+
+    The state of a stacked parameter has the layer axis first.
+    """
+
+    def to_matrices(x, a):
+        m = matrix(a)
+        if m is None:
+            return x
+        sides = [math.prod(x.shape[i] for i in side) for side in m]
+        return x.reshape(*x.shape[: a.count("layers")], *sides)
+
+    def flat(params):
+        return jax.tree.map(to_matrices, params, axes)
+
+    groups = map_axes(lambda a: "layers" if a[:1] == ("layers",) else "single", axes)
+    stacked = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+    transforms = {"layers": stacked, "single": tx}
+    both = optax.partition({group: transforms[group] for group in set(jax.tree.leaves(groups))}, groups)
+
+    def init(params):
+        return both.init(flat(params))
+
+    def update(updates, state, params=None):
+        out, state = both.update(flat(updates), state, flat(params))
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), out, updates), state
+
+    return optax.GradientTransformation(init, update)
