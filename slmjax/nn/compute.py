@@ -1,0 +1,77 @@
+"""How a model is computed, as opposed to what it computes: precision, kernels, memory against time.
+
+Two `Compute` values give the same function up to rounding. Nothing here is part of an experiment's identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slmjax.errors import UserError
+from slmjax.nn.attention_kernels import cudnn_attention, reference_attention
+
+
+def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Every contraction of activations with parameters. Inputs and output have the compute dtype."""
+    return jnp.einsum(equation, x, weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepAll:
+    """Keep every intermediate value for the backward pass: the fastest, the most memory."""
+
+    def __call__(self, module: Any, *, in_loop: bool) -> Any:
+        return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remat:
+    """Recompute each block in the backward pass. Chen et al. 2016, arXiv:1604.06174.
+
+    Kept are the block's input and, with `keep_matmuls`, the results of matrix products with parameters (not those
+    inside attention), which are what costs time to recompute.
+    """
+
+    keep_matmuls: bool = False
+
+    def __call__(self, module: Any, *, in_loop: bool) -> Any:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.keep_matmuls else None
+        # Without a loop around it, XLA would merge the recomputation with the original unless it is told not to.
+        return nn.remat(module, policy=policy, prevent_cse=not in_loop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Parameters stay float32; activations and matrix products have `dtype`; reductions are float32."""
+
+    dtype: str = "float32"
+    """float32 | bfloat16"""
+    attention: Callable = reference_attention
+    """(q [B,T,H,K], k [B,S,G,K], v [B,S,G,K], mask: Mask, scale) -> [B,T,H,K]; see nn/attention_kernels.py"""
+    einsum: Callable = einsum
+    """(equation, x, weight) -> y: every contraction with a parameter. Activation quantization replaces it"""
+    remat: KeepAll | Remat = KeepAll()
+    """What the backward pass recomputes"""
+    unroll: int | None = 1
+    """Layers per iteration of the scan over layers; None: all of them, so no loop, longer to compile"""
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"compute.dtype: {self.dtype!r} is not float32 or bfloat16")
+        if self.unroll is not None and self.unroll < 1:
+            raise UserError(f"compute.unroll: {self.unroll} is not a positive number of layers, or None for all")
+
+
+def for_backend(backend: str) -> Compute:
+    """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
+    return {
+        "cpu": Compute(dtype="bfloat16", unroll=None),
+        "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
+        "tpu": Compute(dtype="bfloat16"),
+    }.get(backend, Compute())
