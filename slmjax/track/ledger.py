@@ -1,0 +1,83 @@
+"""The run's own record of what happened to it: `ledger.jsonl`, append-only and on disk before the call returns.
+
+The state of a run is read from here, and never guessed from an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slmjax.track.jsonl import JsonLines, read
+
+EVENTS = {  # event -> the state that a run is in after it, or None where it stays as it was
+    "created": "queued",
+    "started": "running",
+    "resumed": "running",  # `step`: the one that training goes on after
+    "saved": None,  # `step`: a checkpoint is complete
+    "evaluated": None,
+    "exported": None,
+    "spike": None,  # a loss or gradient out of range, or not finite
+    "rolled back": None,  # `step`: the one restored
+    "preempted": "preempted",
+    "failed": "failed",
+    "diverged": "diverged",
+    "complete": "complete",
+}
+
+
+class Ledger:
+    """Appends events. Each holds `event`, `time` (seconds since 1970), `attempt` (from 1), and what the caller adds."""
+
+    def __init__(self, path: str | Path):
+        """Raises StorageError where the file cannot be written or is damaged before its end."""
+        self.path = Path(path)
+        self._lines = JsonLines(path, durable=True)
+        self.attempt = attempts(read(path))
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Writes the event and waits until the disk has it.
+
+        `started` begins an attempt, and adds the host and the process.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if event not in EVENTS:
+            raise ValueError(f"unknown event {event!r}; there are {', '.join(EVENTS)}")
+        if event == "started":
+            self.attempt += 1
+            fields = {"host": platform.node(), "pid": os.getpid(), **fields}
+        row = {"event": event, "time": round(time.time(), 3), "attempt": self.attempt, **fields}
+        self._lines.append(row)
+        return row
+
+    def events(self) -> list[dict[str, Any]]:
+        return read(self.path)
+
+    @property
+    def state(self) -> str:
+        return state_of(self.events())
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def state_of(events: Sequence[Mapping[str, Any]]) -> str:
+    """`queued`, `running`, `preempted`, `failed`, `diverged` or `complete`.
+
+    A run whose process was killed stays `running` until it is started again: only then is it known.
+    """
+    state = "queued"
+    for event in events:
+        state = EVENTS.get(event["event"]) or state
+    return state
+
+
+def attempts(events: Sequence[Mapping[str, Any]]) -> int:
+    """How often the run was started."""
+    return sum(event["event"] == "started" for event in events)

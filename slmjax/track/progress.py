@@ -1,0 +1,160 @@
+"""What a person sees of a run while it trains: a progress bar on a terminal, plain lines elsewhere, and `log.txt`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+REFRESH = 0.25
+"""Seconds between two redraws of the bar"""
+LINE = 10.0
+"""Seconds between two plain lines"""
+
+
+class Progress:
+    """A tracker that shows `loss`, `tokens_per_second`, `mfu` and `memory_bytes` of what is logged, and the time left.
+
+    Nothing is drawn more often than every quarter of a second, so logging each of a thousand steps a second is fine.
+    """
+
+    def __init__(self, steps: int, log: str | Path | None = None, *, stream: TextIO | None = None, line: float = LINE):
+        """`steps` of the whole run; `log` is appended to; `stream` is stderr unless given."""
+        self.steps = steps
+        self._stream = stream or sys.stderr
+        self._log = Path(log).open("a", encoding="utf-8", buffering=1) if log else None
+        self._lock = threading.RLock()
+        self._interval = line
+        self._metrics: dict[str, float] = {}
+        self._step = 0
+        self._first: tuple[float, int] | None = None
+        self._drawn = self._lined = -math.inf
+        self._live = self._task = None
+        if getattr(self._stream, "isatty", lambda: False)():
+            self._live, self._task = _bar(steps, self._stream)
+            self._live.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays: above the bar, and in the log. From any thread."""
+        with self._lock:
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+            self._write(text)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        self._step = step
+        self._metrics.update(metrics)
+        if self._first is None or step < self._first[1]:
+            self._first = (now, step)
+        evaluated = any(name.startswith("eval/") for name in metrics)
+        line_due = evaluated or now - self._lined >= self._interval or step == self.steps
+        if self._live is None and not line_due and not self._log:
+            return
+        if self._live is not None and now - self._drawn >= REFRESH:
+            self._drawn = now
+            with self._lock:
+                self._live.update(self._task, completed=step, say=describe(self._metrics), eta=self._eta(now))
+        if line_due:
+            self._lined = now
+            text = f"step {step}/{self.steps}  {describe(self._metrics)}  {self._eta(now)}".rstrip()
+            with self._lock:
+                if self._live is None:
+                    print(text, file=self._stream, flush=True)
+                self._write(text)
+
+    def _eta(self, now: float) -> str:
+        first_time, first_step = self._first or (now, self._step)
+        done, left = self._step - first_step, self.steps - self._step
+        return f"{duration((now - first_time) / done * left)} left" if done > 0 and left > 0 else ""
+
+    def _write(self, text: str) -> None:
+        if self._log and not self._log.closed:
+            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {text}\n")
+
+    def resume(self, step: int) -> None:
+        self._step, self._first = step, None
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        """Said by whoever made it."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, status: str) -> None:
+        """Leaves the last state of the bar standing. Further lines still go to the stream."""
+        with self._lock:
+            if self._live is not None:
+                self._live.update(self._task, completed=self._step, say=describe(self._metrics), eta=status)
+                self._live.stop()
+                self._live = None
+            if self._log:
+                self._write(status)
+                self._log.close()
+
+
+def _bar(steps: int, stream: TextIO):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[say]}", markup=False),
+        TextColumn("{task.fields[eta]}", style="cyan", markup=False),
+        console=Console(file=stream),
+        refresh_per_second=1 / REFRESH,
+    )
+    return bar, bar.add_task("", total=steps, say="compiling", eta="")
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """The metrics that a person watches, in one line."""
+    parts = [f"{name.removesuffix('/loss')} loss {metrics[name]:.4f}" for name in ("eval/loss",) if name in metrics]
+    if "loss" in metrics:
+        parts.insert(0, f"loss {metrics['loss']:.4f}")
+    if "tokens_per_second" in metrics:
+        parts.append(f"{si(metrics['tokens_per_second'])}tok/s")
+    if "mfu" in metrics:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
+    memory = metrics.get("memory_bytes") or _resident()
+    parts.append(f"{memory / 2**30:.2f} GiB")
+    return "  ".join(parts)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def si(value: float) -> str:
+    """1234567 -> `1.23 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """3725 -> `1 h 02 min`."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = max(0, round(seconds))
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
