@@ -1,1 +1,6 @@
-"""The decoder that assembles every family, and one declarative file a family."""
+"""Decoders assembled from values, and the families of `transformers` that they can be."""
+
+from slmjax.models import gpt2, llama
+
+FAMILIES = (llama.FAMILY, gpt2.FAMILY)
+"""Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""

@@ -20,6 +20,7 @@ from slmjax.nn.layer import Declared, Initial, Layer
 from slmjax.nn.mlp import MLP, GatedMLP
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Learned
+from slmjax.tree import flatten
 from slmjax.types import Model, Output, Params
 
 
@@ -136,6 +137,10 @@ class Decoder:
         one = jnp.zeros((1, 1), jnp.int32)
         module = self._module(Compute())
         return jax.eval_shape(lambda key: module.init(key, one, one, one, None)["params"], jax.random.key(0))
+
+    def paths(self) -> tuple[str, ...]:
+        """The path of each parameter."""
+        return tuple(flatten(self.declared(), is_leaf=_is_declared))
 
     def _module(self, compute: Compute) -> Layer:
         residual = self.initial.residual / math.sqrt(2 * self.layers)

@@ -6,9 +6,17 @@ Llama 3.2 (Meta 2024).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from slmjax.errors import UserError
 from slmjax.models.decoder import Block, Decoder
+from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.table import Family, Row, present
 from slmjax.nn.attention import Attention
-from slmjax.nn.mlp import SwiGLU
+from slmjax.nn.layer import Initial
+from slmjax.nn.mlp import GatedMLP, silu
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Llama3Scaling, Rope
 
@@ -27,20 +35,201 @@ def llama(
     scaling: Llama3Scaling | None = None,
     head_dim: int | None = None,
     eps: float = 1e-5,
-    qkvo_bias: bool = False,
+    activation: Callable = silu,
+    attention_bias: bool = False,
     mlp_bias: bool = False,
 ) -> Decoder:
-    """Pre-norm RMSNorm, grouped-query attention, rotary positions, SwiGLU, no biases."""
+    """Pre-norm RMSNorm, grouped-query attention, rotary positions, SwiGLU; no biases unless asked for."""
     mixer = Attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=width // heads if head_dim is None else head_dim,
-        qkv_bias=qkvo_bias,
-        o_bias=qkvo_bias,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
         position=Rope(theta=theta, scaling=scaling),
     )
     norm = RMSNorm(eps=eps)
-    block = Block(mixer=mixer, mlp=SwiGLU(hidden=hidden, bias=mlp_bias), norm=norm)
+    block = Block(mixer=mixer, mlp=GatedMLP(hidden=hidden, activation=activation, bias=mlp_bias), norm=norm)
     return Decoder(
         vocab=vocab, width=width, pattern=(block,), repeats=layers, context=context, tied=tied, final_norm=norm
     )
+
+
+def smollm2_135m() -> Decoder:
+    """134,515,008 parameters."""
+    return llama(
+        layers=30, width=576, heads=9, kv_heads=3, hidden=1536, vocab=49152, context=8192, tied=True, theta=1e5
+    )
+
+
+def smollm2_360m() -> Decoder:
+    """361,821,120 parameters."""
+    return llama(
+        layers=32, width=960, heads=15, kv_heads=5, hidden=2560, vocab=49152, context=8192, tied=True, theta=1e5
+    )
+
+
+def smollm2_1_7b() -> Decoder:
+    """1,711,376,384 parameters."""
+    return llama(
+        layers=24, width=2048, heads=32, kv_heads=32, hidden=8192, vocab=49152, context=8192, tied=True, theta=1.3e5
+    )
+
+
+def tinyllama_1_1b() -> Decoder:
+    """1,100,048,384 parameters."""
+    return llama(
+        layers=22, width=2048, heads=32, kv_heads=4, hidden=5632, vocab=32000, context=2048, tied=False, theta=1e4
+    )
+
+
+def llama_3_2_1b() -> Decoder:
+    """1,235,814,400 parameters."""
+    return llama(
+        layers=16, width=2048, heads=32, kv_heads=8, hidden=8192, vocab=128256, context=131072, tied=True, theta=5e5,
+        scaling=Llama3Scaling(factor=32.0),
+    )  # fmt: skip
+
+
+def llama_3_2_3b() -> Decoder:
+    """3,212,749,824 parameters."""
+    return llama(
+        layers=28, width=3072, heads=24, kv_heads=8, hidden=8192, vocab=128256, context=131072, tied=True, theta=5e5,
+        scaling=Llama3Scaling(factor=32.0),
+    )  # fmt: skip
+
+
+_ATTENTION, _MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+HF = (
+    Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
+    Row("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight", "d -> d"),
+    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/o", f"{_ATTENTION}.o_proj.weight", "d (h k) -> h k d"),
+    Row("layers/attn/q_bias", f"{_ATTENTION}.q_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/k_bias", f"{_ATTENTION}.k_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/v_bias", f"{_ATTENTION}.v_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/o_bias", f"{_ATTENTION}.o_proj.bias", "d -> d"),
+    Row("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "d -> d"),
+    Row("layers/mlp/gate", f"{_MLP}.gate_proj.weight", "f d -> d f"),
+    Row("layers/mlp/up", f"{_MLP}.up_proj.weight", "f d -> d f"),
+    Row("layers/mlp/down", f"{_MLP}.down_proj.weight", "d f -> f d"),
+    Row("layers/mlp/gate_bias", f"{_MLP}.gate_proj.bias", "f -> f"),
+    Row("layers/mlp/up_bias", f"{_MLP}.up_proj.bias", "f -> f"),
+    Row("layers/mlp/down_bias", f"{_MLP}.down_proj.bias", "d -> d"),
+    Row("final_norm/scale", "model.norm.weight", "d -> d"),
+    Row("unembed/table", "lm_head.weight", "v d -> v d"),
+)
+"""Parameters as LlamaForCausalLM saves them"""
+
+
+def rows(decoder: Decoder) -> tuple[Row, ...]:
+    """The rows of `HF` whose parameters this decoder has."""
+    return present(HF, decoder.paths())
+
+
+def to_config(decoder: Decoder) -> dict[str, Any] | None:
+    """The LlamaConfig of this decoder, with the keys of transformers 4 beside those of 5; None if there is none."""
+    block = decoder.pattern[0]
+    mixer, mlp, norm, position = block.mixer, block.mlp, block.norm, block.mixer.position
+    if not (isinstance(position, Rope) and isinstance(mlp, GatedMLP) and isinstance(norm, RMSNorm)):
+        return None
+    if decoder.width % mixer.heads or activation_name(mlp.activation) is None:  # LlamaConfig refuses such a width
+        return None
+    scaling = _scaling_to_config(position.scaling)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "intermediate_size": mlp.hidden,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
+        "hidden_act": activation_name(mlp.activation),
+        "max_position_embeddings": decoder.context,
+        "initializer_range": decoder.initial.std,
+        "rms_norm_eps": norm.eps,
+        "tie_word_embeddings": decoder.tied,
+        "attention_bias": mixer.qkv_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": mlp.bias,
+        "rope_theta": position.theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": position.theta, **(scaling or {"rope_type": "default"})},
+        "use_cache": True,
+    }
+    return config if replace(from_config(config), initial=decoder.initial) == decoder else None
+
+
+def from_config(config: Mapping[str, Any]) -> Decoder:
+    """LlamaConfig -> decoder. Absent fields have the defaults of LlamaConfig.
+
+    Raises:
+        UserError: a field that has no counterpart here, by name.
+    """
+    fields = Fields(config)
+    heads = fields.take("num_attention_heads", int, 32)
+    width = fields.take("hidden_size", int, 4096)
+    theta, scaling = _rope_from_config(fields)
+    fields.expect("pretraining_tp", 1)
+    decoder = llama(
+        layers=fields.take("num_hidden_layers", int, 32),
+        width=width,
+        heads=heads,
+        kv_heads=fields.take("num_key_value_heads", int, heads),
+        head_dim=fields.take("head_dim", int, width // heads),
+        hidden=fields.take("intermediate_size", int, 11008),
+        activation=fields.activation("hidden_act", "silu"),
+        vocab=fields.take("vocab_size", int, 32000),
+        context=fields.take("max_position_embeddings", int, 2048),
+        tied=fields.take("tie_word_embeddings", bool, False),
+        theta=theta,
+        scaling=scaling,
+        eps=fields.take("rms_norm_eps", (float, int), 1e-6),
+        attention_bias=fields.take("attention_bias", bool, False),
+        mlp_bias=fields.take("mlp_bias", bool, False),
+    )
+    std = fields.take("initializer_range", (float, int), 0.02)
+    fields.close()
+    return replace(decoder, initial=Initial(std=std))
+
+
+def _scaling_to_config(scaling: Llama3Scaling | None) -> dict[str, Any] | None:
+    return scaling and {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+
+
+def _rope_from_config(fields: Fields) -> tuple[float, Llama3Scaling | None]:
+    """`rope_parameters` of transformers 5, else `rope_theta` and `rope_scaling` of 4."""
+    old_theta = fields.take("rope_theta", (float, int), 1e4)
+    old = fields.take("rope_scaling", Mapping, {})
+    rope = dict(fields.take("rope_parameters", Mapping, {}) or old)
+    theta = rope.pop("rope_theta", old_theta)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    fields.expect("partial_rotary_factor", 1.0)
+    rope = Fields(rope)
+    rope.expect("partial_rotary_factor", 1.0)
+    if kind == "default":
+        scaling = None
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(rope.take("factor", (float, int))),
+            low=float(rope.take("low_freq_factor", (float, int))),
+            high=float(rope.take("high_freq_factor", (float, int))),
+            original_context=rope.take("original_max_position_embeddings", int),
+        )
+    else:
+        raise UserError(f"config.json: rope_type = {kind!r} is not supported; there are default, llama3")
+    rope.close()
+    return float(theta), scaling
+
+
+FAMILY = Family(name="Llama", model_type="llama", rows=rows, to_config=to_config, from_config=from_config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,3 +34,8 @@ class Family:
     """decoder -> config.json, or None where this class cannot express the decoder exactly"""
     from_config: Callable[[Mapping[str, Any]], Any]
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
+
+
+def present(rows: tuple[Row, ...], paths: Collection[str]) -> tuple[Row, ...]:
+    """The rows whose parameters exist: a family's table lists what it can have, a decoder has some of it."""
+    return tuple(row for row in rows if (row.ours if isinstance(row.ours, str) else row.ours[0]) in paths)

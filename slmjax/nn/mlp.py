@@ -25,6 +25,11 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0)."""
+    return jax.nn.relu(x)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(activation(up(x)))."""

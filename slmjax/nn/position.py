@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +57,9 @@ class Rope:
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a token, float32 [K/2]."""
+        # Rounded where transformers rounds: at position 8000 one unit in the last place is already 5e-4 radians.
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1) / np.power(np.float32(self.theta), exponents)
+        frequencies = np.float32(1) / np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
         return frequencies if self.scaling is None else self.scaling(frequencies)
 
     def table(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +81,3 @@ class Learned:
 
     def __call__(self, layer: Layer, positions: jax.Array, width: int, context: int) -> jax.Array:  # [B,T] -> [B,T,D]
         return jnp.take(layer.matrix("positions", (context, width), ("context", "embed")), positions, axis=0)
-
-
-Position = Rope | NoPosition
-Table = Any

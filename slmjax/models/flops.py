@@ -1,0 +1,57 @@
+"""How large a decoder is, and what a token of training costs.
+
+A multiply-add is 2 FLOPs, and the backward pass costs twice the forward: 6 per parameter and token. Four conventions
+are in use for what to count, and scaling exponents move with the choice (Porian et al. 2024, arXiv:2406.19146).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from slmjax.models.decoder import Decoder
+from slmjax.tree import count, flatten
+
+TABLES = ("embed/table", "embed/positions", "unembed/table")
+
+
+class Flops(NamedTuple):
+    """Training FLOPs a token. Name the convention wherever a figure is reported."""
+
+    nonembedding: int
+    """(i) 6 * N_nonembedding. Kaplan et al. 2020"""
+    head: int
+    """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not"""
+    attention: int
+    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T"""
+    total: int
+    """(iv) 6 * N: every parameter, a tied table once. Hoffmann et al. 2022"""
+
+
+def parameter_count(decoder: Decoder) -> int:
+    """N: all parameters, a tied table once."""
+    return count(_abstract(decoder))
+
+
+def nonembedding_count(decoder: Decoder) -> int:
+    """N without the tables of tokens and positions."""
+    return sum(count(leaf) for path, leaf in flatten(_abstract(decoder)).items() if path not in TABLES)
+
+
+def flops_per_token(decoder: Decoder, length: int) -> Flops:
+    """Training FLOPs a token in sequences of `length` tokens, under the four conventions."""
+    inside = 6 * nonembedding_count(decoder)
+    head = inside + 6 * decoder.vocab * decoder.width
+    # Scores and weighted values: 2 * 2 * T * H * K forward, three times that with backward, half of it masked.
+    widths = sum(block.mixer.heads * block.mixer.head_dim for block in decoder.pattern)
+    return Flops(
+        nonembedding=inside,
+        head=head,
+        attention=head + 6 * length * widths * decoder.repeats,
+        total=6 * parameter_count(decoder),
+    )
+
+
+def _abstract(decoder: Decoder) -> Any:
+    return nn.meta.unbox(decoder.declared())

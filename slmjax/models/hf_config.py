@@ -1,0 +1,124 @@
+"""Reading another library's config.json without overlooking anything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from slmjax.errors import UserError
+from slmjax.nn.mlp import gelu, gelu_tanh, relu, silu
+
+ACTIVATIONS: Mapping[str, Callable] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+}
+"""Names of transformers; of several names for one function the first is written"""
+
+HARMLESS = frozenset(
+    (
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "id2label",
+        "is_decoder",
+        "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "model_type",
+        "n_ctx",
+        "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "reorder_and_upcast_attn",
+        "resid_pdrop",
+        "return_dict",
+        "sep_token_id",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+    )
+)
+"""Fields without influence on the logits of a model in evaluation"""
+
+
+def activation_name(function: Callable) -> str | None:
+    """The name transformers gives an activation, or None."""
+    return next((name for name, f in ACTIVATIONS.items() if f is function), None)
+
+
+class Fields:
+    """The fields of a config.json. Each is taken once; `close` refuses what was left and could change the model."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._left = {k: v for k, v in config.items() if k not in HARMLESS and not k.startswith(("_", "transformers."))}
+
+    def take(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        """The value of a field, removed from those left; null counts as absent.
+
+        Raises:
+            UserError: it is absent and has no default, or is of another kind.
+        """
+        value = self._left.pop(key, None)
+        value = default if value is None else value
+        if value is ...:
+            raise UserError(f"config.json: {key} is missing")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if value is not default and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise UserError(f"config.json: {key} = {value!r} is not {' or '.join(k.__name__ for k in kinds)}")
+        return value
+
+    def expect(self, key: str, value: Any) -> None:
+        """Refuse any value of a field but this one (or its absence).
+
+        Raises:
+            UserError: it has another value.
+        """
+        found = self._left.pop(key, None)
+        if found is not None and found != value:
+            raise UserError(f"config.json: {key} = {found!r} is not supported; only {value!r} is")
+
+    def activation(self, key: str, default: str) -> Callable:
+        """The activation function that a field names.
+
+        Raises:
+            UserError: there is none of this name here.
+        """
+        name = self.take(key, str, default)
+        if name not in ACTIVATIONS:
+            raise UserError(f"config.json: {key} = {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]
+
+    def close(self) -> None:
+        """Refuse fields that nobody took, unless they are null, false or empty.
+
+        Raises:
+            UserError: the first such field.
+        """
+        for key, value in self._left.items():
+            if value:
+                raise UserError(
+                    f"config.json: {key} = {str(value)[:60]!s} is not known for this model and may change what it "
+                    "computes; remove the field if it does not"
+                )
