@@ -1,0 +1,125 @@
+"""The `reference` fixture: stock transformers in its own Python, started once a session, spoken to through files.
+
+Its Python is $SLMJAX_REFERENCE_PYTHON, or .venv-ref/bin/python in the repository (made by `make test`).
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def reference_python() -> str:
+    """The interpreter that has torch and transformers."""
+    path = os.environ.get("SLMJAX_REFERENCE_PYTHON") or str(ROOT / ".venv-ref" / "bin" / "python")
+    assert pathlib.Path(path).exists(), f"{path} is missing: `make test` makes it, or set SLMJAX_REFERENCE_PYTHON"
+    return path
+
+
+class Reference:
+    """Calls of worker.py. Folders are Hugging Face folders."""
+
+    def __init__(self) -> None:
+        self._tmp = tempfile.TemporaryDirectory(prefix="slmjax-reference-")
+        self._files = 0
+        self._process = subprocess.Popen(
+            [reference_python(), str(pathlib.Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def close(self) -> None:
+        """Ends the worker."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+        self._tmp.cleanup()
+
+    def make(self, folder: pathlib.Path, config: Mapping[str, Any], seed: int = 0, dtype: str = "float32") -> None:
+        """Writes a model of this config.json with random weights, as save_pretrained does."""
+        self._call("make", folder=folder, config=dict(config), seed=seed, dtype=dtype)
+
+    def logits(
+        self, folder: pathlib.Path, tokens: np.ndarray, mask: np.ndarray | None = None, hidden: bool = False
+    ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+        """Arrays `logits` [B, T, V] (and `hidden` [L + 1, B, T, D]), and the report of from_pretrained.
+
+        mask [B, T] is 0 at padding; positions count the tokens that are none.
+        """
+        mask = np.ones_like(tokens) if mask is None else mask
+        out = self._path()
+        batch = self._save(tokens=tokens, mask=mask, positions=positions_of(mask))
+        report = self._call("logits", folder=folder, tensors=batch, out=out, hidden=hidden)
+        return load_file(out), report
+
+    def generate(
+        self, folder: pathlib.Path, tokens: np.ndarray, new_tokens: int, mask: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Greedy continuation [B, new_tokens]."""
+        mask = np.ones_like(tokens) if mask is None else mask
+        answer = self._call("generate", folder=folder, tensors=self._save(tokens=tokens, mask=mask), new_tokens=new_tokens)
+        return np.array(answer["tokens"])
+
+    def saved_keys(self, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+        """{key: shape} of what save_pretrained writes for the config.json in the folder."""
+        return {k: tuple(v) for k, v in self._call("saved_keys", folder=folder)["shapes"].items()}
+
+    def step(
+        self, folder: pathlib.Path, arrays: Mapping[str, np.ndarray], **options: Any
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(loss and gradient norm, gradients by key, parameters after AdamW by key). See worker.step."""
+        out = self._path()
+        scalars = self._call("step", folder=folder, tensors=self._save(**arrays), out=out, **options)
+        loaded = load_file(out)
+        part = lambda name: {k.removeprefix(name): v for k, v in loaded.items() if k.startswith(name)}  # noqa: E731
+        return scalars, part("grad/"), part("param/")
+
+    def tokenize(self, folder: pathlib.Path, texts: Sequence[str]) -> dict[str, Any]:
+        """ids, decoded, class, bos, eos of AutoTokenizer."""
+        return self._call("tokenize", folder=folder, texts=list(texts))
+
+    def _call(self, call: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"call": call, **arguments}, default=str) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, f"the reference worker died in {call} with exit code {self._process.poll()}"
+        answer = json.loads(line)
+        assert "error" not in answer, answer.get("error")
+        return answer["ok"]
+
+    def _path(self) -> pathlib.Path:
+        self._files += 1
+        return pathlib.Path(self._tmp.name) / f"{self._files}.safetensors"
+
+    def _save(self, **arrays: np.ndarray) -> pathlib.Path:
+        path = self._path()
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
+        return path
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """[B, T] 0 at padding -> positions that count the other tokens."""
+    return np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Stock transformers and torch, see `Reference`."""
+    client = Reference()
+    yield client
+    client.close()

@@ -1,0 +1,143 @@
+"""Stock transformers and torch, in a Python of their own: JSON requests on stdin, one JSON answer a line on stdout.
+
+Tensors travel through safetensors files. Run by tests/reference/client.py; knows nothing of slmjax.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # whatever a library prints must not get between the answers
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("SLMJAX_REFERENCE_THREADS", "1")))
+transformers.logging.set_verbosity_error()
+
+
+def load(folder):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+    )
+    report = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    return model.eval(), report
+
+
+def make(folder, config, seed, dtype="float32"):
+    """Random weights, large enough that every nonlinearity and bias shows in the logits."""
+    torch.manual_seed(seed)
+    config = dict(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(("bias" not in name) + 0.3 * torch.randn_like(p))
+            else:
+                # torch stores Linear as [out, in], GPT-2's Conv1D as [in, out]; 4 times the usual 0.02 for tables
+                fan_in = p.shape[0] if "c_" in name else p.shape[1]
+                p.copy_(torch.randn_like(p) * (0.5 if "emb" in name or "wte" in name or "wpe" in name else 1.2 / fan_in**0.5))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return {}
+
+
+def logits(folder, tensors, out, hidden=False):
+    """tensors: tokens, mask, positions [B, T] -> logits [B, T, V], and the residual stream [L + 1, B, T, D]."""
+    model, report = load(folder)
+    x = load_file(tensors)
+    with torch.no_grad():
+        answer = model(
+            input_ids=x["tokens"].long(),
+            attention_mask=x["mask"].long(),
+            position_ids=x["positions"].long(),
+            output_hidden_states=hidden,
+        )
+    result = {"logits": answer.logits.float()}
+    if hidden:
+        result["hidden"] = torch.stack(answer.hidden_states)
+    save_file({k: v.contiguous() for k, v in result.items()}, out)
+    return report
+
+
+def generate(folder, tensors, new_tokens):
+    """Greedy continuation of left-padded prompts, never stopped early."""
+    model, _ = load(folder)
+    x = load_file(tensors)
+    tokens = model.generate(
+        input_ids=x["tokens"].long(),
+        attention_mask=x["mask"].long(),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return {"tokens": tokens[:, x["tokens"].shape[1] :].tolist()}
+
+
+def saved_keys(folder):
+    """What save_pretrained of the class writes, from the folder's configuration alone."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    with tempfile.TemporaryDirectory() as d:
+        model.save_pretrained(d)
+        return {"shapes": {k: list(v.shape) for k, v in load_file(f"{d}/model.safetensors").items()}}
+
+
+def step(folder, tensors, out, lr, betas, eps, weight_decay, clip_norm, no_decay=()):
+    """One AdamW step on the weighted mean of the cross-entropy; parameters whose name ends so are not decayed.
+
+    tensors: tokens, targets, positions, weights [B, T], attend [B, T, T] (1 where i sees j).
+    Writes grad/KEY before clipping and param/KEY after the update.
+    """
+    model, _ = load(folder)
+    x = load_file(tensors)
+    # additive mask: isolation of documents is spelled out here, independent of ours
+    bias = torch.where(x["attend"][:, None] > 0, 0.0, torch.finfo(torch.float32).min)
+    scores = model(
+        input_ids=x["tokens"].long(), attention_mask=bias, position_ids=x["positions"].long(), use_cache=False
+    ).logits
+    nll = F.cross_entropy(scores.flatten(0, 1), x["targets"].long().flatten(), reduction="none")
+    loss = (nll * x["weights"].flatten()).sum() / x["weights"].sum()
+    loss.backward()
+    named = dict(model.named_parameters())
+    result = {f"grad/{k}": p.grad.clone() for k, p in named.items()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    skip = {k for k in named if k.endswith(tuple(no_decay))} if no_decay else set()
+    groups = [
+        {"params": [p for k, p in named.items() if k not in skip], "weight_decay": weight_decay},
+        {"params": [p for k, p in named.items() if k in skip], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps).step()
+    result |= {f"param/{k}": p.detach().clone() for k, p in named.items()}
+    save_file(result, out)
+    return {"loss": loss.item(), "grad_norm": norm.item()}
+
+
+def tokenize(folder, texts):
+    """What AutoTokenizer makes of texts."""
+    t = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [t(text)["input_ids"] for text in texts]
+    return {
+        "ids": ids,
+        "decoded": [t.decode(i, skip_special_tokens=True) for i in ids],
+        "class": type(t).__name__,
+        "bos": t.bos_token_id,
+        "eos": t.eos_token_id,
+    }
+
+
+CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, step, tokenize)}
+
+for line in sys.stdin:
+    request = json.loads(line)
+    try:
+        answer = {"ok": CALLS[request.pop("call")](**request)}
+    except Exception:
+        answer = {"error": traceback.format_exc()}
+    answers.write(json.dumps(answer) + "\n")
