@@ -1,0 +1,157 @@
+"""From a recipe to a token store: clean -> deduplicate -> tokenizer -> tokenise -> write.
+
+Everything is kept in a folder beside the target, in parts of a few megabytes of text, each written under another name
+and renamed when whole. A build that was killed finds them there and goes on; since every part is a pure function of
+the recipe and the files, the store comes out byte for byte the same. The manifest is written last, then the folder is
+renamed: a store is either there and complete, or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from slmjax import __version__
+from slmjax.data import stages
+from slmjax.data.recipe import Recipe, describe, digest, load_recipe
+from slmjax.data.stages import Progress, silent
+from slmjax.data.token_store import SHARD, TokenStore, files_of, read_file, url_of
+from slmjax.errors import DataError
+
+
+def build(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    shard: int = SHARD,
+    part_bytes: int = stages.PART_BYTES,
+    work: str | Path | None = None,
+) -> TokenStore:
+    """Build the store at `out`, a folder or URL; a store of the same recipe that is there already is opened.
+
+    Args:
+        workers: processes; default one for each core this process may use.
+        shard: values in one file of the store, a multiple of `token_store.CHUNK`.
+        part_bytes: text in one unit of work.
+        work: folder for intermediate files, removed at the end; default beside `out`, or in the cache for a URL.
+
+    Raises:
+        DataError: a source is missing or malformed, the corpus is empty, or `out` holds something else.
+    """
+    show = progress or silent
+    files = recipe.files()
+    show("checking files", 0, sum(map(len, files)))
+    identity = {
+        "recipe": describe(recipe),
+        "files": stages.describe_files(files, Path(recipe.root), show),
+        "shard": shard,
+        "part_bytes": part_bytes,
+    }
+    local = _local_folder(out)
+    if (done := _existing(out, local, digest(identity))) is not None:
+        return done
+    folder = Path(work) if work else local.with_name(local.name + ".building") if local else _remote_work(out)
+    with _locked(folder):
+        _keep_or_clear(folder, digest(identity))
+        context = stages.Context(
+            recipe=recipe,
+            folder=folder,
+            workers=workers or len(os.sched_getaffinity(0)),
+            show=show,
+            shard=shard,
+            part_bytes=part_bytes,
+        )
+        parts = stages.clean(context)
+        selection = stages.select(context, parts)
+        tokenizer = stages.make_tokenizer(context, parts, selection)
+        stages.tokenise(context, parts, selection)
+        location = url_of(folder / "store") if local else url_of(out)
+        arrays = stages.write(context, parts, location, tokenizer)
+        stages.write_manifest(
+            context,
+            parts,
+            selection,
+            tokenizer,
+            location,
+            arrays,
+            identity | {"digest": digest(identity), "version": __version__},
+        )
+        if local:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            if local.exists():
+                local.rmdir()  # empty, or `_existing` had refused
+            os.rename(folder / "store", local)
+    shutil.rmtree(folder)
+    return TokenStore(out)
+
+
+def open_source(source: str | Recipe, cache: str | Path | None = None, progress: Progress | None = None) -> TokenStore:
+    """A token store by folder or URL; a recipe, or recipe file, is built into the cache unless it is there.
+
+    Raises:
+        DataError: see `TokenStore` and `build`.
+    """
+    if isinstance(source, str) and not source.endswith(".py"):
+        return TokenStore(source)
+    recipe = load_recipe(source) if isinstance(source, str) else source
+    seen = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in recipe.files()]
+    folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([describe(recipe), seen])[:12]}"
+    return TokenStore(folder) if (folder / "manifest.json").is_file() else build(recipe, folder, progress=progress)
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where built stores and packing plans are kept: `cache`, else $SLMJAX_CACHE, else ~/.cache/slmjax."""
+    return Path(cache or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()
+
+
+def _local_folder(out: str | Path) -> Path | None:
+    text = str(out)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return None if "://" in text else Path(text).expanduser().resolve()
+
+
+def _remote_work(out: str | Path) -> Path:
+    return cache_folder() / "building" / digest(url_of(out))[:12]
+
+
+def _existing(out: str | Path, local: Path | None, wanted: str) -> TokenStore | None:
+    if read_file(files_of(out), "manifest.json") is None:
+        if local and local.exists() and (not local.is_dir() or any(local.iterdir())):
+            raise DataError(f"{out}: exists and is not a token store; choose another --out")
+        return None
+    store = TokenStore(out)
+    if store.manifest["build"]["digest"] != wanted:
+        raise DataError(f"{out}: holds a store of another recipe or of other text; choose another --out or delete it")
+    return store
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time works in a folder. The lock dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: another process is building there; wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def _keep_or_clear(folder: Path, identity: str) -> None:
+    """What an interrupted build left is used if it was the same build, and else removed."""
+    mark = folder / "identity"
+    if mark.is_file() and mark.read_text() == identity:
+        return
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stages.write_bytes(mark, identity.encode())

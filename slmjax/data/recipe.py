@@ -1,0 +1,76 @@
+"""A recipe says how a token store is made from text. A recipe file is Python with `def recipe() -> Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slmjax.data.cleaning import Clean
+from slmjax.data.dedup import Dedup
+from slmjax.data.sources import Source
+from slmjax.data.tokenizer import BPE, TokenizerSpec
+from slmjax.errors import DataError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Sources -> cleaning -> deduplication -> tokenizer -> token store."""
+
+    name: str
+    sources: tuple[Source, ...]
+    clean: Clean = field(default_factory=Clean)
+    dedup: Dedup | None = field(default_factory=Dedup)
+    """None keeps every duplicate"""
+    tokenizer: TokenizerSpec = field(default_factory=BPE)
+    validation: float = 0.01
+    """Fraction of the documents that go into the validation split, chosen by a hash of their text"""
+    root: str = "."
+    """What the paths of the sources are relative to; `load_recipe` sets the folder of the recipe file"""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise DataError(f"recipe {self.name!r} has no sources")
+        if not 0 <= self.validation < 1:
+            raise DataError(f"recipe {self.name!r}: validation is {self.validation}; expected a fraction in [0, 1)")
+
+    def files(self) -> list[list[Path]]:
+        """The local files of each source."""
+        return [source.files(Path(self.root)) for source in self.sources]
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe of a Python file.
+
+    Raises:
+        UserError: no such file, no function `recipe`, or it returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe file")
+    make = runpy.run_path(str(path), run_name="slmjax_recipe").get("recipe")
+    if not callable(make):
+        raise UserError(f"{path}: has no function recipe(); a recipe file defines `def recipe() -> Recipe`")
+    recipe = make()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{path}: recipe() returned {type(recipe).__name__}, expected Recipe")
+    if recipe.root == ".":
+        recipe = dataclasses.replace(recipe, root=str(path.resolve().parent))
+    return recipe
+
+
+def describe(value: Any) -> Any:
+    """A nested dataclass as JSON, each object with the name of its class. `root` is where, not what: left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "root"}
+        return {"type": type(value).__name__} | fields
+    return [describe(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,314 @@
+"""Where documents come from. A source is a frozen value; `documents()` streams its text and never holds a file whole.
+
+Paths are globs, relative to the folder of the recipe file. Licence and origin go into the manifest of the store.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slmjax.errors import DataError
+
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What every source says about itself."""
+
+    licence: str
+    """SPDX name or a sentence; copied to the manifest and the model card"""
+    name: str = ""
+    """Defaults to the path"""
+    origin: str = ""
+    """Where the text was taken from: a URL, package or book"""
+    limit: int | None = None
+    """Read at most this many documents"""
+
+    def files(self, root: Path) -> list[Path]:
+        """The local files that are read, sorted: their SHA-256 goes into the manifest."""
+        raise TypeError(f"{type(self).__name__} is not a source: use Text, JSONL, Parquet, Folder or Hub")
+
+    def stream(self, root: Path) -> Iterator[str]:
+        """Every document, in a fixed order."""
+        raise TypeError(f"{type(self).__name__} is not a source: use Text, JSONL, Parquet, Folder or Hub")
+
+    def documents(self, root: Path) -> Iterator[str]:
+        """`stream` up to `limit`.
+
+        Raises:
+            DataError: a file is missing, malformed or has no such field; the message names file and line.
+        """
+        return itertools.islice(self.stream(root), self.limit)
+
+    @property
+    def title(self) -> str:
+        """The name shown to people."""
+        return self.name or str(getattr(self, "path", type(self).__name__))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Source):
+    """Plain text files (.txt, .txt.gz, .txt.zst), UTF-8.
+
+    `separator` ends a document: a blank line by default, "" makes each file one document.
+    """
+
+    path: str
+    separator: str = "\n\n"
+
+    def files(self, root: Path) -> list[Path]:
+        return expand(self.path, root)
+
+    def stream(self, root: Path) -> Iterator[str]:
+        for path in self.files(root):
+            with open_bytes(path) as file:
+                yield from split_text(file, self.separator, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSONL(Source):
+    r"""JSON lines (.jsonl, .jsonl.gz, .jsonl.zst). A line ends at "\n" only: U+2028 inside a string is text."""
+
+    path: str
+    text_field: str = "text"
+
+    def files(self, root: Path) -> list[Path]:
+        return expand(self.path, root)
+
+    def stream(self, root: Path) -> Iterator[str]:
+        for path in self.files(root):
+            with open_bytes(path) as file:
+                for number, line in enumerate(_guarded(file, path), 1):
+                    if line.strip():
+                        yield text_of(parse_line(line, f"{path}:{number}"), self.text_field, f"{path}:{number}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(Source):
+    """Parquet files, read one row group at a time."""
+
+    path: str
+    text_field: str = "text"
+
+    def files(self, root: Path) -> list[Path]:
+        return expand(self.path, root)
+
+    def stream(self, root: Path) -> Iterator[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for path in self.files(root):
+            try:
+                with pq.ParquetFile(path) as file:
+                    if self.text_field not in file.schema_arrow.names:
+                        raise _no_field(str(path), self.text_field, file.schema_arrow.names)
+                    for batch in file.iter_batches(batch_size=1024, columns=[self.text_field]):
+                        for value in batch.column(0).to_pylist():
+                            yield text_of({self.text_field: value}, self.text_field, str(path))
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Source):
+    """A local folder of Hugging Face `datasets`: written by `save_to_disk`, or of plain data files."""
+
+    path: str
+    split: str = "train"
+    text_field: str = "text"
+
+    def files(self, root: Path) -> list[Path]:
+        folder = root / self.path
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; Folder needs the folder of a Hugging Face dataset")
+        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+    def stream(self, root: Path) -> Iterator[str]:
+        import datasets
+
+        folder = root / self.path
+        self.files(root)
+        saved = any((folder / f).exists() for f in ("dataset_info.json", "dataset_dict.json"))
+        try:
+            data: Any = (
+                datasets.load_from_disk(str(folder))
+                if saved
+                else datasets.load_dataset(str(folder), split=self.split, streaming=True)
+            )
+        except (ValueError, FileNotFoundError, OSError) as error:
+            raise DataError(f"{folder}: `datasets` cannot read split {self.split!r}: {_first_line(error)}") from error
+        if isinstance(data, dict):
+            if self.split not in data:
+                raise DataError(f"{folder}: has no split {self.split!r}; there are: {', '.join(data)}")
+            data = data[self.split]
+        yield from _rows(data, self.text_field, str(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Source):
+    """A data set on the Hugging Face hub, streamed: nothing but the cleaned text is kept on disk.
+
+    Set `revision` to a commit to make the build reproducible.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+
+    def files(self, root: Path) -> list[Path]:
+        return []
+
+    def stream(self, root: Path) -> Iterator[str]:
+        import datasets
+
+        local = root / self.path
+        name = str(local) if local.is_dir() else self.path
+        try:
+            data = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
+        except Exception as error:  # the hub's failures share no base class: offline, unknown, gated, wrong config
+            raise DataError(f"data set {self.path!r} cannot be opened: {_first_line(error)}") from error
+        yield from _rows(data, self.text_field, self.path)
+
+
+def expand(pattern: str, root: Path) -> list[Path]:
+    """The files that a glob relative to `root` matches, sorted by name.
+
+    Raises:
+        DataError: none match.
+    """
+    full = str(root / Path(pattern).expanduser())
+    paths = [Path(p) for p in sorted(glob.glob(full, recursive=True))]
+    paths = [p for p in paths if p.is_file()]
+    if not paths:
+        raise DataError(f"{full}: no such file; a source's path is a glob relative to the recipe file")
+    return paths
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A buffered reader over the decompressed bytes of a plain, .gz or .zst file."""
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        if path.suffix == ".zst":
+            return io.BufferedReader(_Zstd(path), READ_BYTES)  # type: ignore[return-value]
+        return path.open("rb", READ_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of a .zst file as one stream. Unlike the library's reader it notices a file that ends inside a frame."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            compressed = self._file.read(READ_BYTES) if self._frame is None or not self._frame.eof else b""
+            if self._frame is not None and self._frame.eof:
+                compressed = self._frame.unused_data or self._file.read(READ_BYTES)
+                self._frame = None
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._pending = self._frame.decompress(compressed)
+            except self._error as error:
+                raise OSError(str(error)) from error
+        n = min(len(buffer), len(self._pending))
+        buffer[:n], self._pending = self._pending[:n], self._pending[n:]
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def split_text(file: BinaryIO, separator: str, path: Path) -> Iterator[str]:
+    """The documents of one text file. An empty separator makes the file one document."""
+    if not separator:
+        yield _utf8(b"".join(_guarded(file, path)), str(path))
+        return
+    mark, rest = separator.encode(), b""
+    for chunk in _guarded(iter(lambda: file.read(READ_BYTES), b""), path):
+        *done, rest = (rest + chunk).replace(b"\r\n", b"\n").split(mark)
+        yield from (_utf8(d, str(path)) for d in done if d.strip())
+    if rest.strip():
+        yield _utf8(rest, str(path))
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """One line of JSONL as an object.
+
+    Raises:
+        DataError: it is not a JSON object.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); expected one object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object a line, found {type(record).__name__}")
+    return record
+
+
+def text_of(record: dict[str, Any], field: str, where: str) -> str:
+    """The text of a record. A null is an empty document: cleaning counts and drops it."""
+    if field not in record:
+        raise _no_field(where, field, list(record))
+    value = record[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {field!r} holds {type(value).__name__}, expected text")
+    return value
+
+
+def _rows(data: Any, field: str, where: str) -> Iterator[str]:
+    for row in data:
+        yield text_of(row, field, where)
+
+
+def _guarded(pieces: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines (ended by b"\\n") or chunks of a file, with damage reported as DataError."""
+    try:
+        yield from pieces
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be decompressed: {_first_line(error)}; download or copy it again") from error
+
+
+def _utf8(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason} near {raw[error.start : error.start + 8]!r})") from error
+
+
+def _no_field(where: str, field: str, names: list[str]) -> DataError:
+    return DataError(f"{where}: has no field {field!r}; there are: {', '.join(names)}. Set text_field")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
