@@ -6,11 +6,21 @@ neither parameters nor optimizer nor view. What follows on the host, once the ve
 
 from __future__ import annotations
 
+import abc
+import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Then(enum.Enum):
+    """What the loop does after a bad step."""
+
+    GO_ON = enum.auto()
+    ROLL_BACK = enum.auto()
+    STOP = enum.auto()
 
 
 class GuardState(NamedTuple):
@@ -27,7 +37,7 @@ class GuardState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guard:
+class Guard(abc.ABC):
     """A step is bad when its loss or gradient norm is not finite, or exceeds the mean of the last `window` good steps
     by more than `sigma` standard deviations (once half a window is known).
 
@@ -50,7 +60,7 @@ class Guard:
         now = jnp.stack([loss, grad_norm]).astype(jnp.float32)
         good = jnp.isfinite(now).all()
         if self.sigma is not None:
-            good &= ~self._spikes(state, now)
+            good &= ~self._spikes(state, now, self.sigma)
         recent = state.recent.at[state.good % self.window].set(
             jnp.where(good, now, state.recent[state.good % self.window])
         )
@@ -61,13 +71,17 @@ class Guard:
             consecutive=jnp.where(good, 0, state.consecutive + 1),
         )
 
-    def _spikes(self, state: GuardState, now: jax.Array) -> jax.Array:
+    @abc.abstractmethod
+    def then(self, consecutive: int, rollbacks: int) -> Then:
+        """What follows a bad step, given the bad steps in a row (this one included) and the rollbacks so far."""
+
+    def _spikes(self, state: GuardState, now: jax.Array, sigma: float) -> jax.Array:
         known = (jnp.arange(self.window) < state.good)[:, None]
         n = jnp.maximum(known.sum(), 1)
         mean = (state.recent * known).sum(0) / n
         deviation = jnp.sqrt((jnp.square(state.recent - mean) * known).sum(0) / n)
         # A run that has settled varies by less than rounding does: a thousandth of the mean is never a spike.
-        limit = mean + self.sigma * jnp.maximum(deviation, 1e-3 * jnp.abs(mean))
+        limit = mean + sigma * jnp.maximum(deviation, 1e-3 * jnp.abs(mean))
         return (state.good >= (self.window + 1) // 2) & (now > limit).any()
 
 
@@ -77,15 +91,24 @@ class Skip(Guard):
 
     limit: int = 10
 
+    def then(self, consecutive: int, rollbacks: int) -> Then:
+        return Then.STOP if consecutive >= self.limit else Then.GO_ON
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback(Guard):
-    """Restore the last good checkpoint and go on with the data after the bad batch; after `retries` of these, stop
-    with `errors.Diverged`."""
+    """Restore the last good checkpoint and go on with the data after the bad batch; after `retries` of these in a
+    run, stop with `errors.Diverged`."""
 
     retries: int = 3
+
+    def then(self, consecutive: int, rollbacks: int) -> Then:
+        return Then.STOP if rollbacks >= self.retries else Then.ROLL_BACK
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halt(Guard):
     """Stop at the first bad step with `errors.Diverged`."""
+
+    def then(self, consecutive: int, rollbacks: int) -> Then:
+        return Then.STOP

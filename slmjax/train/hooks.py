@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
+
+import jax
 
 from slmjax.train.step import Program
-from slmjax.types import Batch, Frozen, TrainState
+from slmjax.types import Batch, Frozen, Metrics, Params, TrainState
 
 
-@runtime_checkable
 class Data(Protocol):
     """An endless iterator over this process's rows, whose position can be saved."""
 
     def __next__(self) -> Batch: ...
 
     def state(self) -> dict[str, Any]:
-        """JSON; restoring it makes `__next__` give what it would have given. May hold `epoch` (a float)."""
+        """JSON; restoring it makes `__next__` give what it would have given. May hold `epoch` (a number)."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-@runtime_checkable
 class Tracker(Protocol):
-    """Where metrics go. Every call is made on process 0 alone."""
+    """Where metrics go. Only process 0 calls it."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -39,7 +42,9 @@ class Tracker(Protocol):
         """JSON kept in each checkpoint (a W&B run id)"""
         ...
 
-    def finish(self, status: str) -> None: ...
+    def finish(self, status: str) -> None:
+        """complete, preempted, diverged or failed"""
+        ...
 
 
 class At(NamedTuple):
@@ -47,23 +52,96 @@ class At(NamedTuple):
 
     step: int
     """Steps done"""
-    steps: int
-    """Steps of the whole run"""
     state: TrainState
     """Borrowed: the next step donates it"""
     program: Program
     frozen: Frozen
-    tracker: Tracker
     workdir: Path
     say: Callable[[str], None]
     """One line for the log"""
 
 
 class Hook(Protocol):
-    """A value that acts every `every` steps and after the last."""
+    """A value that acts after some steps. The loop waits for the device before it, and does not count its time."""
 
-    every: int
+    def due(self, step: int, last: int) -> bool:
+        """Whether it acts after `step`, given the last step of the run"""
+        ...
 
     def __call__(self, at: At) -> Mapping[str, float]:
         """-> metrics, logged with those of the step"""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """The objective on held-out batches, under the evaluation parameters."""
+
+    every: int
+    """Steps; the last step is always evaluated"""
+    batches: Callable[[], Iterable[Batch]]
+    """() -> this process's rows of the same batches each time"""
+    name: str = "validation"
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self.every == 0 or step == last
+
+    def __call__(self, at: At) -> Mapping[str, float]:
+        measured = [at.program.evaluate(at.state, at.frozen, at.program.put(b)) for b in self.batches()]
+        means = weighted_mean(jax.device_get(measured))
+        out = {f"{self.name}/{name}": x for name, x in means.items()}
+        return {**out, f"{self.name}/perplexity": math.exp(min(means["loss"], 700.0))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Text from the model, into `samples/step-<n>.txt` of the run folder."""
+
+    every: int
+    generate: Callable[[Params], str]
+    """Effective parameters -> text. In a run of several processes, each calls it"""
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self.every == 0 or step == last
+
+    def __call__(self, at: At) -> Mapping[str, float]:
+        text = self.generate(at.program.params(at.state))
+        if jax.process_index() == 0:
+            path = at.workdir / "samples" / f"step-{at.step}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            at.say(f"sample after step {at.step}: {text.strip()}")
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A trace of a few steps, into `profile/` of the run folder: `tensorboard --logdir`, or Perfetto."""
+
+    start: int = 10
+    """Steps before it: compilation, caches"""
+    steps: int = 5
+
+    def due(self, step: int, last: int) -> bool:
+        return step in (self.start, self.start + self.steps, last)
+
+    def __call__(self, at: At) -> Mapping[str, float]:
+        jax.block_until_ready(at.state)
+        if at.step == self.start:
+            jax.profiler.start_trace(at.workdir / "profile")
+            return {}
+        with contextlib.suppress(RuntimeError):  # resumed after `start`: there is no trace to stop
+            jax.profiler.stop_trace()
+            at.say(f"the trace of steps {self.start + 1} to {at.step} is in {at.workdir / 'profile'}")
+        return {}
+
+
+def weighted_mean(metrics: Iterable[Metrics]) -> dict[str, float]:
+    """Means of several batches -> the mean over all their tokens, and the total `weight`."""
+    rows = [{name: float(x) for name, x in row.items()} for row in metrics]
+    total = math.fsum(row["weight"] for row in rows)
+    if total == 0:
+        return {"loss": math.nan, "weight": 0.0}
+    names = [name for name in rows[0] if name != "weight"]
+    means = {name: math.fsum(row[name] * row["weight"] for row in rows if row["weight"]) / total for name in names}
+    return {**means, "weight": total}

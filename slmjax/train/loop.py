@@ -1,8 +1,32 @@
-"""The loop: data in, steps out, everything else a hook."""
+"""The loop: batches in, steps out, the host one step behind the device; everything else is a hook or a policy."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import xxhash
+
+from slmjax.errors import Diverged, Preempted
+from slmjax.train.checkpoint import Checkpointer, Checkpoints
+from slmjax.train.consensus import make_consensus
+from slmjax.train.guard import Guard, Then
+from slmjax.train.hooks import At, Data, Hook, Tracker
+from slmjax.train.signals import Signals
+from slmjax.train.step import Program
+from slmjax.types import Batch, Frozen, Metrics, TrainState
+
+CLOCK = ("step_seconds", "tokens_per_second", "mfu", "memory_bytes")
+"""Metrics that depend on the machine; a run that was interrupted repeats all others bit for bit"""
 
 
 class Speed(NamedTuple):
@@ -12,3 +36,254 @@ class Speed(NamedTuple):
     """Training FLOPs (forward and backward)"""
     peak_flops: float
     """FLOP/s of all devices together, measured or published"""
+
+
+class Pending(NamedTuple):
+    """A step that the device may still be computing."""
+
+    step: int
+    batch: Batch
+    position: dict[str, Any]
+    """Of the data, after this batch"""
+    metrics: Metrics
+    flags: Any
+    """bool [2]: whether any process wants to stop, and to save"""
+
+
+class Settled(NamedTuple):
+    """A step whose metrics have been read."""
+
+    metrics: dict[str, float]
+    then: Then
+    stop: bool
+    save: bool
+
+
+def train(
+    program: Program,
+    *,
+    data: Data,
+    steps: int,
+    workdir: Path,
+    tracker: Tracker,
+    guard: Guard,
+    checkpoints: Checkpoints,
+    hooks: Sequence[Hook] = (),
+    frozen: Frozen = (),
+    speed: Speed | None = None,
+    log_every: int = 1,
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Trains to `steps`, from the newest good checkpoint in `workdir/checkpoints` if there is one.
+
+    A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` where the
+    data tell it, `batch` (48 bits of xxh3 of this process's tokens), `step_seconds`, `tokens_per_second`, `mfu` (given
+    `speed`) and `memory_bytes`. Time spent in hooks and saves is in none of them.
+
+    Args:
+        guard: the one that `program` was made with; its `then` decides what follows a bad step.
+        frozen: `Objective.frozen`, on the mesh.
+
+    Raises:
+        UserError: another run holds the checkpoints.
+        Preempted: SIGTERM, SIGUSR1 or (`signals.Interrupted`) Ctrl-C; the state is saved.
+        Diverged: the guard gave up; the evidence is in `workdir/evidence`.
+        StorageError: a checkpoint cannot be written or read.
+    """
+    first = jax.process_index() == 0
+    tracker, say = (tracker, say) if first else (_Silent(), _silent)
+    status = "failed"
+    try:
+        with Signals() as signals, Checkpointer(workdir / "checkpoints", checkpoints, say) as saved:
+            run = _Run(
+                program=program, data=data, steps=steps, workdir=workdir, tracker=tracker, guard=guard, saved=saved,
+                hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say, signals=signals,
+            )  # fmt: skip
+            state = run()
+        status = "complete"
+        return state
+    except Diverged:
+        status = "diverged"
+        raise
+    except Preempted:
+        status = "preempted"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One process's part in a run: the arguments of `train`, and what changes."""
+
+    program: Program
+    data: Data
+    steps: int
+    workdir: Path
+    tracker: Tracker
+    guard: Guard
+    saved: Checkpointer
+    hooks: Sequence[Hook]
+    frozen: Frozen
+    speed: Speed | None
+    log_every: int
+    say: Callable[[str], None]
+    signals: Signals
+    rollbacks: int = 0
+    marked: tuple[float, int] = (0.0, 0)
+    """Monotonic seconds and step from which the speed is measured"""
+
+    def __call__(self) -> TrainState:
+        state, step = self.restore()
+        policy, consensus = self.saved.policy, make_consensus(self.program.mesh)
+        last_save = time.monotonic()
+        pending: Pending | None = None
+        while step < self.steps:
+            batch = next(self.data)
+            state, metrics = self.program.step(state, self.frozen, self.program.put(batch))
+            step += 1
+            overdue = 0 < policy.seconds <= time.monotonic() - last_save
+            flags = consensus((self.signals.received is not None, overdue))
+            late, pending = pending, Pending(step, batch, self.data.state(), metrics, flags)
+
+            stop = save = False
+            if late is not None:  # while the device computes this step, read the one before
+                settled = self.settle(late)
+                if settled.then is Then.ROLL_BACK:
+                    (state, step), pending = self.roll_back(late), None
+                    continue
+                stop, save = settled.stop, settled.save
+                self.log(late.step, settled.metrics)
+
+            due = [hook for hook in self.hooks if hook.due(step, self.steps)]
+            save |= step == self.steps or (policy.every > 0 and step % policy.every == 0)
+            if not (due or save or stop):
+                continue
+
+            settled = self.settle(pending)
+            if settled.then is Then.ROLL_BACK:
+                (state, step), pending = self.roll_back(pending), None
+                continue
+            row = settled.metrics
+            for hook in due:
+                row |= hook(At(step, state, self.program, self.frozen, self.workdir, self.say))
+            self.log(step, row, always=bool(due))
+            if save or stop or settled.save or settled.stop or self.saved.improves(row):
+                extra = {"data": pending.position, "tracker": self.tracker.state(), "rollbacks": self.rollbacks}
+                self.saved.save(step, state, extra, row)
+                last_save = time.monotonic()
+            if (stop or settled.stop) and step < self.steps:
+                self.saved.wait()
+                raise self.signals.error(step)
+            pending = None
+            self.marked = (time.monotonic(), step)
+        self.saved.wait()
+        at = self.saved.folder / str(step)
+        self.tracker.artifact(at, "checkpoint", {"step": step})
+        return state
+
+    def restore(self) -> tuple[TrainState, int]:
+        """The newest good checkpoint, or the beginning."""
+        restored = self.saved.restore(self.program.abstract)
+        step = restored.step if restored else 0
+        if restored:
+            self.data.restore(restored.extra["data"])
+            self.rollbacks = restored.extra["rollbacks"]
+            self.say(f"resumed after step {step} of {self.steps}")
+        self.tracker.resume(step)
+        self.marked = (time.monotonic(), step)
+        return restored.state if restored else self.program.init(), step
+
+    def roll_back(self, bad: Pending) -> tuple[TrainState, int]:
+        """The newest good checkpoint, with the data from after the bad batch on."""
+        rollbacks = self.rollbacks + 1
+        state, step = self.restore()
+        self.rollbacks = rollbacks
+        self.data.restore(bad.position)
+        self.say(f"rolled back to step {step}; its data up to the batch of step {bad.step} are skipped")
+        return state, step
+
+    def settle(self, pending: Pending) -> Settled:
+        """Waits for a step and judges it.
+
+        Raises:
+            Diverged: the guard gives up.
+            StorageError: a save in the background has failed.
+        """
+        row = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
+        seconds = (time.monotonic() - self.marked[0]) / (pending.step - self.marked[1])
+        self.saved.check()
+        then = Then.GO_ON
+        if not row["good"]:
+            then = self.guard.then(int(row["consecutive"]), self.rollbacks)
+            where = self.keep_evidence(pending, row)
+            what = f"step {pending.step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            self.say(f"{what}: refused by the guard; evidence in {where}")
+            if then is Then.STOP:
+                so_far = f"{row['consecutive']:.0f} bad steps in a row, {self.rollbacks} rollbacks"
+                fix = f"look at {where}, then lower the learning rate or change the guard"
+                raise Diverged(f"{what}: {type(self.guard).__name__} gives up after {so_far}; {fix}")
+        return Settled(self.row(pending, row, seconds), then, *map(bool, np.asarray(pending.flags)))
+
+    def row(self, pending: Pending, metrics: dict[str, float], seconds: float) -> dict[str, float]:
+        """The metrics of a step, as they are logged."""
+        per_step = pending.batch.tokens.size * jax.process_count()
+        out = {name: x for name, x in metrics.items() if name not in ("good", "consecutive")}
+        out["tokens"] = per_step * pending.step
+        if "epoch" in pending.position:
+            out["epoch"] = pending.position["epoch"]
+        out["batch"] = batch_hash(pending.batch)
+        out["step_seconds"] = seconds
+        out["tokens_per_second"] = per_step / seconds
+        if self.speed is not None:
+            out["mfu"] = per_step / seconds * self.speed.flops_per_token / self.speed.peak_flops
+        out["memory_bytes"] = memory_bytes()
+        return out
+
+    def log(self, step: int, row: dict[str, float], always: bool = False) -> None:
+        if always or step % self.log_every == 0 or step == self.steps:
+            self.tracker.log(step, row)
+            self.marked = (time.monotonic(), step)
+
+    def keep_evidence(self, pending: Pending, row: Mapping[str, float]) -> Path:
+        """Batch and metrics of a bad step, to look at later: evidence/step-<n>, with -retry-<k> after k rollbacks."""
+        retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
+        at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
+        at.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **pending.batch._asdict())
+        said = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
+        said = {"step": pending.step, **said, "data": pending.position}
+        (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(said, indent=1))
+        return at
+
+
+def batch_hash(batch: Batch) -> int:
+    """48 bits (exact in a float64) of xxh3 of the tokens."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(batch.tokens)) >> 16
+
+
+def memory_bytes() -> int:
+    """The most that was in use at once: of a device where it tells (the fullest one), else of this process."""
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first say."""
+
+
+class _Silent:
+    """The tracker of processes other than the first."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def artifact(self, path: Path, kind: str, metadata: dict[str, Any]) -> None: ...
+
+    def resume(self, step: int) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, status: str) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from slmjax.train import sharding
 from slmjax.train.guard import Guard, GuardState, Skip
 from slmjax.types import Batch, Frozen, Key, Metrics, Objective, Optimizer, Params, ParamView, TrainState
+
+SKIP = Skip()
 
 
 class Opt(NamedTuple):
@@ -65,23 +67,20 @@ def _split(batch: Batch, n: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def accumulated(
-    loss_and_grads: Callable[[Params, Batch, Key], tuple[Metrics, Params]],
-    params: Params,
-    batch: Batch,
-    key: Key,
-    n: int,
-) -> tuple[Metrics, Params]:
-    """`loss_and_grads` over n micro-batches in turn, with the memory of one.
+LossAndGrads: TypeAlias = Callable[[Params, Batch, Key], tuple[Metrics, Params]]
+
+
+def accumulated(f: LossAndGrads, params: Params, batch: Batch, key: Key, n: int) -> tuple[Metrics, Params]:
+    """`f` over n micro-batches in turn, with the memory of one.
 
     Each is the mean over its own tokens, so it counts by `metrics["weight"]`: the sum over the total is the mean of
     the large batch, however the masked tokens fall.
     """
     if n == 1:
-        return loss_and_grads(params, batch, key)
+        return f(params, batch, key)
 
     def weighted(micro: Batch, i: Any) -> tuple[Metrics, Params]:
-        metrics, grads = loss_and_grads(params, micro, jax.random.fold_in(key, i))
+        metrics, grads = f(params, micro, jax.random.fold_in(key, i))
         weight = metrics["weight"]
         return jax.tree.map(lambda x: x * weight, ({**metrics, "weight": 1.0}, grads))
 
@@ -89,9 +88,8 @@ def accumulated(
         return jax.tree.map(jnp.add, total, weighted(*xs)), None
 
     xs = (_split(batch, n), jnp.arange(n))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, *jax.tree.map(lambda x: x[0], xs))
-    )
+    shapes = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], xs[0]), 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (metrics, grads), _ = jax.lax.scan(body, zeros, xs)
     weight = metrics["weight"]
     metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (metrics, grads))
@@ -105,7 +103,7 @@ def make_step(
     key: Key,
     *,
     accumulate: int = 1,
-    guard: Guard = Skip(),  # noqa: B008: a frozen value
+    guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
     """The pure step, to be jitted with its first argument donated.
@@ -126,7 +124,7 @@ def make_step(
 
         now = jax.random.fold_in(key, state.step)
         metrics, grads = accumulated(loss_and_grads, state.params, batch, now, accumulate)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
 
         updates, opt = optimizer.update(grads, state.opt.optimizer, state.params)
@@ -137,8 +135,8 @@ def make_step(
 
         measured = {
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
-            "update_norm": jnp.where(good, optax.global_norm(updates), 0.0),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": jnp.where(good, optax.tree.norm(updates), 0.0),
             "good": good,
             "skipped": watched.skipped,
             "consecutive": watched.consecutive,
@@ -172,7 +170,7 @@ def program(
     seed: int = 0,
     mesh: jax.sharding.Mesh,
     accumulate: int = 1,
-    guard: Guard = Skip(),  # noqa: B008: a frozen value
+    guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Program:
     """Everything that a run computes, placed on `mesh` and jitted (compiled at the first call).
@@ -192,7 +190,7 @@ def program(
     shapes = jax.eval_shape(fresh)
     everywhere = NamedSharding(mesh, P())
     params = sharding.shardings(shapes.params, axes, mesh)
-    placed = TrainState(
+    placed: Any = shapes._replace(
         step=everywhere,
         params=params,
         opt=sharding.mirror(shapes.opt, shapes.params, params, mesh),
@@ -205,7 +203,7 @@ def program(
         abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
-        params=jax.jit(lambda state: evaluation_params(state, optimizer, view), out_shardings=params),
+        params=jax.jit(lambda state: evaluation_params(state, optimizer, view)),
         put=lambda batch: sharding.put(batch, mesh),
         mesh=mesh,
     )
