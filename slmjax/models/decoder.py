@@ -40,38 +40,37 @@ class Block:
     mlp: GatedMLP | MLP
     norm: RMSNorm | LayerNorm
 
-    def __call__(self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> [B, T, D], and the mixer's cache after these tokens."""
+    def __call__(
+        self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: Any, depth: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> [B, T, D], and the cache with these tokens written at layer `depth` of its stack."""
         label = self.mixer.label
-        y, cache = layer.child(label, self.mixer)(layer.child(f"{label}_norm", self.norm)(x), table, mask, cache)
+        y = layer.child(f"{label}_norm", self.norm)(x)
+        y, cache = layer.child(label, self.mixer)(y, table, mask, cache, depth)
         x = x + y
         return x + layer.child("mlp", self.mlp)(layer.child("mlp_norm", self.norm)(x)), cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """The blocks that one iteration of the scan runs, with what they return stacked by the scan."""
+    """The blocks that one iteration of the scan over layers runs."""
 
     blocks: tuple[Block, ...]
     collect: bool
 
-    def __call__(self, layer: Layer, x: jax.Array, caches: Any, tables: tuple, mask: Mask) -> tuple[jax.Array, Any]:
-        streams, after = [], []
-        for block, scope, table, cache in zip(self.blocks, self.scopes(layer), tables, caches, strict=True):
-            streams.append(x)
-            x, cache = scope(block, x, table, mask, cache)
+    def __call__(
+        self, layer: Layer, carry: tuple, depth: jax.Array, tables: tuple, mask: Mask
+    ) -> tuple[tuple, jax.Array | None]:
+        """(x [B, T, D], caches) -> the same after these blocks, and the x before each if they are collected."""
+        x, caches = carry
+        before, after = [], []
+        for i, (block, table, cache) in enumerate(zip(self.blocks, tables, caches, strict=True)):
+            before.append(x)
+            args = (x, table, mask, cache, depth)
+            # A single block's parameters lie in layers/..., several blocks' in layers/0/..., layers/1/...
+            x, cache = block(layer, *args) if len(self.blocks) == 1 else layer.child(str(i), block)(*args)
             after.append(cache)
-        return x, (tuple(after), jnp.stack(streams) if self.collect else None)
-
-    def scopes(self, layer: Layer) -> list[Any]:
-        """Where each block's parameters lie: `layers/...` for one block, `layers/0/...` and so on for several."""
-        if len(self.blocks) == 1:
-            return [lambda block, *args: block(layer, *args)]
-        return [functools.partial(_call_child, layer, str(i)) for i in range(len(self.blocks))]
-
-
-def _call_child(layer: Layer, name: str, block: Block, *args: Any) -> Any:
-    return layer.child(name, block)(*args)
+        return (x, tuple(after)), jnp.stack(before) if self.collect else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +105,14 @@ class Decoder:
 
     def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
         """Pure functions over a nested dict of float32 arrays, computed as `compute` says."""
-        module = self._module(compute)
-        one = jnp.zeros((1, 1), jnp.int32)
+        modules = {collect: self._module(compute, collect) for collect in (False, True)}
 
-        def declared(key):
-            return module.init(key, one, one, one, None)["params"]
-
-        def init(key):
-            return nn.meta.unbox(declared(key))
+        def init(key) -> Params:
+            return nn.meta.unbox(_init(modules[False], key))
 
         def apply(params, tokens, positions, segment_ids, *, cache=None, collect=False) -> Output:
-            run = module.clone(spec=replace(module.spec, collect=collect))
-            return run.apply({"params": params}, tokens, positions, segment_ids, cache)
+            output: Any = modules[collect].apply({"params": params}, tokens, positions, segment_ids, cache)
+            return output
 
         def unembed(params, hidden):
             return logits(params["embed" if self.tied else "unembed"]["table"], hidden, compute)
@@ -134,22 +129,25 @@ class Decoder:
 
     def declared(self) -> Params:
         """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, `initial` in words."""
-        one = jnp.zeros((1, 1), jnp.int32)
-        module = self._module(Compute())
-        return jax.eval_shape(lambda key: module.init(key, one, one, one, None)["params"], jax.random.key(0))
+        return jax.eval_shape(functools.partial(_init, self._module(Compute())), jax.random.key(0))
 
     def paths(self) -> tuple[str, ...]:
         """The path of each parameter."""
         return tuple(flatten(self.declared(), is_leaf=_is_declared))
 
-    def _module(self, compute: Compute) -> Layer:
-        residual = self.initial.residual / math.sqrt(2 * self.layers)
-        return Layer(spec=Stack(decoder=self), compute=compute, initial=replace(self.initial, residual=residual))
+    def _module(self, compute: Compute, collect: bool = False) -> Layer:
+        initial = replace(self.initial, residual=self.initial.residual / math.sqrt(2 * self.layers))
+        return Layer(spec=Stack(decoder=self, collect=collect), compute=compute, initial=initial)
 
     def _init_cache(self, batch: int, length: int, *, dtype: str) -> Cache:
         layers = tuple(block.mixer.init_cache(batch, length, dtype) for block in self.pattern)
         stacked = jax.tree.map(lambda x: jnp.zeros((self.repeats, *x.shape), x.dtype), layers)
         return Cache(stacked, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+
+
+def _init(module: Layer, key: jax.Array) -> Params:
+    one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
+    return module.init(key, one, one, one, None)["params"]
 
 
 def _is_declared(x: Any) -> bool:
@@ -172,7 +170,8 @@ class Stack:
         mask, cache = _mask(segment_ids, cache)
         tables = tuple(block.mixer.table(positions) for block in d.pattern)
         caches = (None,) * len(d.pattern) if cache is None else cache.layers
-        x, (caches, streams) = self._scan(layer)(x, caches, tables, mask)
+        # The caches are carried, not scanned over: each layer writes its new tokens in place.
+        (x, caches), streams = self._scan(layer)((x, caches), jnp.arange(d.repeats), tables, mask)
         if not d.tied:
             layer.child("unembed", Unembedding(vocab=d.vocab, width=d.width))()
         return Output(
@@ -188,7 +187,7 @@ class Stack:
             compute.remat(Layer, in_loop=unroll < d.repeats),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=d.repeats,
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -45,18 +45,17 @@ class Attention:
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def __call__(
-        self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: dict[str, jax.Array] | None
+        self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: dict[str, jax.Array] | None, depth: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x [B, T, D] -> [B, T, D], and the cache with these T tokens written at slot `mask.start`."""
+        """x [B, T, D] -> [B, T, D], and the cache with these T tokens written in layer `depth`, slot `mask.start`."""
         width = x.shape[-1]
         q = self._project(layer, "q", x, self.heads, "heads")
         k = self._project(layer, "k", x, self.kv_heads, "kv_heads")
         v = self._project(layer, "v", x, self.kv_heads, "kv_heads")
         q, k = self.position.rotate(q, table), self.position.rotate(k, table)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), mask.start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), mask.start, axis=1)
-            cache = {"k": k, "v": v}
+            cache = {name: _write(cache[name], new, depth, mask.start) for name, new in (("k", k), ("v", v))}
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], depth, keepdims=False) for name in ("k", "v"))
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         y = layer.compute.attention(q, k, v, mask, scale)
         o = layer.matrix("o", (self.heads, self.head_dim, width), ("heads", "head_dim", "embed"), residual=True)
@@ -67,3 +66,8 @@ class Attention:
         weight = layer.matrix(name, (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim"))
         bias = layer.bias(f"{name}_bias", (heads, self.head_dim), (axis, "head_dim")) if self.qkv_bias else None
         return layer.linear("btd,dhk->bthk", x, weight, bias)
+
+
+def _write(stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:
+    """stack [L, B, S, G, K] with new [B, T, G, K] at layer `depth` from slot `start` on."""
+    return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (depth, 0, start, 0, 0))

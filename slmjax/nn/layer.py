@@ -65,16 +65,17 @@ class Layer(nn.Module):
         """A parameter of zeros, float32."""
         return self._declare(name, nn.initializers.zeros, shape, axes, "zeros")
 
-    def _declare(self, name, initializer, shape, axes, initial):
+    def _declare(self, name: str, initializer: Any, shape: tuple[int, ...], axes: tuple, initial: str) -> Any:
         def boxed(key, shape, dtype):
             return Declared(initializer(key, shape, dtype), names=axes, initial=initial)
 
         return self.param(name, boxed, shape, jnp.float32)
 
     def linear(self, equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """`einsum(equation, x, weight) + bias` in the compute dtype."""
+        """`einsum(equation, x, weight) + bias`, in the compute dtype."""
         y = self.compute.einsum(equation, self.cast(x), self.cast(weight))
-        return y if bias is None else y + self.cast(bias)
+        # The bias is added in float32 so that its gradient, a sum over all tokens, is in float32 too.
+        return y if bias is None else self.cast(y.astype(jnp.float32) + bias)
 
     def cast(self, x: jax.Array) -> jax.Array:
         """To the compute dtype."""

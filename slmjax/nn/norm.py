@@ -19,7 +19,9 @@ class RMSNorm:
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return layer.cast(wide) * layer.cast(layer.gain("scale", x.shape[-1:], ("embed",)))
+        # The gain is applied in float32 so that its gradient, a sum over all tokens, is too.
+        rounded = layer.cast(wide).astype(jnp.float32)
+        return layer.cast(rounded * layer.gain("scale", x.shape[-1:], ("embed",)))
 
 
 @dataclass(frozen=True, kw_only=True)
