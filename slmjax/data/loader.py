@@ -202,8 +202,11 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the batch given last, the same on every host. JSON."""
-        return {"version": STATE_VERSION, "next": self._next, **self._identity()}
+        """The position after the batch given last, the same on every host. JSON.
+
+        `next` is the whole position; `epoch` (over all parts) is for people, the rest is checked by `restore`."""
+        epoch = self._next / sum(self.sequences)
+        return {"version": STATE_VERSION, "next": self._next, "epoch": epoch, **self._identity()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that was last when `state` was taken, by any number of hosts.

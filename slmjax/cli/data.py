@@ -1,0 +1,241 @@
+"""`slmjax data build RECIPE --out DIR` and `slmjax data show DIR`."""
+
+# Annotations stay objects (no `from __future__`): tyro reads them.
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from slmjax.cli.args import parse
+from slmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from slmjax.data.loader import Rows
+    from slmjax.data.stages import Progress
+    from slmjax.data.token_store import TokenStore
+
+HELP = "build a token store from text, or show one"
+BUILD_EXAMPLE = "slmjax data build data/recipes/english_classics.py --out runs/data/english_classics"
+SHOW_EXAMPLE = "slmjax data show runs/data/english_classics --length 256 --samples 2"
+USAGE = f"""usage: slmjax data build RECIPE --out DIR
+       slmjax data show DIR
+
+build   sources, cleaning, deduplication, tokenizer, token store, manifest; goes on where a killed build stopped
+show    statistics of a store, and decoded samples with packing boundaries
+
+Examples:
+  {BUILD_EXAMPLE}
+  {SHOW_EXAMPLE}
+`slmjax data build --help` and `slmjax data show --help` list the fields."""
+LINE_SECONDS = 5.0
+"""Between plain progress lines of one stage"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Arguments of `data build`."""
+
+    recipe: tyro.conf.Positional[str]
+    """A Python file with `def recipe() -> Recipe`"""
+    out: str
+    """Folder or URL (gs://, s3://) of the store; must be empty or not exist"""
+    workers: int = 0
+    """Processes; 0: one for each core"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Arguments of `data show`."""
+
+    store: tyro.conf.Positional[str]
+    """Folder or URL of a store"""
+    split: Literal["train", "validation"] = "train"
+    length: int = 512
+    """Tokens a sequence, as in `Data.length`"""
+    packing: Literal["best-fit", "concatenate"] = "best-fit"
+    samples: int = 2
+    """Sequences to decode"""
+    seed: int = 0
+    """Which sequences"""
+    verify: bool = False
+    """Read every shard and compare its SHA-256 with the manifest"""
+
+
+def main(argv: list[str]) -> int:
+    """Run `build` or `show`.
+
+    Raises:
+        UserError, DataError: one line that names the field or file.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    verb, *rest = argv
+    if verb == "build":
+        about = "Builds a token store from a recipe. A build that was interrupted goes on; run the same command again."
+        return build(parse(Build, rest, prog="slmjax data build", description=about, example=BUILD_EXAMPLE))
+    if verb == "show":
+        about = "Shows what a token store holds, and sequences as training reads them."
+        return show(parse(Show, rest, prog="slmjax data show", description=about, example=SHOW_EXAMPLE))
+    raise UserError(f"slmjax data: unknown {verb!r}; use `slmjax data build` or `slmjax data show`")
+
+
+def build(args: Build) -> int:
+    """Build the store and say what to type next."""
+    from slmjax.data.build import build as build_store
+    from slmjax.data.recipe import load_recipe
+
+    if args.workers < 0:
+        raise UserError(f"--workers is {args.workers}; expected 0 (one for each core) or more")
+    with show_progress() as progress:
+        store = build_store(load_recipe(args.recipe), args.out, workers=args.workers or None, progress=progress)
+    manifest = store.manifest
+    documents, splits = manifest["documents"], manifest["splits"]
+    print(
+        f"{args.out}: {documents['kept']:,} of {documents['read']:,} documents, {manifest['tokens']:,} tokens "
+        f"({splits['validation']['tokens']:,} for validation), vocabulary {store.vocab:,}"
+    )
+    print(
+        f'look at it:  slmjax data show {shlex.quote(args.out)}\nuse it:      Data(train=(Part(source="{args.out}"),))'
+    )
+    return 0
+
+
+def show(args: Show) -> int:
+    """Print statistics and samples."""
+    import numpy as np
+    from rich.console import Console
+
+    from slmjax.data.build import cache_folder
+    from slmjax.data.loader import Rows
+    from slmjax.data.packing import BestFit, Concatenate
+    from slmjax.data.spec import Data, Part
+    from slmjax.data.token_store import TokenStore
+
+    packing = BestFit() if args.packing == "best-fit" else Concatenate()
+    Data(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # their checks and messages
+    store = TokenStore(args.store)
+    if args.verify:
+        store.verify()
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    for table in _tables(store):
+        console.print(table)
+    rows = Rows(store, args.split, packing, args.length, cache_folder())
+    filled = store.count(args.split, "tokens") / (rows.count * args.length)
+    console.print(
+        f"{args.split}, {args.packing}, length {args.length}: {rows.count:,} sequences, {1 - filled:.2%} padding"
+    )
+    chosen = np.random.default_rng(args.seed).choice(rows.count, min(args.samples, rows.count), replace=False)
+    for row in sorted(chosen.tolist()):
+        _print_row(console, store, rows, row)
+    if args.verify:
+        console.print("every shard has the SHA-256 that the manifest says")
+    return 0
+
+
+def _tables(store: "TokenStore") -> Iterator[Any]:
+    from rich.table import Table
+
+    manifest = store.manifest
+    about = Table(title=store.name, show_header=False, title_justify="left")
+    documents, tokenizer = manifest["documents"], manifest["tokenizer"]
+    dropped = ", ".join(f"{n:,} {why}" for why, n in documents["dropped"].items() if n) or "none"
+    for name, value in (
+        ("where", store.location),
+        ("fingerprint", store.fingerprint[:16]),
+        ("tokenizer", f"{tokenizer['kind']}, vocabulary {tokenizer['vocab']:,}, {tokenizer['fingerprint'][:16]}"),
+        ("BOS, EOS", f"{tokenizer['bos']} ({tokenizer['bos_id']}), {tokenizer['eos']} ({tokenizer['eos_id']})"),
+        ("tokens", f"{manifest['tokens']:,} {manifest['dtype']}, {manifest['tokens_per_byte']:.3f} a byte"),
+        ("documents", f"{documents['kept']:,} of {documents['read']:,} read; dropped: {dropped}"),
+    ):
+        about.add_row(name, value)
+    yield about
+    splits = Table(title="splits", title_justify="left")
+    for column in ("", "documents", "tokens", "bytes", "tokens a document: median", "longest"):
+        splits.add_column(column, justify="right" if column else "left")
+    for name, split in manifest["splits"].items():
+        median, longest = _lengths(store, name)
+        counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
+        splits.add_row(name, *counts, f"{median:,}", f"{longest:,}")
+    yield splits
+    sources = Table(title="sources", title_justify="left")
+    for column in ("name", "licence", "files", "documents kept", "of", "bytes read"):
+        sources.add_column(column, justify="left" if column in ("name", "licence") else "right")
+    for s in manifest["sources"]:
+        counts = (len(s["files"]), s["documents_kept"], s["documents_read"], s["bytes_read"])
+        sources.add_row(s["name"], s["licence"], *(f"{n:,}" for n in counts))
+    yield sources
+
+
+def _lengths(store: "TokenStore", split: Any) -> tuple[int, int]:
+    """Median (of the first million documents) and longest."""
+    import numpy as np
+
+    blocks = (np.diff(block) for block in store.offsets(split))
+    first = next(blocks, None)
+    if first is None:
+        return 0, 0
+    return int(np.median(first)), int(max([first.max(), *(b.max() for b in blocks)]))
+
+
+def _print_row(console: Any, store: "TokenStore", rows: "Rows", row: int) -> None:
+    """One sequence: each segment begins with ⟦its number⟧, in a colour of its own on a terminal."""
+    from rich.text import Text
+
+    from slmjax.data.loader import assemble
+
+    batch = assemble([(rows, row)], rows.length)
+    tokens, segments = batch.tokens[0], batch.segment_ids[0]
+    last, tokenizer = int(segments.max()), store.tokenizer()
+    padding = int((segments == 0).sum())
+    learned = int(batch.weights.sum())
+    console.print(
+        f"\nsequence {row:,}: {last} segments, {learned} targets, {padding} padding", style="bold", markup=False
+    )
+    for number in range(1, last + 1):
+        style = ("cyan", "magenta", "green", "yellow", "blue")[number % 5]
+        shown = tokenizer.decode(tokens[segments == number], special=True)
+        console.print(Text.assemble((f"⟦{number}⟧ ", f"bold {style}"), (shown, style)))
+    if padding:
+        console.print(Text(f"⟦padding {padding}⟧", style="dim"))
+
+
+@contextlib.contextmanager
+def show_progress() -> "Iterator[Progress]":
+    """A function that shows the stages of a build on stderr: bars on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def bar(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield bar
+
+
+class _Lines:
+    """Progress where nobody can see a bar: a line when a stage ends, and every few seconds within one."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        self._last.setdefault(stage, now)
+        if done == total or now - self._last[stage] >= LINE_SECONDS:
+            self._last[stage] = now
+            print(f"{stage}: {done:,}" + (f" of {total:,}" if total else ""), file=sys.stderr, flush=True)
