@@ -1,17 +1,20 @@
 """The run's own record of what happened to it: `ledger.jsonl`, append-only and on disk before the call returns.
 
-The state of a run is read from here, and never guessed from an exit code.
+The state of a run is read from here, and never guessed from an exit code. As a tracker, the ledger writes down the
+events that the training loop tells of.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slmjax.track.environment import redact
 from slmjax.track.jsonl import JsonLines, read
 
 EVENTS = {  # event -> the state that a run is in after it, or None where it stays as it was
@@ -38,6 +41,8 @@ class Ledger:
         self.path = Path(path)
         self._lines = JsonLines(path, durable=True)
         self.attempt = attempts(read(path))
+        self._begun = False
+        self._skipped: float | None = None
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Writes the event and waits until the disk has it.
@@ -60,10 +65,37 @@ class Ledger:
         return read(self.path)
 
     @property
-    def state(self) -> str:
+    def status(self) -> str:
+        """The state that the run is in."""
         return state_of(self.events())
 
-    def close(self) -> None:
+    def resume(self, step: int) -> None:
+        """`resumed` where there is something to resume; later on, `rolled back`."""
+        if step > 0 or self._begun:
+            self.append("rolled back" if self._begun else "resumed", step=step)
+        self._begun, self._skipped = True, None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`evaluated` where a validation loss is among the metrics, `spike` where another step was skipped."""
+        if "validation/loss" in metrics:
+            self.append("evaluated", step=step, loss=metrics["validation/loss"])
+        skipped = metrics.get("skipped", 0.0)
+        if self._skipped is not None and skipped > self._skipped:
+            self.append("spike", step=step, loss=metrics.get("loss"), grad_norm=metrics.get("grad_norm"))
+        self._skipped = skipped
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        """`saved` or `exported`."""
+        self.append("saved" if kind == "checkpoint" else "exported", path=str(path), **metadata)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, status: str) -> None:
+        """The status as an event, with the reason where an exception is on its way out."""
+        error = sys.exception()
+        reason = {"reason": redact(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])} if error else {}
+        self.append(status, **reason)
         self._lines.close()
 
 

@@ -15,6 +15,8 @@ REFRESH = 0.25
 """Seconds between two redraws of the bar"""
 LINE = 10.0
 """Seconds between two plain lines"""
+LOSSES = {"loss": "loss", "validation/loss": "validation"}
+"""Metric -> how it is called in a line"""
 
 
 class Progress:
@@ -27,7 +29,7 @@ class Progress:
         """`steps` of the whole run; `log` is appended to; `stream` is stderr unless given."""
         self.steps = steps
         self._stream = stream or sys.stderr
-        self._log = Path(log).open("a", encoding="utf-8", buffering=1) if log else None
+        self._log = Path(log).open("a", encoding="utf-8", buffering=1) if log else None  # noqa: SIM115
         self._lock = threading.RLock()
         self._interval = line
         self._metrics: dict[str, float] = {}
@@ -54,7 +56,7 @@ class Progress:
         self._metrics.update(metrics)
         if self._first is None or step < self._first[1]:
             self._first = (now, step)
-        evaluated = any(name.startswith("eval/") for name in metrics)
+        evaluated = any(name.startswith("validation/") for name in metrics)
         line_due = evaluated or now - self._lined >= self._interval or step == self.steps
         if self._live is None and not line_due and not self._log:
             return
@@ -118,9 +120,7 @@ def _bar(steps: int, stream: TextIO):
 
 def describe(metrics: Mapping[str, float]) -> str:
     """The metrics that a person watches, in one line."""
-    parts = [f"{name.removesuffix('/loss')} loss {metrics[name]:.4f}" for name in ("eval/loss",) if name in metrics]
-    if "loss" in metrics:
-        parts.insert(0, f"loss {metrics['loss']:.4f}")
+    parts = [f"{said} {metrics[name]:.4f}" for name, said in LOSSES.items() if name in metrics]
     if "tokens_per_second" in metrics:
         parts.append(f"{si(metrics['tokens_per_second'])}tok/s")
     if "mfu" in metrics:

@@ -1,0 +1,129 @@
+"""Line charts as inline SVG that follows the page's colours, light or dark. No library, no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 560, 270
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 34
+POINTS = 400
+"""A longer line is drawn as this many means, with a band from the least to the greatest value behind"""
+
+
+class Series(NamedTuple):
+    """One line. Points that are not finite are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dots: bool = False
+    """Marks each point: for few of them"""
+
+
+class Bucket(NamedTuple):
+    """Neighbouring points taken together."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+def downsample(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> list[Bucket]:
+    """At most `points` buckets of equally many points each, without those that are not finite."""
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    size = max(1, math.ceil(len(pairs) / points))
+    buckets = []
+    for start in range(0, len(pairs), size):
+        xs, ys = zip(*pairs[start : start + size], strict=True)
+        buckets.append(Bucket(math.fsum(xs) / len(xs), math.fsum(ys) / len(ys), min(ys), max(ys)))
+    return buckets
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, between the two."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def label(value: float) -> str:
+    """A tick's number: 0.002, 3.5, 12 k, 4 M."""
+    if value == 0:
+        return "0"
+    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size * 0.9999:
+            unit = 1e3 if suffix == " k" else size
+            return f"{value / unit:.4g}{suffix}"
+    return f"{value:.0e}".replace("e-0", "e-") if abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_zero: bool = False) -> str:
+    """An SVG element, at home in a page with the style of `report`. Empty series are left out of the picture."""
+    drawn = [(s, buckets) for s in series if (buckets := downsample(s.x, s.y))]
+    if not drawn:
+        return (
+            f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="empty">no data yet</p></figure>'
+        )
+    x_low, x_high = min(b[0].x for _, b in drawn), max(b[-1].x for _, b in drawn)
+    x_high = x_high if x_high > x_low else x_low + 1
+    low, high = _range([b for _, buckets in drawn for b in buckets], from_zero)
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return TOP + (high - min(max(y, low), high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_grid(px, py, ticks(x_low, x_high, 6), ticks(low, high), x_label)]
+    for number, (s, buckets) in enumerate(drawn):
+        parts.append(_line(px, py, buckets, f"s{number}", s.dots))
+    legend = "".join(f'<span class="key s{n}">{escape(s.name)}</span>' for n, (s, _) in enumerate(drawn))
+    said = ", ".join(f"{s.name} ends at {b[-1].mean:.4g}" for s, b in drawn)
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _range(buckets: Sequence[Bucket], from_zero: bool) -> tuple[float, float]:
+    """What the axis spans: everything, but of a few wild values (compilation, spikes) only up to what the rest need."""
+    lows, highs = sorted(b.low for b in buckets), sorted(b.high for b in buckets)
+    low, high = lows[0], highs[-1]
+    usual_low, usual_high = lows[len(lows) // 50], highs[-1 - len(highs) // 50]
+    if high - usual_high > 1.5 * (usual_high - usual_low) > 0:
+        high = usual_high + 0.1 * (usual_high - usual_low)
+    low = min(0.0, low) if from_zero else low
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return (low if from_zero and low == 0 else low - margin), high + margin
+
+
+def _grid(px, py, xs: Sequence[float], ys: Sequence[float], x_label: str) -> str:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    lines = [f'<path class="grid" d="M{LEFT} {py(y):.1f}H{right}"/>' for y in ys]
+    lines += [f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{label(y)}</text>' for y in ys]
+    lines += [f'<text x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{label(x)}</text>' for x in xs]
+    lines.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    lines.append(f'<text class="name" x="{right}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
+    return "".join(lines)
+
+
+def _line(px, py, buckets: Sequence[Bucket], style: str, dots: bool) -> str:
+    points = [f"{px(b.x):.1f} {py(b.mean):.1f}" for b in buckets]
+    out = ""
+    if any(b.high > b.low for b in buckets):
+        edge = [f"{px(b.x):.1f} {py(b.high):.1f}" for b in buckets]
+        edge += [f"{px(b.x):.1f} {py(b.low):.1f}" for b in reversed(buckets)]
+        out += f'<path class="band {style}" d="M{"L".join(edge)}Z"/>'
+    out += f'<path class="line {style}" d="M{"L".join(points)}"/>'
+    if (dots and len(points) <= 60) or len(points) == 1:
+        out += "".join(f'<circle class="{style}" cx="{p.split()[0]}" cy="{p.split()[1]}" r="3"/>' for p in points)
+    return out

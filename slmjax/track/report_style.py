@@ -1,0 +1,52 @@
+"""The report's style sheet."""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #5d6878; --rule: #e3e7ec;
+  --s0: #2f6fdb; --s1: #d9592b; --ok: #1d7f4e; --bad: #b3372f; --wait: #8a6300; }
+@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1b212a; --ink: #e6eaf0; --soft: #98a3b3;
+  --rule: #2d3541; --s0: #6ea3ff; --s1: #ff9566; --ok: #55c68d; --bad: #ff7d74; --wait: #e0b24c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 40px; }
+header h1 { display: inline-block; margin: 0 12px 0 0; font-size: 27px; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
+header p { margin: 2px 0 18px; color: var(--soft); }
+code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
+.state { position: relative; top: -4px; padding: 2px 11px; border: 1px solid currentColor; border-radius: 99px;
+  font-size: 13px; font-weight: 600; color: var(--wait); }
+.state.complete { color: var(--ok); } .state.running { color: var(--s0); }
+.state.failed, .state.diverged { color: var(--bad); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin: 0 0 14px; }
+.cards div, .chart, section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
+.cards div { padding: 11px 14px; }
+dt, small { color: var(--soft); font-size: 12.5px; }
+dd { margin: 0; font-size: 22px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.3; }
+small { display: block; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
+.chart { margin: 0; padding: 12px 14px 8px; }
+.chart figcaption { display: flex; justify-content: space-between; font-weight: 600; font-size: 14px; }
+.legend { font-weight: 400; font-size: 12.5px; color: var(--soft); }
+.key { margin-left: 14px; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin: 0 6px 3px 0; border-radius: 2px;
+  background: var(--s0); }
+.key.s1::before { background: var(--s1); }
+.empty { color: var(--soft); text-align: center; padding: 60px 0; }
+svg { display: block; width: 100%; height: auto; margin-top: -14px; }
+svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--rule); } .axis { stroke: var(--soft); opacity: .6; }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke: var(--s0); } .line.s1 { stroke: var(--s1); }
+.band { fill: var(--s0); opacity: .18; } .band.s1 { fill: var(--s1); }
+circle { fill: var(--s0); } circle.s1 { fill: var(--s1); }
+.tables { columns: 2 440px; column-gap: 14px; margin-top: 14px; }
+section { break-inside: avoid; padding: 12px 16px 14px; margin: 0 0 14px; }
+h2 { margin: 0 0 6px; font-size: 14px; }
+table { width: 100%; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--soft); font-weight: 500; padding: 2px 12px 4px 0; }
+td { vertical-align: top; padding: 4px 12px 4px 0; border-top: 1px solid var(--rule); overflow-wrap: anywhere; }
+.fields tr:first-child td { border-top: 0; }
+.fields td:first-child { width: 104px; color: var(--soft); overflow-wrap: normal; }
+.columns td:first-child { white-space: nowrap; }
+footer { color: var(--soft); font-size: 12.5px; text-align: center; margin-top: 8px; }
+@media print { body { background: #fff; } .cards div, .chart, section { break-inside: avoid; } }
+"""

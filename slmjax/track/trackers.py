@@ -1,0 +1,126 @@
+"""Several trackers as one: what a run folder is recorded by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from slmjax.track.energy import Energy
+from slmjax.track.jsonl import Metrics
+from slmjax.track.ledger import Ledger
+from slmjax.track.progress import Progress
+from slmjax.track.report import Report
+from slmjax.track.wandb_run import Mode, WandbRun
+
+
+class Tracker(Protocol):
+    """What the training loop tells. All calls come from one thread of the first process."""
+
+    def resume(self, step: int) -> None:
+        """Training goes on after `step`; what was logged of later steps is void. Comes first, and at each rollback."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        """A "checkpoint" or an "export" is complete."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON, kept in each checkpoint."""
+        ...
+
+    def finish(self, status: str) -> None:
+        """complete, preempted, diverged or failed."""
+        ...
+
+
+class Trackers:
+    """Tells each tracker in turn; `state` is by name."""
+
+    def __init__(self, **trackers: Tracker):
+        self.trackers = trackers
+
+    def resume(self, step: int) -> None:
+        for tracker in self.trackers.values():
+            tracker.resume(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in self.trackers.values():
+            tracker.log(step, metrics)
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        for tracker in self.trackers.values():
+            tracker.artifact(path, kind, metadata)
+
+    def state(self) -> dict[str, Any]:
+        return {name: state for name, tracker in self.trackers.items() if (state := tracker.state())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The `state` of a checkpoint, before `resume`."""
+        for name, tracker in self.trackers.items():
+            if name in state and hasattr(tracker, "restore"):
+                tracker.restore(state[name])
+
+    def finish(self, status: str) -> None:
+        """Tells every tracker, even where one fails; the first failure is raised afterwards."""
+        failures = []
+        for tracker in self.trackers.values():
+            try:
+                tracker.finish(status)
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def open_trackers(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    steps: int,
+    wandb: Mode = "auto",
+    project: str = "slmjax",
+    entity: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    artifacts: bool = False,
+    pue: float = 1.0,
+    country: str = "",
+) -> tuple[Trackers, Progress]:
+    """Everything that records a run: ledger, metrics.jsonl, energy, progress, W&B and report, in its folder.
+
+    Begins an attempt in the ledger. `config` is what config.json holds; the progress is also where `say` is.
+
+    Raises:
+        StorageError: the folder cannot be written, or its records are damaged.
+    """
+    folder = Path(folder)
+    experiment = config.get("experiment", {})
+    name = str(experiment.get("name", folder.name))
+    ledger = Ledger(folder / "ledger.jsonl")
+    if not ledger.events():
+        ledger.append("created", name=name, fingerprint=config.get("fingerprint"))
+    ledger.append("started")
+    metrics = Metrics(folder / "metrics.jsonl")
+    progress = Progress(steps, folder / "log.txt")
+    wandb_run = WandbRun(
+        folder,
+        mode=wandb,
+        project=project,
+        entity=entity,
+        group=group,
+        tags=tags,
+        name=name,
+        config={**config, "environment": environment},
+        artifacts=artifacts,
+        say=progress.say,
+    )
+    energy = Energy(folder / "energy.json", pue=pue, country=country)
+    # In this order they finish: the report reads what the first three wrote, and the terminal is let go last.
+    trackers = Trackers(
+        metrics=metrics, ledger=ledger, energy=energy, report=Report(folder), wandb=wandb_run, progress=progress
+    )
+    return trackers, progress

@@ -1,0 +1,225 @@
+"""Weights & Biases, kept at a distance: whatever it does, training goes on.
+
+All calls are made by one background thread. Online with an API key, offline without; where the server cannot be
+reached or the key is refused, it says so and goes on offline (`wandb sync` uploads later). The run's id lies in the run
+folder and in each checkpoint, so a resumed run continues the same W&B run. Steps are logged as `global_step`, which
+every chart uses as its axis: W&B drops rows below its own last step, and after a resume there are some.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import secrets
+import threading
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from slmjax.track.environment import redact_json
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+MAX_WAITING = 100_000
+"""Calls that may wait for a slow W&B; further ones are dropped, which is said once"""
+
+
+class WandbRun:
+    """The tracker that writes to W&B."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        mode: Mode = "auto",
+        project: str = "slmjax",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        artifacts: bool = False,
+        timeout: float = 60.0,
+        say: Callable[[str], None] = print,
+    ):
+        """Returns at once; W&B starts at the first call of `resume` or `log`.
+
+        Args:
+            folder: the run folder; W&B's files go to `wandb/` in it.
+            mode: "auto" follows WANDB_MODE, else is online with an API key and offline without.
+            config: JSON; secrets are taken out.
+            artifacts: whether `artifact` records checkpoints and exports, as references to where they lie.
+            timeout: seconds that W&B gets to start, and to finish.
+        """
+        self.folder = Path(folder)
+        self.mode = resolve(mode)
+        self.id = _read_id(self.folder) or _new_id()
+        self._init = {"project": project, "entity": entity, "group": group, "tags": list(tags), "name": name}
+        self._config = redact_json(dict(config or {}))
+        self._artifacts, self._timeout, self._say = artifacts, timeout, say
+        self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+        self._dropped = False
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes the run id of a checkpoint, before the first `resume` or `log`."""
+        if self._thread is None and state.get("id"):
+            self.id = str(state["id"])
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.mode == "disabled" else {"id": self.id}
+
+    def resume(self, step: int) -> None:
+        self._start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        row = {"global_step": step, **metrics}
+        self._put(lambda run: run.log(row))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """What is shown beside the run's name."""
+        values = dict(values)
+        self._put(lambda run: run.summary.update(values))
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        """Records where a checkpoint or an export lies, and how big its files are; they are not uploaded."""
+        if not self._artifacts:
+            return
+        where, about = Path(path).resolve(), redact_json(dict(metadata))
+
+        def record(run):
+            import wandb
+
+            made = wandb.Artifact(f"{kind}-{self.id}", type=kind, metadata=about)
+            made.add_reference(where.as_uri(), checksum=False)
+            run.log_artifact(made)
+
+        self._put(record)
+
+    def finish(self, status: str) -> None:
+        """Waits for W&B, but not longer than the time-out."""
+        if self._thread is None:
+            return
+        self._put(lambda run: run.summary.update({"status": status}))
+        self._put(None)
+        self._thread.join(self._timeout)
+        if self._thread.is_alive():
+            self._say(
+                f"W&B did not finish within {self._timeout:g} s; `wandb sync {self.folder}/wandb/*run-*` uploads it"
+            )
+        self._thread = None
+
+    def _put(self, call: Callable[[Any], None] | None) -> None:
+        if self.mode == "disabled":
+            return
+        self._start()
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            if not self._dropped:
+                self._say("W&B is too slow; some of its rows are dropped (metrics.jsonl has them all)")
+            self._dropped = True
+
+    def _start(self) -> None:
+        if self._thread is not None or self.mode == "disabled":
+            return
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            run = self._open()
+        except Exception as error:
+            self._say(f"W&B does not start ({_short(error)}); training goes on without it")
+            run = None
+        said = run is None
+        while (call := self._calls.get()) is not None:
+            if run is None:
+                continue
+            try:
+                call(run)
+            except Exception as error:
+                if not said:
+                    self._say(f"W&B fails ({_short(error)}); training goes on")
+                said = True
+        if run is not None:
+            try:
+                run.finish(exit_code=0)
+            except Exception as error:
+                self._say(f"W&B does not finish ({_short(error)})")
+
+    def _open(self) -> Any:
+        import wandb
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_id(self.folder, self.id)
+        settings = wandb.Settings(
+            silent=True,
+            quiet=True,
+            console="off",
+            init_timeout=self._timeout,
+            # Its own metadata hold the whole command line; ours, in the config, is redacted and has the commit.
+            x_disable_meta=True,
+            x_save_requirements=False,
+            disable_git=True,
+            save_code=False,
+        )
+        start = {**self._init, "dir": str(self.folder), "id": self.id, "config": self._config, "settings": settings}
+        try:
+            run = wandb.init(mode=self.mode, resume="allow" if self.mode == "online" else None, **start)
+        except Exception as error:
+            if self.mode == "offline":
+                raise
+            self._say(f"W&B cannot be reached ({_short(error)}); going on offline")
+            self.mode = "offline"
+            run = wandb.init(mode="offline", **start)
+        run.define_metric("global_step")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+
+def resolve(mode: Mode, environ: Mapping[str, str] = os.environ) -> Literal["online", "offline", "disabled"]:
+    """What "auto" means here; other modes are returned as they are, but without a key there is no "online"."""
+    if mode == "auto":
+        asked = environ.get("WANDB_MODE", "").lower()
+        if environ.get("WANDB_DISABLED", "").lower() in ("true", "1") or asked in ("disabled", "dryrun-disabled"):
+            return "disabled"
+        mode = "offline" if asked in ("offline", "dryrun") else "online"
+    return "offline" if mode == "online" and not has_key(environ) else mode
+
+
+def has_key(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an API key is in WANDB_API_KEY or in the netrc file. The key itself is not kept."""
+    if environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _new_id() -> str:
+    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+
+
+def _id_file(folder: Path) -> Path:
+    return folder / "wandb" / "run-id"
+
+
+def _read_id(folder: Path) -> str | None:
+    try:
+        return _id_file(folder).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _write_id(folder: Path, run_id: str) -> None:
+    _id_file(folder).parent.mkdir(exist_ok=True)
+    _id_file(folder).write_text(run_id + "\n")
