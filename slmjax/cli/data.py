@@ -16,9 +16,9 @@ from slmjax.cli.args import parse
 from slmjax.errors import UserError
 
 if TYPE_CHECKING:
-    from slmjax.data.loader import Rows
-    from slmjax.data.stages import Progress
+    from slmjax.data.rows import Rows
     from slmjax.data.token_store import TokenStore
+    from slmjax.data.work import Progress
 
 HELP = "build a token store from text, or show one"
 BUILD_EXAMPLE = "slmjax data build data/recipes/english_classics.py --out runs/data/english_classics"
@@ -113,8 +113,8 @@ def show(args: Show) -> int:
     from rich.console import Console
 
     from slmjax.data.build import cache_folder
-    from slmjax.data.loader import Rows
     from slmjax.data.packing import BestFit, Concatenate
+    from slmjax.data.rows import Rows
     from slmjax.data.spec import Data, Part
     from slmjax.data.token_store import TokenStore
 
@@ -131,8 +131,12 @@ def show(args: Show) -> int:
     console.print(
         f"{args.split}, {args.packing}, length {args.length}: {rows.count:,} sequences, {1 - filled:.2%} padding"
     )
-    chosen = np.random.default_rng(args.seed).choice(rows.count, min(args.samples, rows.count), replace=False)
-    for row in sorted(chosen.tolist()):
+    # half of them at random, half those of a larger draw with the most segments: most rows of long documents have one
+    drawn = np.random.default_rng(args.seed).choice(rows.count, min(32 * args.samples, rows.count), replace=False)
+    drawn = drawn.tolist()
+    at_random, others = drawn[: args.samples // 2], drawn[args.samples // 2 :]
+    others.sort(key=lambda row: -len(rows.pieces(row)))
+    for row in [*at_random, *others[: args.samples - len(at_random)]]:
         _print_row(console, store, rows, row)
     if args.verify:
         console.print("every shard has the SHA-256 that the manifest says")
@@ -186,12 +190,13 @@ def _lengths(store: "TokenStore", split: Any) -> tuple[int, int]:
 
 def _print_row(console: Any, store: "TokenStore", rows: "Rows", row: int) -> None:
     """One sequence: each segment begins with ⟦its number⟧, in a colour of its own on a terminal."""
+    import numpy as np
     from rich.text import Text
 
-    from slmjax.data.loader import assemble
+    from slmjax.data.rows import assemble
 
     batch = assemble([(rows, row)], rows.length)
-    tokens, segments = batch.tokens[0], batch.segment_ids[0]
+    tokens, segments = np.asarray(batch.tokens[0]), np.asarray(batch.segment_ids[0])
     last, tokenizer = int(segments.max()), store.tokenizer()
     padding = int((segments == 0).sum())
     learned = int(batch.weights.sum())

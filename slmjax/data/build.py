@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slmjax import __version__
-from slmjax.data import stages
+from slmjax.data import stages, writing
 from slmjax.data.recipe import Recipe, describe, digest, load_recipe
-from slmjax.data.stages import Progress, silent
 from slmjax.data.token_store import SHARD, TokenStore, files_of, read_file, url_of
+from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
 
 
@@ -30,7 +30,7 @@ def build(
     workers: int | None = None,
     progress: Progress | None = None,
     shard: int = SHARD,
-    part_bytes: int = stages.PART_BYTES,
+    part_bytes: int = PART_BYTES,
     work: str | Path | None = None,
 ) -> TokenStore:
     """Build the store at `out`, a folder or URL; a store of the same recipe that is there already is opened.
@@ -49,7 +49,7 @@ def build(
     show("checking files", 0, sum(map(len, files)))
     identity = {
         "recipe": describe(recipe),
-        "files": stages.describe_files(files, Path(recipe.root), show),
+        "files": writing.describe_files(files, Path(recipe.root), show),
         "shard": shard,
         "part_bytes": part_bytes,
     }
@@ -59,7 +59,7 @@ def build(
     folder = Path(work) if work else local.with_name(local.name + ".building") if local else _remote_work(out)
     with _locked(folder):
         _keep_or_clear(folder, digest(identity))
-        context = stages.Context(
+        context = Context(
             recipe=recipe,
             folder=folder,
             workers=workers or len(os.sched_getaffinity(0)),
@@ -72,8 +72,8 @@ def build(
         tokenizer = stages.make_tokenizer(context, parts, selection)
         stages.tokenise(context, parts, selection)
         location = url_of(folder / "store") if local else url_of(out)
-        arrays = stages.write(context, parts, location, tokenizer)
-        stages.write_manifest(
+        arrays = writing.write(context, parts, location, tokenizer)
+        writing.write_manifest(
             context,
             parts,
             selection,
@@ -154,4 +154,4 @@ def _keep_or_clear(folder: Path, identity: str) -> None:
     for path in folder.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    stages.write_bytes(mark, identity.encode())
+    write_bytes(mark, identity.encode())

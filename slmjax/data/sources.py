@@ -5,19 +5,15 @@ Paths are globs, relative to the folder of the recipe file. Licence and origin g
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from slmjax.data.reading import expand, first_line, guarded, open_bytes, split_text
 from slmjax.errors import DataError
-
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class JSONL(Source):
     def stream(self, root: Path) -> Iterator[str]:
         for path in self.files(root):
             with open_bytes(path) as file:
-                for number, line in enumerate(_guarded(file, path), 1):
+                for number, line in enumerate(guarded(file, path), 1):
                     if line.strip():
                         yield text_of(parse_line(line, f"{path}:{number}"), self.text_field, f"{path}:{number}")
 
@@ -115,7 +111,7 @@ class Parquet(Source):
                         for value in batch.column(0).to_pylist():
                             yield text_of({self.text_field: value}, self.text_field, str(path))
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+                raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +141,7 @@ class Folder(Source):
                 else datasets.load_dataset(str(folder), split=self.split, streaming=True)
             )
         except (ValueError, FileNotFoundError, OSError) as error:
-            raise DataError(f"{folder}: `datasets` cannot read split {self.split!r}: {_first_line(error)}") from error
+            raise DataError(f"{folder}: `datasets` cannot read split {self.split!r}: {first_line(error)}") from error
         if isinstance(data, dict):
             if self.split not in data:
                 raise DataError(f"{folder}: has no split {self.split!r}; there are: {', '.join(data)}")
@@ -155,7 +151,8 @@ class Folder(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Source):
-    """A data set on the Hugging Face hub, streamed: nothing but the cleaned text is kept on disk.
+    """A data set on the Hugging Face hub, streamed: nothing but the cleaned text is kept on disk. A local copy of its
+    repository does too.
 
     Set `revision` to a commit to make the build reproducible.
     """
@@ -167,7 +164,7 @@ class Hub(Source):
     text_field: str = "text"
 
     def files(self, root: Path) -> list[Path]:
-        return []
+        return sorted(p for p in (root / self.path).rglob("*") if p.is_file())  # a local copy; of the hub, none
 
     def stream(self, root: Path) -> Iterator[str]:
         import datasets
@@ -177,86 +174,8 @@ class Hub(Source):
         try:
             data = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
         except Exception as error:  # the hub's failures share no base class: offline, unknown, gated, wrong config
-            raise DataError(f"data set {self.path!r} cannot be opened: {_first_line(error)}") from error
+            raise DataError(f"data set {self.path!r} cannot be opened: {first_line(error)}") from error
         yield from _rows(data, self.text_field, self.path)
-
-
-def expand(pattern: str, root: Path) -> list[Path]:
-    """The files that a glob relative to `root` matches, sorted by name.
-
-    Raises:
-        DataError: none match.
-    """
-    full = str(root / Path(pattern).expanduser())
-    paths = [Path(p) for p in sorted(glob.glob(full, recursive=True))]
-    paths = [p for p in paths if p.is_file()]
-    if not paths:
-        raise DataError(f"{full}: no such file; a source's path is a glob relative to the recipe file")
-    return paths
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """A buffered reader over the decompressed bytes of a plain, .gz or .zst file."""
-    try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        if path.suffix == ".zst":
-            return io.BufferedReader(_Zstd(path), READ_BYTES)  # type: ignore[return-value]
-        return path.open("rb", READ_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-class _Zstd(io.RawIOBase):
-    """Frames of a .zst file as one stream. Unlike the library's reader it notices a file that ends inside a frame."""
-
-    def __init__(self, path: Path):
-        import zstandard
-
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            compressed = self._file.read(READ_BYTES) if self._frame is None or not self._frame.eof else b""
-            if self._frame is not None and self._frame.eof:
-                compressed = self._frame.unused_data or self._file.read(READ_BYTES)
-                self._frame = None
-            if not compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._new()
-            try:
-                self._pending = self._frame.decompress(compressed)
-            except self._error as error:
-                raise OSError(str(error)) from error
-        n = min(len(buffer), len(self._pending))
-        buffer[:n], self._pending = self._pending[:n], self._pending[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def split_text(file: BinaryIO, separator: str, path: Path) -> Iterator[str]:
-    """The documents of one text file. An empty separator makes the file one document."""
-    if not separator:
-        yield _utf8(b"".join(_guarded(file, path)), str(path))
-        return
-    mark, rest = separator.encode(), b""
-    for chunk in _guarded(iter(lambda: file.read(READ_BYTES), b""), path):
-        *done, rest = (rest + chunk).replace(b"\r\n", b"\n").split(mark)
-        yield from (_utf8(d, str(path)) for d in done if d.strip())
-    if rest.strip():
-        yield _utf8(rest, str(path))
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
@@ -291,24 +210,5 @@ def _rows(data: Any, field: str, where: str) -> Iterator[str]:
         yield text_of(row, field, where)
 
 
-def _guarded(pieces: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """The lines (ended by b"\\n") or chunks of a file, with damage reported as DataError."""
-    try:
-        yield from pieces
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: cannot be decompressed: {_first_line(error)}; download or copy it again") from error
-
-
-def _utf8(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} near {raw[error.start : error.start + 8]!r})") from error
-
-
 def _no_field(where: str, field: str, names: list[str]) -> DataError:
     return DataError(f"{where}: has no field {field!r}; there are: {', '.join(names)}. Set text_field")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,112 @@
+"""Bytes and text of local files: plain, .gz or .zst, a line or a chunk at a time."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slmjax.errors import DataError
+
+READ_BYTES = 1 << 20
+
+
+def expand(pattern: str, root: Path) -> list[Path]:
+    """The files that a glob relative to `root` matches, sorted by name.
+
+    Raises:
+        DataError: none match.
+    """
+    full = str(root / Path(pattern).expanduser())
+    paths = [Path(p) for p in sorted(glob.glob(full, recursive=True))]
+    paths = [p for p in paths if p.is_file()]
+    if not paths:
+        raise DataError(f"{full}: no such file; a source's path is a glob relative to the recipe file")
+    return paths
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A buffered reader over the decompressed bytes of a plain, .gz or .zst file."""
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        if path.suffix == ".zst":
+            return io.BufferedReader(_Zstd(path), READ_BYTES)  # type: ignore[return-value]
+        return path.open("rb", READ_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of a .zst file as one stream. Unlike the library's reader it notices a file that ends inside a frame."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            compressed = self._file.read(READ_BYTES) if self._frame is None or not self._frame.eof else b""
+            if self._frame is not None and self._frame.eof:
+                compressed = self._frame.unused_data or self._file.read(READ_BYTES)
+                self._frame = None
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._pending = self._frame.decompress(compressed)
+            except self._error as error:
+                raise OSError(str(error)) from error
+        n = min(len(buffer), len(self._pending))
+        buffer[:n], self._pending = self._pending[:n], self._pending[n:]
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def split_text(file: BinaryIO, separator: str, path: Path) -> Iterator[str]:
+    """The documents of one text file. An empty separator makes the file one document."""
+    if not separator:
+        yield _utf8(b"".join(guarded(file, path)), str(path))
+        return
+    mark, rest = separator.encode(), b""
+    for chunk in guarded(iter(lambda: file.read(READ_BYTES), b""), path):
+        *done, rest = (rest + chunk).replace(b"\r\n", b"\n").split(mark)
+        yield from (_utf8(d, str(path)) for d in done if d.strip())
+    if rest.strip():
+        yield _utf8(rest, str(path))
+
+
+def guarded(pieces: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines (ended by b"\\n") or chunks of a file, with damage reported as DataError."""
+    try:
+        yield from pieces
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be decompressed: {first_line(error)}; download or copy it again") from error
+
+
+def _utf8(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason} near {raw[error.start : error.start + 8]!r})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error of another library, without its details."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,97 @@
+"""Sequences by number: random access to the rows of a packed split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slmjax.data.packing import Packing, Plan, plan
+from slmjax.data.recipe import describe, digest
+from slmjax.data.token_store import Split, TokenStore
+from slmjax.errors import DataError
+from slmjax.types import Batch
+
+PLAN_VERSION = 1  # raise it when packing gives other rows than before, so that old plans are not used
+
+
+class Rows:
+    """The sequences of one packed split, as arrays. Sent to reading processes by the paths of its files."""
+
+    def __init__(self, store: TokenStore, split: Split, packing: Packing, length: int, cache: Path):
+        key = digest([store.fingerprint, split, describe(packing), length, PLAN_VERSION])[:32]
+        self.length = length
+        self._plan_of = (packing, length, cache / "plans" / key)
+        self._tokens = store.tokens(split)
+        self._plan: Plan | None = None
+        self.count = len(self._open(store.offsets(split)))
+        if self.count == 0:
+            raise DataError(f"{store.location}: its {split} split is empty; raise Recipe.validation or add text")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plan": None}
+
+    def _open(self, offsets: Iterator[np.ndarray] | tuple[()] = ()) -> Plan:
+        if self._plan is None:
+            packing, length, folder = self._plan_of
+            self._plan = plan(packing, offsets, length, folder)
+        return self._plan
+
+    def pieces(self, row: int) -> np.ndarray:
+        """The pieces of documents in a row (`packing.PIECE`)."""
+        pieces, rows = self._open()
+        return pieces[rows[row] : rows[row + 1]]
+
+    def begin(self, row: int) -> list[Read]:
+        """Start to read a row: neighbouring pieces in one read."""
+        found = self.pieces(row)
+        stops = found["start"] + found["length"]
+        gap = found["start"][1:] != stops[:-1]
+        starts, last = found["start"][np.append(True, gap)], np.append(gap, True)
+        # one token more where the document goes on: it is the target of the last one
+        ahead = found["ends"][last] == 0
+        return [
+            Read(a, b + more, b - a, self._tokens.read(a, b + more))
+            for a, b, more in zip(starts.tolist(), stops[last].tolist(), ahead.tolist(), strict=True)
+        ]
+
+    def finish(self, row: int, reads: list[Read], out: Batch, i: int) -> None:
+        """Fill row i of `out`, which is zero."""
+        at = 0
+        for start, stop, inputs, future in reads:
+            values = self._tokens.result(future, start, stop)
+            out.tokens[i, at : at + inputs] = values[:inputs]
+            out.targets[i, at : at + len(values) - 1] = values[1:]
+            at += inputs
+        found = self.pieces(row)
+        ends = np.cumsum(found["length"], dtype=np.int64)
+        stopped = ends[found["ends"] == 1] - 1
+        out.weights[i, :at] = 1.0
+        out.weights[i, stopped] = 0.0
+        out.targets[i, stopped] = 0
+        opened = np.repeat(np.cumsum(found["opens"]), found["length"])
+        out.segment_ids[i, :at] = opened
+        out.positions[i, :at] = np.arange(at) - (ends - found["length"])[found["opens"] == 1][opened - 1]
+
+
+class Read(NamedTuple):
+    """Tokens [start, stop) on their way; the first `inputs` of them are inputs."""
+
+    start: int
+    stop: int
+    inputs: int
+    future: Any
+
+
+def assemble(rows: Sequence[tuple[Rows, int]], length: int, size: int | None = None) -> Batch:
+    """Rows as one batch of numpy arrays [size, length]; every read is under way before the first is waited for.
+    Rows beyond those given are padding, of weight 0."""
+    shape = (size or len(rows), length)
+    fields: list[Any] = [np.zeros(shape, np.float32 if name == "weights" else np.int32) for name in Batch._fields]
+    out = Batch(*fields)
+    begun = [part.begin(row) for part, row in rows]
+    for i, ((part, row), reads) in enumerate(zip(rows, begun, strict=True)):
+        part.finish(row, reads, out, i)
+    return out
