@@ -238,7 +238,7 @@ class _Run:
         if self.speed is not None:
             out["mfu"] = per_step / seconds * self.speed.flops_per_token / self.speed.peak_flops
         out["memory_bytes"] = memory_bytes()
-        return out
+        return {name: float(x) for name, x in out.items()}
 
     def log(self, step: int, row: dict[str, float], always: bool = False) -> None:
         if always or step % self.log_every == 0 or step == self.steps:

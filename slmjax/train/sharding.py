@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,18 @@ def mirror(state: Any, params: Any, placed: Any, mesh: jax.sharding.Mesh) -> Any
         return NamedSharding(mesh, P())
 
     return tree.map_with_path(place, state)
+
+
+def gathered(params: Any, axes: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = RULES) -> Callable[[Any], Any]:
+    """A function that brings parameters together from the `fsdp` axis, for use inside jit.
+
+    Left to itself the partitioner often moves activations to the pieces of the parameters instead, which costs far
+    more (and a gather from an embedding table split by width is replicated as a whole).
+    """
+    if mesh.shape["fsdp"] == 1:
+        return lambda effective: effective
+    whole = shardings(params, axes, mesh, {name: to for name, to in rules.items() if to != "fsdp"})
+    return lambda effective: jax.lax.with_sharding_constraint(effective, mirror(effective, params, whole, mesh))
 
 
 def put(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

@@ -105,8 +105,9 @@ def make_step(
     accumulate: int = 1,
     guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
+    gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
-    """The pure step, to be jitted with its first argument donated.
+    """The pure step, to be jitted with its first argument donated. `gather`: see `sharding.gathered`.
 
     Metrics, all float32 scalars: the objective's, `grad_norm` (before clipping), `param_norm`, `update_norm`,
     `lr` (where a schedule is given), `good` (1, or 0 where the guard refused the update), `skipped` (refused so far)
@@ -116,7 +117,7 @@ def make_step(
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_and_grads(params: Params, batch: Batch, key: Key) -> tuple[Metrics, Params]:
             def loss_fn(params: Params) -> tuple[Any, Metrics]:
-                effective = view.apply(params, state.view)
+                effective = gather(view.apply(params, state.view))
                 return objective.loss(effective, frozen, batch, key)
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -149,12 +150,18 @@ def make_step(
 
 
 def make_evaluate(
-    objective: Objective, optimizer: Optimizer, view: ParamView, key: Key
+    objective: Objective,
+    optimizer: Optimizer,
+    view: ParamView,
+    key: Key,
+    *,
+    gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], Metrics]:
     """(state, frozen, batch) -> the objective's metrics under the evaluation parameters."""
 
     def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
-        loss, metrics = objective.loss(evaluation_params(state, optimizer, view), frozen, batch, key)
+        effective = gather(evaluation_params(state, optimizer, view))
+        loss, metrics = objective.loss(effective, frozen, batch, key)
         return _float32({"loss": loss, **metrics})
 
     return evaluate_step
@@ -196,8 +203,11 @@ def program(
         opt=sharding.mirror(shapes.opt, shapes.params, params, mesh),
         view=sharding.mirror(shapes.view, shapes.params, params, mesh),
     )
-    step = make_step(objective, optimizer, view, steps, accumulate=accumulate, guard=guard, schedule=schedule)
-    evaluate = make_evaluate(objective, optimizer, view, evals)
+    gather = sharding.gathered(shapes.params, axes, mesh)
+    step = make_step(
+        objective, optimizer, view, steps, accumulate=accumulate, guard=guard, schedule=schedule, gather=gather
+    )
+    evaluate = make_evaluate(objective, optimizer, view, evals, gather=gather)
     return Program(
         init=jax.jit(fresh, out_shardings=placed),
         abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),

@@ -26,9 +26,7 @@ def init(key):
     a, b, c = jax.random.split(key, 3)
     return {
         "embed": {"table": jax.random.normal(a, (V, D))},
-        "layers": {
-            "mlp": {"up": jax.random.normal(b, (D, F)) / D**0.5, "down": jax.random.normal(c, (F, D)) / F**0.5}
-        },
+        "layers": {"mlp": {"up": jax.random.normal(b, (D, F)) / D**0.5, "down": jax.random.normal(c, (F, D)) / F**0.5}},
         "final_norm": {"scale": jnp.ones(D)},
     }
 
