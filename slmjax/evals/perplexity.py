@@ -1,0 +1,140 @@
+"""Loss, perplexity and bits per byte of a model on a stream of batches, each with its standard error.
+
+All three are ratios of sums over tokens, and tokens of one sequence are not independent, so the sequences (rows of the
+batches) are the sampling units: with s_i the nats of row i and w_i its weight, the loss is L = sum s / sum w, and its
+standard error that of a ratio estimator (Cochran 1977, section 6.3; the same as cluster-robust in a regression on a
+constant):
+
+    SE(L)^2 = n/(n-1) * sum_i (s_i - L w_i)^2 / (sum_i w_i)^2
+
+Bits per byte is sum s / (ln 2 * sum bytes), with the analogous error. Perplexity is exp L, its error exp(L) * SE(L) by
+the delta method. The errors are of sampling text for this model: not of the training seed. Pieces of one long document
+in different rows count as independent, so for documents much longer than a row the errors are too small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slmjax.errors import DataError
+from slmjax.losses.next_token import PIECE, next_token
+from slmjax.types import Batch, Model, Params
+
+
+class Estimate(NamedTuple):
+    """A figure and its standard error (nan if there is only one sequence)."""
+
+    value: float
+    se: float
+
+
+class Result(NamedTuple):
+    """What was measured, and on how much."""
+
+    loss: Estimate
+    """Nats a token"""
+    perplexity: Estimate
+    """exp(loss)"""
+    bits_per_byte: Estimate | None
+    """Of the text in UTF-8; comparable between tokenizers. None without the tokens' bytes"""
+    tokens: float
+    """Sum of the weights"""
+    bytes: float
+    sequences: int
+    """Rows with at least one scored token"""
+
+
+def row_sums(model: Model, sizes: Sequence[int]) -> Callable[[Params, Batch], Any]:
+    """The jitted (params, batch) -> float32 [B, 3]: nats, weight and bytes of each row.
+
+    `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none.
+    """
+    table = np.zeros(model.vocab, np.float32)
+    table[: len(sizes)] = sizes
+
+    def sums(params: Params, batch: Batch) -> jax.Array:
+        hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
+        rows, length = batch.tokens.shape
+        chunk = max(1, min(length, PIECE // (rows * model.vocab)))
+
+        def row(h: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+            one = (x[None] for x in (h, targets, weights))
+            loss, metrics = next_token(model.unembed, params, *one, chunk=chunk)
+            weight = metrics["weight"]
+            return jnp.stack([loss * weight, weight, jnp.sum(weights * jnp.asarray(table)[targets])])
+
+        return jax.vmap(row)(hidden, batch.targets, batch.weights)
+
+    return jax.jit(sums)
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    token_bytes: Sequence[int] = (),
+    progress: Callable[[int], None] = lambda batches: None,
+) -> Result:
+    """Streams over the batches; sums are kept in float64.
+
+    Args:
+        batches: of one shape, so that one program serves all.
+        token_bytes: bytes of text that each token stands for (`text.token_bytes`).
+        progress: called with the number of batches done.
+
+    Raises:
+        DataError: no token has a weight.
+    """
+    sums = row_sums(model, token_bytes)
+    rows = []
+    waiting = None  # read one batch late, so that the next one is under way meanwhile
+    for i, batch in enumerate(batches):
+        now = sums(params, Batch(*map(jnp.asarray, batch)))
+        if waiting is not None:
+            rows.append(np.asarray(waiting, np.float64))
+        waiting = now
+        progress(i + 1)
+    if waiting is not None:
+        rows.append(np.asarray(waiting, np.float64))
+    return summarise(np.concatenate(rows) if rows else np.zeros((0, 3)))
+
+
+def summarise(rows: np.ndarray) -> Result:
+    """[n, 3] sums of nats, weight and bytes a row -> the figures. Rows without weight are padding.
+
+    Raises:
+        DataError: there is no weight at all.
+    """
+    rows = rows[rows[:, 1] > 0]
+    if len(rows) == 0:
+        raise DataError("nothing to evaluate: no batch holds a token with a target")
+    nats, weight, size = rows.T
+    loss = ratio(nats, weight)
+    perplexity = Estimate(_exp(loss.value), _exp(loss.value) * loss.se)
+    return Result(
+        loss=loss,
+        perplexity=perplexity,
+        bits_per_byte=ratio(nats / math.log(2), size) if size.sum() > 0 else None,
+        tokens=float(weight.sum()),
+        bytes=float(size.sum()),
+        sequences=len(rows),
+    )
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
+    """sum(above) / sum(below) over independent units [n], with the standard error of a ratio estimator."""
+    n, total = len(above), below.sum()
+    value = above.sum() / total
+    spread = np.square(above - value * below).sum()
+    return Estimate(float(value), float(np.sqrt(n / (n - 1) * spread) / total) if n > 1 else math.nan)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
