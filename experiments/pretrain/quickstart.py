@@ -1,0 +1,27 @@
+"""A Llama-style model of 3.6M parameters on 10 MB of English classics, from scratch.
+
+    make quickstart
+    slmjax train experiments/pretrain/quickstart.py --runtime.workdir runs/quickstart
+"""
+
+from pathlib import Path
+
+from slmjax.config import Evaluation, Experiment
+from slmjax.data.spec import Data, Part
+from slmjax.models.llama import llama
+from slmjax.optim.recipes import AdamW
+from slmjax.optim.schedules import WSD
+
+CORPUS = Path(__file__).resolve().parents[2] / "data/recipes/english_classics.py"
+
+
+def experiment() -> Experiment:
+    return Experiment(
+        name="quickstart",
+        model=llama(layers=4, width=256, heads=4, kv_heads=2, hidden=704, vocab=4096, context=256, tied=True),
+        data=Data(train=(Part(source=str(CORPUS)),), length=256, batch=16),
+        optimizer=AdamW(weight_decay=0.1),
+        schedule=WSD(peak_lr=4e-3, warmup_steps=20, decay_fraction=0.3),
+        steps=250,
+        evaluation=Evaluation(every=50, batches=8),
+    )

@@ -1,0 +1,233 @@
+"""Puts a run together: folder, data, model, program, trackers, hooks; then the loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from slmjax.cli import runs
+from slmjax.cli.peak import peak_flops
+from slmjax.config import Experiment, Runtime
+from slmjax.data.loader import Loader, open_stores, validation_batches
+from slmjax.data.token_store import TOKENIZER_FILES, TokenStore
+from slmjax.errors import UserError
+from slmjax.models.flops import flops_per_token, parameter_count
+from slmjax.nn.compute import Compute, for_backend
+from slmjax.track import environment
+from slmjax.track.progress import si
+from slmjax.track.trackers import Trackers, open_trackers
+from slmjax.train.checkpoint import extra, latest_step
+from slmjax.train.hooks import Evaluate, Hook, Profile, Sample
+from slmjax.train.loop import Speed
+from slmjax.train.loop import train as loop
+from slmjax.train.step import Program, program
+from slmjax.types import Batch, Model, Objective, Params
+
+
+class Built(NamedTuple):
+    """An experiment turned into functions."""
+
+    model: Model
+    objective: Objective
+    program: Program
+    compute: Compute
+
+
+def build(experiment: Experiment, runtime: Runtime) -> Built:
+    """The model and the jitted step of an experiment, on the devices of this process group."""
+    compute = runtime.compute or for_backend(jax.default_backend())
+    model = experiment.model.build(compute)
+    objective = experiment.objective.build(model)
+    schedule = experiment.schedule.build(experiment.steps)
+    compiled = program(
+        model.init,
+        model.axes,
+        objective,
+        experiment.optimizer.build(schedule, model.axes),
+        experiment.view.build(),
+        seed=experiment.seed,
+        mesh=runtime.mesh.build(),
+        accumulate=experiment.accumulate,
+        guard=experiment.guard,
+        schedule=schedule,
+    )
+    return Built(model, objective, compiled, compute)
+
+
+def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> tuple[tuple[TokenStore, ...], ...]:
+    """The token stores of training and of validation; recipes are built by the first process, the others wait.
+
+    Raises:
+        DataError: a store is missing or damaged.
+        UserError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    parts = experiment.data
+    if jax.process_index() == 0:
+        open_stores(parts.train, cache=runtime.data_dir, progress=progress)
+    _barrier("data")
+    train = open_stores(parts.train, cache=runtime.data_dir, progress=progress)
+    validation = open_stores(parts.validation, cache=runtime.data_dir, progress=progress) or train
+    for store in (*train, *validation):
+        if store.vocab > experiment.model.vocab:
+            raise UserError(
+                f"model.vocab is {experiment.model.vocab}, but the tokenizer of {store.name} has {store.vocab} tokens; "
+                f"set model.vocab to at least {store.vocab}"
+            )
+    return train, validation
+
+
+def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
+    """Trains, or goes on, or says that the work is done.
+
+    Raises:
+        UserError, DataError, StorageError, Diverged, Preempted: see `errors`.
+    """
+    from slmjax.cli.data import show_progress
+
+    folder = Path(runtime.workdir or f"runs/{experiment.name}")
+    with show_progress() as progress:
+        stores, held_out = open_data(experiment, runtime, progress)
+    config = runs.describe(experiment, runtime, [*stores, *held_out])
+    first = jax.process_index() == 0
+    changed = []
+    if first:
+        changed = runs.open_folder(folder, config, source, accept_changes=runtime.overwrite_changed)
+    _barrier("folder")
+    done = latest_step(folder / "checkpoints") or 0
+    if done >= experiment.steps and not changed:
+        print(f"{folder}: complete, {done} steps; nothing to do")
+        print(_next_steps(folder))
+        return 0
+    if first:
+        _copy_tokenizer(stores[0], folder)
+
+    built = build(experiment, runtime)
+    frozen = jax.device_put(built.objective.frozen)
+    loader = Loader(experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir)
+    peak, peak_source = peak_flops(built.compute.dtype)
+    flops = flops_per_token(experiment.model, experiment.data.length)
+    tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Trackers(), _silent)
+    say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
+    say(_summary(experiment, built, stores, peak, peak_source))
+    loop(
+        built.program,
+        data=loader,
+        steps=experiment.steps,
+        workdir=folder,
+        tracker=tracker,
+        guard=experiment.guard,
+        checkpoints=runtime.checkpoints,
+        hooks=_hooks(experiment, runtime, held_out, built),
+        frozen=frozen,
+        speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
+        log_every=runtime.log_every,
+        say=say,
+    )
+    if first:
+        print(f"done: {folder}")
+        print(_next_steps(folder))
+    return 0
+
+
+def _open_trackers(
+    experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str]
+) -> tuple[Trackers, Callable[[str], None]]:
+    """Everything that records the run, with the run's identities of the checkpoint it goes on from."""
+    about = environment.collect(devices=jax.devices())
+    runs.write_json(folder / "environment.json", about)
+    (folder / "git.diff").write_text(environment.git_diff())
+    tracking = runtime.tracking
+    trackers, progress = open_trackers(
+        folder,
+        config=config,
+        environment=about,
+        steps=experiment.steps,
+        wandb=tracking.wandb,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        tags=tracking.tags,
+        artifacts=tracking.artifacts,
+    )
+    trackers.restore(extra(folder / "checkpoints").get("tracker", {}))
+    for change in changed:
+        progress.say(f"continues although the experiment has changed: {change}")
+    return trackers, progress.say
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first say."""
+
+
+def _hooks(experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenStore], built: Built) -> list[Hook]:
+    """Evaluation, samples and profiling, those that are asked for."""
+    hooks: list[Hook] = []
+    evaluation = experiment.evaluation
+    if evaluation.every and all(store.count("validation", "tokens") for store in held_out):
+
+        def batches() -> Iterator[Batch]:
+            return validation_batches(
+                experiment.data,
+                held_out,
+                evaluation.batches,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                cache=runtime.data_dir,
+            )
+
+        hooks.append(Evaluate(every=evaluation.every, batches=batches))
+    if runtime.samples.every:
+        hooks.append(Sample(every=runtime.samples.every, generate=_sampler(experiment, runtime, held_out[0], built)))
+    if runtime.profile:
+        hooks.append(Profile())
+    return hooks
+
+
+def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built: Built) -> Callable[[Params], str]:
+    from slmjax.evals.generate import Sampler, generate
+
+    samples, tokenizer = runtime.samples, store.tokenizer()
+
+    def write(params: Params) -> str:
+        raise NotImplementedError
+
+    return write
+
+
+def _summary(experiment: Experiment, built: Built, stores: Sequence[TokenStore], peak: float, source: str) -> str:
+    """Two lines on what is about to happen."""
+    mesh = ", ".join(f"{name}={n}" for name, n in built.program.mesh.shape.items())
+    tokens = experiment.steps * experiment.data.batch * experiment.data.length
+    known = sum(store.count("train", "tokens") for store in stores)
+    parameters, seen, ceiling = (si(x).strip() for x in (parameter_count(experiment.model), tokens, peak))
+    return (
+        f"{parameters} parameters; {experiment.steps} steps of {experiment.data.batch} x {experiment.data.length}: "
+        f"{seen} tokens, {tokens / known:.2f} epochs of {', '.join(store.name for store in stores)}; "
+        f"{jax.device_count()} {jax.devices()[0].platform} ({mesh}), {built.compute.dtype}, "
+        f"matmul ceiling {ceiling}FLOP/s ({source})"
+    )
+
+
+def _copy_tokenizer(store: TokenStore, folder: Path) -> None:
+    """The run can be evaluated, sampled and exported without its data."""
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(store.tokenizer_path / name, folder / name)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _next_steps(folder: Path) -> str:
+    return f"""next:
+  slmjax eval {folder}
+  slmjax generate {folder} --prompt "Once upon a time"
+  slmjax export {folder} --format hf --out {folder}/hf
+curves: {folder}/report.html"""

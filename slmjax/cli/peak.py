@@ -1,0 +1,46 @@
+"""The matmul ceiling that model-FLOPs utilisation is a fraction of: published for accelerators, measured on a CPU."""
+
+from __future__ import annotations
+
+import time
+
+PUBLISHED = {  # device kind (lower case, contained) -> dense bf16 FLOP/s of one device, from its maker's data sheet
+    "h200": 989e12,
+    "h100": 989e12,
+    "a100": 312e12,
+    "l40s": 362e12,
+    "l4": 121e12,
+    "a10g": 70e12,
+    "v100": 125e12,
+    "tpu v6": 918e12,
+    "tpu v5p": 459e12,
+    "tpu v5": 197e12,
+    "tpu v4": 275e12,
+}
+
+
+def peak_flops(dtype: str, seconds: float = 0.3) -> tuple[float, str]:
+    """FLOP/s of all devices together, and where the figure is from: `published` or `measured`."""
+    import jax
+
+    kind = jax.devices()[0].device_kind.lower()
+    for name, flops in PUBLISHED.items():
+        if name in kind:
+            return flops * jax.device_count(), "published"
+    return measured_flops(dtype, seconds), "measured"
+
+
+def measured_flops(dtype: str, seconds: float, size: int = 1024) -> float:
+    """FLOP/s of square matrix products, the best of as many as fit into `seconds`; simulated devices share the cores."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best, end = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

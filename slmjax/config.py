@@ -1,0 +1,174 @@
+"""Experiment: what is computed. Runtime: where. Both are frozen dataclasses, written to a run's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from slmjax.data.spec import Data
+from slmjax.errors import UserError
+from slmjax.models.decoder import Decoder
+from slmjax.nn.compute import Compute
+from slmjax.objectives import NextToken, ObjectiveSpec
+from slmjax.optim.recipes import AdamW, Recipe
+from slmjax.optim.schedules import Schedule
+from slmjax.serialise import to_json
+from slmjax.train.checkpoint import Checkpoints
+from slmjax.train.guard import Guard, Skip
+from slmjax.train.sharding import Mesh
+from slmjax.views import Identity, View
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The validation loss while training, on the same batches each time."""
+
+    every: int = 250
+    """Steps between evaluations; the last step is always evaluated; 0 evaluates nothing"""
+    batches: int = 16
+    """Batches an evaluation"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Text written by the model while it trains."""
+
+    every: int = 0
+    """Steps between samples; 0 writes none"""
+    prompts: tuple[str, ...] = ("The",)
+    tokens: int = 40
+    """New tokens a prompt"""
+    temperature: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides which numbers come out. Its fingerprint is the run's identity."""
+
+    name: str
+    """For people: run names, the model card"""
+    model: Decoder
+    data: Data
+    schedule: Schedule
+    steps: int
+    """Optimizer updates"""
+    objective: ObjectiveSpec = field(default_factory=NextToken)
+    optimizer: Recipe = field(default_factory=AdamW)
+    view: View = field(default_factory=Identity)
+    guard: Guard = field(default_factory=Skip)
+    """What is done about NaN and loss spikes"""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    accumulate: int = 1
+    """Micro-batches a step: divides the memory of activations, changes no gradient"""
+    seed: int = 0
+    """Of the parameters and the steps' randomness; the order of the data has `data.seed`"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.data.length > self.model.context:
+            raise UserError(
+                f"data.length is {self.data.length}, longer than model.context {self.model.context}; "
+                "shorten the sequences or raise model.context"
+            )
+        if self.data.batch % self.accumulate:
+            raise UserError(
+                f"accumulate is {self.accumulate}, which does not divide data.batch {self.data.batch}; "
+                "choose a divisor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Where a run is recorded besides its folder."""
+
+    wandb: typing.Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline"""
+    project: str = "slmjax"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    artifacts: bool = False
+    """Upload checkpoints and exports as W&B artifacts"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how an experiment runs. Changing it changes no result beyond rounding."""
+
+    workdir: str = ""
+    """The run folder; default: runs/ and the experiment's name"""
+    data_dir: str = "runs/data"
+    """Where token stores of recipes are built, once"""
+    compute: Compute | None = None
+    """Precision and kernels; None: the fastest known ones of this platform"""
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    tracking: Tracking = field(default_factory=Tracking)
+    samples: Samples = field(default_factory=Samples)
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl"""
+    profile: bool = False
+    """Write a trace of a few steps to RUN/profile (for TensorBoard or Perfetto)"""
+    overwrite_changed: bool = False
+    """Continue a run although its experiment has changed; what differs is written to its ledger"""
+
+
+def identity(experiment: Experiment, stores: Sequence[str]) -> dict[str, Any]:
+    """What decides the numbers, as JSON: the experiment without its name, with what its data are (the fingerprints of
+    its token stores, those of training first) in place of where they lie."""
+    data = {k: v for k, v in to_json(experiment).items() if k != "name"}
+    parts = [*data["data"]["train"], *data["data"]["validation"]]
+    for part in parts:
+        del part["source"]
+    return {**data, "stores": list(stores)}
+
+
+def override(value: T, path: str, new: Any) -> T:
+    """A copy of a nest of frozen dataclasses and tuples with one field replaced.
+
+    Example: `override(base(), "schedule.peak_lr", 3e-3)`, `override(base(), "model.pattern.0.mixer.heads", 8)`.
+
+    Raises:
+        UserError: no such field (with the nearest name), or a value of the wrong type.
+    """
+    return _override(value, path.split("."), new, path)
+
+
+def _override(value: Any, keys: list[str], new: Any, path: str) -> Any:
+    key, *rest = keys
+    if isinstance(value, tuple):
+        if not key.isdigit() or int(key) >= len(value):
+            raise UserError(f"{path}: {key!r} is not an index below {len(value)}")
+        i = int(key)
+        inner = _override(value[i], rest, new, path) if rest else new
+        return (*value[:i], inner, *value[i + 1 :])
+    if not dataclasses.is_dataclass(value):
+        raise UserError(f"{path}: {key!r} goes into a {type(value).__name__}, which has no fields")
+    names = [f.name for f in dataclasses.fields(value) if f.init]
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(names)}"
+        raise UserError(f"{path}: {type(value).__name__} has no field {key!r}; {hint}")
+    if rest:
+        inner = _override(getattr(value, key), rest, new, path)
+    else:
+        inner = _checked(new, typing.get_type_hints(type(value))[key], path)
+    return dataclasses.replace(value, **{key: inner})  # type: ignore[type-var]
+
+
+def _checked(new: Any, hint: Any, path: str) -> Any:
+    from typeguard import TypeCheckError, check_type
+
+    try:
+        return check_type(new, hint)
+    except TypeCheckError:
+        expected = getattr(hint, "__name__", str(hint))
+        raise UserError(f"{path}: {new!r} is a {type(new).__name__}; expected {expected}") from None
