@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,9 @@ class Checkpointer:
             self.manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(list(_preserved(self.policy))),
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                        list(_preserved(self.folder, self.policy))
+                    ),
                     cleanup_tmp_directories=True,
                     temporary_path_class=_Checksummed,
                 ),
@@ -111,17 +113,15 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     train=ocp.args.StandardSave(_train(state)),
-                    extra=ocp.args.JsonSave(extra),
+                    extra=ocp.args.JsonSave({**extra, "metrics": dict(metrics)}),
                 ),
-                metrics={self.policy.best: metrics[self.policy.best]} if self.policy.best in metrics else None,
             )
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether these metrics beat every checkpoint by `policy.best`."""
         if self.policy.best not in metrics:
             return False
-        known = (self.manager.metrics(step) for step in self.manager.all_steps())
-        return all(metrics[self.policy.best] < m[self.policy.best] for m in known if m and self.policy.best in m)
+        return all(metrics[self.policy.best] < _score(self.folder, s, self.policy.best) for s in steps(self.folder))
 
     def check(self) -> None:
         """Raises StorageError if a save in the background has failed."""
@@ -248,14 +248,29 @@ def _set_aside(folder: Path, step: int) -> str:
     return name
 
 
-def _preserved(policy: Checkpoints) -> Iterator[Any]:
+def _score(folder: Path, step: int, metric: str) -> float:
+    """A metric as a checkpoint on disk holds it (one in flight does not yet), infinite if it does not."""
+    return extra(folder, step).get("metrics", {}).get(metric, float("inf"))
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The checkpoint with the least metric. Orbax's own forgets the metrics when a run is resumed."""
+
+    folder: Path
+    metric: str
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        scores = [_score(self.folder, c.step, self.metric) for c in checkpoints]
+        return [score == min(scores) < float("inf") for score in scores]
+
+
+def _preserved(folder: Path, policy: Checkpoints) -> Iterator[Any]:
     yield checkpoint_managers.LatestN(max(policy.keep_last, 1))
     if policy.keep_every:
         yield checkpoint_managers.EveryNSteps(policy.keep_every)
     if policy.best:
-        yield checkpoint_managers.BestN(
-            get_metric_fn=lambda m: -m[policy.best], n=1, keep_checkpoints_without_metrics=False
-        )
+        yield _Best(folder, policy.best)
 
 
 @contextlib.contextmanager

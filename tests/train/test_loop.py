@@ -1,0 +1,233 @@
+"""The loop: resuming, signals, hooks, rows. Everything that a row holds but the clock's is repeated bit for bit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train import toy
+
+from slmjax.errors import Preempted
+from slmjax.train import loop
+from slmjax.train.checkpoint import Checkpoints, extra, steps
+from slmjax.train.guard import Rollback, Skip
+from slmjax.train.hooks import Evaluate, Profile, Sample
+from slmjax.train.signals import Interrupted, Signals
+
+
+def train(workdir, *, data=None, last=12, every=5, guard=Skip(), say=print, **more):  # noqa: B008
+    tracker = toy.Tracker()
+    state = loop.train(
+        toy.program(guard=guard), data=data or toy.Data(), steps=last, workdir=workdir, tracker=tracker, guard=guard,
+        checkpoints=Checkpoints(**{"every": every} | more.pop("policy", {})), say=say, **more,
+    )  # fmt: skip
+    return state, tracker
+
+
+def kept(rows):
+    """What must not depend on when or where a run was interrupted. NaN equals NaN."""
+    return {s: {k: repr(x) for k, x in row.items() if k not in loop.CLOCK} for s, row in rows.items()}
+
+
+def at_batch(index, action):
+    def on_next(i):
+        if i == index:
+            action()
+
+    return on_next
+
+
+def stop(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+class Killed(BaseException):
+    pass
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("guard", [Skip(), Rollback(window=4)])
+def test_an_interrupted_run_repeats_the_one_that_was_not(tmp_path, guard):
+    """Ended without warning at three places, then told to stop, with a NaN on the way: all rows and the final state
+    are those of a run that was left alone."""
+    whole, expected = train(tmp_path / "whole", data=toy.Data(nan=(7,)), last=20, guard=guard)
+    rows = {}
+    for moment, action, error in [
+        (0, die, Killed),
+        (3, die, Killed),
+        (8, die, Killed),
+        (13, stop(signal.SIGTERM), Preempted),
+        (99, die, None),
+    ]:
+        data = toy.Data(nan=(7,), on_next=at_batch(moment, action))
+        tracker = toy.Tracker()
+        tracker.rows = rows
+        arguments = {
+            "data": data, "steps": 20, "workdir": tmp_path / "cut", "tracker": tracker, "guard": guard,
+            "checkpoints": Checkpoints(every=5),
+        }  # fmt: skip
+        if error:
+            with pytest.raises(error):
+                loop.train(toy.program(guard=guard), **arguments)
+        else:
+            state = loop.train(toy.program(guard=guard), **arguments)
+        rows = tracker.rows
+    assert list(rows) == list(range(1, 21))
+    assert kept(rows) == kept(expected.rows)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"),
+    [(signal.SIGTERM, Preempted, 75), (signal.SIGUSR1, Preempted, 75), (signal.SIGINT, Interrupted, 130)],
+)
+def test_told_to_stop_it_saves_and_says_how_to_go_on(tmp_path, number, error, code):
+    before = signal.getsignal(number)
+    with pytest.raises(error, match=f"stopped by {number.name} after step (5|6), which is saved: run the same") as e:
+        train(tmp_path, data=toy.Data(on_next=at_batch(4, stop(number))), every=100, last=30)
+    assert e.value.code == code
+    assert signal.getsignal(number) is before
+    (step,) = steps(tmp_path / "checkpoints")
+    assert extra(tmp_path / "checkpoints")["data"]["next"] == step
+    said = []
+    _, tracker = train(tmp_path, last=8, say=said.append)
+    assert said == [f"resumed after step {step} of 8"]
+    assert list(tracker.rows) == list(range(step + 1, 9))
+
+
+def test_the_status_of_each_ending(tmp_path):
+    tracker = toy.Tracker()
+    arguments = {"steps": 3, "tracker": tracker, "guard": Skip(), "checkpoints": Checkpoints()}
+    with pytest.raises(Killed):
+        loop.train(toy.program(), data=toy.Data(on_next=at_batch(1, die)), workdir=tmp_path, **arguments)
+    assert tracker.status == "failed"
+    assert train(tmp_path / "a", last=2)[1].status == "complete"
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    code = (
+        "import os, signal, time\nfrom slmjax.train.signals import Signals\n"
+        "with Signals() as s:\n    os.kill(os.getpid(), signal.SIGINT)\n    print(s.received.name, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "SIGINT\n"
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    import threading
+
+    before, entered = signal.getsignal(signal.SIGTERM), []
+
+    def enter():
+        with Signals():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [before]
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    state, _ = train(tmp_path, last=4)
+    again, tracker = train(tmp_path, last=4)
+    assert tracker.rows == {}
+    assert tracker.status == "complete"
+    assert int(again.step) == int(state.step) == 4
+
+
+def test_saves_by_the_clock(tmp_path):
+    data = toy.Data(on_next=lambda i: time.sleep(0.3) if i == 4 else None)
+    train(tmp_path, data=data, every=0, last=9, policy={"seconds": 0.25, "keep_last": 9})
+    found = steps(tmp_path / "checkpoints")
+    assert found[-1] == 9
+    assert set(found) & {5, 6}
+
+
+def test_the_best_is_saved_wherever_it_falls(tmp_path):
+    """Evaluations at 2, 4, ...; saves at 10 only, and where the loss is the best so far."""
+
+    class Fixed(Evaluate):
+        def __call__(self, at):
+            return {"validation/loss": {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.6, 10: 2.7}[at.step]}
+
+    hooks = (Fixed(every=2, batches=list),)
+    train(tmp_path, last=10, every=10, hooks=hooks, policy={"best": "validation/loss", "keep_last": 1})
+    assert steps(tmp_path / "checkpoints") == [4, 10]
+
+
+def test_a_row_holds_what_it_says(tmp_path):
+    _, tracker = train(tmp_path, last=3, speed=loop.Speed(flops_per_token=10.0, peak_flops=1e6))
+    row = tracker.rows[3]
+    assert row["tokens"] == 3 * toy.B * toy.T
+    assert row["epoch"] == 0.3
+    assert row["batch"] == loop.batch_hash(toy.batch(2)) < 2**48
+    assert row["tokens_per_second"] == pytest.approx(toy.B * toy.T / row["step_seconds"])
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 10 / 1e6)
+    assert row["memory_bytes"] > 1e7
+    assert row["weight"] == toy.batch(2).weights.sum()
+    assert all(isinstance(x, float) for x in row.values())
+    assert {r["batch"] for r in tracker.rows.values()} == {loop.batch_hash(toy.batch(i)) for i in range(3)}
+
+
+def test_rows_may_be_thinned(tmp_path):
+    hook = Evaluate(every=5, batches=lambda: [toy.batch(100)])
+    _, tracker = train(tmp_path, last=11, log_every=4, hooks=(hook,))
+    assert list(tracker.rows) == [4, 5, 8, 10, 11]
+
+
+def test_evaluation_is_the_mean_over_all_tokens(tmp_path):
+    batches = [toy.batch(100 + i) for i in range(3)]
+    batches[1].weights[:] = 0.0
+    hook = Evaluate(every=4, batches=lambda: batches)
+    state, tracker = train(tmp_path, last=6, hooks=(hook,))
+    assert [s for s, row in tracker.rows.items() if "validation/loss" in row] == [4, 6]
+    large = jax.tree.map(lambda *x: np.concatenate(x), *batches)
+    expected, _ = toy.loss(jax.device_get(state.view), (), large, None)  # the view evaluates its average
+    np.testing.assert_allclose(tracker.rows[6]["validation/loss"], expected, rtol=1e-5)
+    assert tracker.rows[6]["validation/weight"] == large.weights.sum()
+    assert tracker.rows[6]["validation/perplexity"] == math.exp(tracker.rows[6]["validation/loss"])
+
+
+def test_evaluation_changes_nothing(tmp_path):
+    hook = Evaluate(every=2, batches=lambda: [toy.batch(100)])
+    a, _ = train(tmp_path / "a", last=6)
+    b, _ = train(tmp_path / "b", last=6, hooks=(hook,))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_samples_are_written(tmp_path):
+    hook = Sample(every=2, generate=lambda params: f"norm {float(jnp.square(params['embed']['table']).sum()) > 0}")
+    said = []
+    train(tmp_path, last=3, hooks=(hook,), say=said.append)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-2.txt", "step-3.txt"]
+    assert said == ["sample after step 2: norm True", "sample after step 3: norm True"]
+
+
+def test_a_trace_is_written(tmp_path):
+    said = []
+    train(tmp_path, last=6, hooks=(Profile(start=2, steps=2),), say=said.append)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert said == [f"the trace of steps 3 to 4 is in {tmp_path / 'profile'}"]
+
+
+def test_the_final_checkpoint_is_an_artifact(tmp_path):
+    _, tracker = train(tmp_path, last=3)
+    ((path, kind, metadata),) = tracker.artifacts
+    assert (path, kind, metadata) == (tmp_path / "checkpoints" / "3", "checkpoint", {"step": 3})
+    assert json.loads((Path(path) / "extra" / "metadata").read_text())["tracker"] == {"id": "toy"}
