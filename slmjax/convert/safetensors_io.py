@@ -57,7 +57,7 @@ def write(
 
     for key, tensor in tensors:
         # the library writes the memory as it lies: a transposed view would be stored untransposed
-        x = np.ascontiguousarray(tensor, dtype=DTYPES[dtype])
+        x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
         if not np.isfinite(x).all():
             raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
         if shard and size + x.nbytes > shard_bytes:
@@ -66,7 +66,11 @@ def write(
         size += x.nbytes
     flush()
 
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     for i, name in enumerate(names):
         (folder / f"shard-{i}.part").rename(folder / name)
     written = [folder / name for name in names]
@@ -78,6 +82,11 @@ def write(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         written.append(folder / INDEX)
     return written
+
+
+def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is refused as Inf, by name
+        return x.astype(dtype, copy=False)
 
 
 class Tensors(Mapping[str, np.ndarray]):

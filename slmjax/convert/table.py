@@ -154,10 +154,12 @@ def _expand(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
     if "{}" not in row.theirs:
         yield _entry(row, shapes, row.theirs, None)
         return
-    numbered = [path.split("/")[1].isdigit() for path in paths]
-    blocks = len({p.split("/")[1] for p in shapes if p.startswith("layers/")}) if all(numbered) else 1
-    index = int(paths[0].split("/")[1]) if all(numbered) else 0
-    for repeat in range(shapes[paths[0]][0]):
+    first = next(iter(paths))
+    block = first.split("/")[1]
+    numbered = block.isdigit()
+    blocks = len({path.split("/")[1] for path in shapes if path.startswith("layers/")}) if numbered else 1
+    index = int(block) if numbered else 0
+    for repeat in range(shapes[first][0]):
         yield _entry(row, shapes, row.theirs.format(repeat * blocks + index), repeat)
 
 

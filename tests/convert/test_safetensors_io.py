@@ -78,7 +78,9 @@ near_tensors = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(0, 40), min_size=2, max_size=2),
     }
 )
-headers = json_values | st.dictionaries(st.sampled_from(["a", "b", "../c", "__metadata__", ""]), near_tensors, max_size=3)
+headers = json_values | st.dictionaries(
+    st.sampled_from(["a", "b", "../c", "__metadata__", ""]), near_tensors, max_size=3
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -89,8 +91,7 @@ def test_any_header_is_read_whole_or_refused(tmp_path, header, data, length):
     try:
         tensors = Tensors(tmp_path)
         arrays = {key: tensors[key] for key in tensors}
-    except StorageError as error:
-        assert "\n" not in str(error)
+    except StorageError:
         return
     assert set(arrays) == set(header) - {"__metadata__"}
     for key, x in arrays.items():
@@ -129,7 +130,10 @@ def test_shards_hold_everything_once(tmp_path, dtype, shard_bytes):
         width = 4 if dtype == "float32" else 2
         assert index["metadata"]["total_size"] == width * sum(x.size for x in ARRAYS.values())
         assert set(index["weight_map"]) == set(ARRAYS)
-        sizes = [sum(x.nbytes for x in map(open_checked(tmp_path / s).get_tensor, open_checked(tmp_path / s).keys())) for s in shards]
+        sizes = [
+            sum(x.nbytes for x in map(open_checked(tmp_path / s).get_tensor, open_checked(tmp_path / s).keys()))
+            for s in shards
+        ]
         assert len(shards) == len(ARRAYS) if shard_bytes == 1 else max(sizes) <= shard_bytes
     tensors = Tensors(tmp_path)
     assert set(tensors) == set(ARRAYS)
@@ -166,10 +170,10 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
     shard = tmp_path / "model-00001-of-00002.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(StorageError, match="model-00001-of-00002.safetensors is no valid safetensors file"):
+    with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors is no valid safetensors file"):
         Tensors(tmp_path)
     shard.unlink()
-    with pytest.raises(StorageError, match="model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors is missing"):
         Tensors(tmp_path)
 
 

@@ -89,7 +89,10 @@ def test_a_pattern_of_blocks_counts_layers_across_blocks():
         (ROWS[:-1], "no row covers final_norm/scale"),
         ((*ROWS, ROWS[0]), "embed/table is covered by 2 rows"),
         ((*ROWS, Row("layers/attn/v", "x.{}", "d -> d")), "layers/attn/v is no parameter"),
-        ((*ROWS[:-1], Row("final_norm/scale", "base.wte.weight", "d -> d")), "several rows write the key base.wte.weight"),
+        (
+            (*ROWS[:-1], Row("final_norm/scale", "base.wte.weight", "d -> d")),
+            "several rows write the key base.wte.weight",
+        ),
         ((*ROWS[:-1], Row("final_norm/scale", "base.ln.weight", "d e -> d e")), "does not fit final_norm/scale"),
         ((*ROWS[:3], ROWS[3]._replace(split=None), ROWS[4]), "names no `split` axis"),
     ],
@@ -109,7 +112,9 @@ def test_missing_misshapen_unexpected_and_integer_tensors_are_named():
 
     refused({"base.h.1.q.weight": None}, r"tensor base.h.1.q.weight of shape \[8, 6\] is missing$")
     refused({"base.h.1.q.weight": None, "base.ln.weight": None}, "missing and 1 more")
-    refused({"base.h.2.o.weight": np.zeros((6, 9), np.float32)}, r"base.h.2.o.weight has shape \[6, 9\]; expected \[6, 8\]")
+    refused(
+        {"base.h.2.o.weight": np.zeros((6, 9), np.float32)}, r"base.h.2.o.weight has shape \[6, 9\]; expected \[6, 8\]"
+    )
     refused({"base.h.3.q.weight": theirs["base.h.2.q.weight"]}, "'base.h.3.q.weight' has no place")
     refused({"base.ln.weight": np.zeros(6, np.int8)}, "base.ln.weight is int8; expected float32")
     refused({"lm_head.weight": np.zeros((11, 6), np.float32)}, "'lm_head.weight' has no place")

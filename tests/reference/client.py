@@ -70,19 +70,21 @@ class Reference:
     ) -> np.ndarray:
         """Greedy continuation [B, new_tokens]."""
         mask = np.ones_like(tokens) if mask is None else mask
-        answer = self._call("generate", folder=folder, tensors=self._save(tokens=tokens, mask=mask), new_tokens=new_tokens)
+        answer = self._call(
+            "generate", folder=folder, tensors=self._save(tokens=tokens, mask=mask), new_tokens=new_tokens
+        )
         return np.array(answer["tokens"])
 
     def saved_keys(self, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
         """{key: shape} of what save_pretrained writes for the config.json in the folder."""
         return {k: tuple(v) for k, v in self._call("saved_keys", folder=folder)["shapes"].items()}
 
-    def step(
+    def train(
         self, folder: pathlib.Path, arrays: Mapping[str, np.ndarray], **options: Any
-    ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(loss and gradient norm, gradients by key, parameters after AdamW by key). See worker.step."""
+    ) -> tuple[dict[str, list[float]], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(losses and gradient norms, first gradients by key, parameters after AdamW by key). See worker.train."""
         out = self._path()
-        scalars = self._call("step", folder=folder, tensors=self._save(**arrays), out=out, **options)
+        scalars = self._call("train", folder=folder, tensors=self._save(**arrays), out=out, **options)
         loaded = load_file(out)
         part = lambda name: {k.removeprefix(name): v for k, v in loaded.items() if k.startswith(name)}  # noqa: E731
         return scalars, part("grad/"), part("param/")

@@ -40,9 +40,12 @@ def make(folder, config, seed, dtype="float32"):
             if p.ndim == 1:
                 p.copy_(("bias" not in name) + 0.3 * torch.randn_like(p))
             else:
-                # torch stores Linear as [out, in], GPT-2's Conv1D as [in, out]; 4 times the usual 0.02 for tables
+                # torch stores Linear as [out, in], GPT-2's Conv1D as [in, out];
                 fan_in = p.shape[0] if "c_" in name else p.shape[1]
-                p.copy_(torch.randn_like(p) * (0.5 if "emb" in name or "wte" in name or "wpe" in name else 1.2 / fan_in**0.5))
+                p.copy_(
+                    torch.randn_like(p)
+                    * (0.5 if "emb" in name or "wte" in name or "wpe" in name else 1.2 / fan_in**0.5)
+                )
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return {}
 
@@ -89,34 +92,40 @@ def saved_keys(folder):
         return {"shapes": {k: list(v.shape) for k, v in load_file(f"{d}/model.safetensors").items()}}
 
 
-def step(folder, tensors, out, lr, betas, eps, weight_decay, clip_norm, no_decay=()):
-    """One AdamW step on the weighted mean of the cross-entropy; parameters whose name ends so are not decayed.
+def train(folder, tensors, out, steps, lr, betas, eps, weight_decay, clip_norm, no_decay=()):
+    """AdamW steps on the weighted mean of the cross-entropy; parameters whose name ends so are not decayed.
 
     tensors: tokens, targets, positions, weights [B, T], attend [B, T, T] (1 where i sees j).
-    Writes grad/KEY before clipping and param/KEY after the update.
+    Writes grad/KEY of the first step before clipping, and param/KEY after the last.
     """
     model, _ = load(folder)
     x = load_file(tensors)
     # additive mask: isolation of documents is spelled out here, independent of ours
     bias = torch.where(x["attend"][:, None] > 0, 0.0, torch.finfo(torch.float32).min)
-    scores = model(
-        input_ids=x["tokens"].long(), attention_mask=bias, position_ids=x["positions"].long(), use_cache=False
-    ).logits
-    nll = F.cross_entropy(scores.flatten(0, 1), x["targets"].long().flatten(), reduction="none")
-    loss = (nll * x["weights"].flatten()).sum() / x["weights"].sum()
-    loss.backward()
     named = dict(model.named_parameters())
-    result = {f"grad/{k}": p.grad.clone() for k, p in named.items()}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     skip = {k for k in named if k.endswith(tuple(no_decay))} if no_decay else set()
     groups = [
         {"params": [p for k, p in named.items() if k not in skip], "weight_decay": weight_decay},
         {"params": [p for k, p in named.items() if k in skip], "weight_decay": 0.0},
     ]
-    torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps).step()
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps)
+    result, losses, norms = {}, [], []
+    for i in range(steps):
+        optimizer.zero_grad()
+        scores = model(
+            input_ids=x["tokens"].long(), attention_mask=bias, position_ids=x["positions"].long(), use_cache=False
+        ).logits
+        nll = F.cross_entropy(scores.flatten(0, 1), x["targets"].long().flatten(), reduction="none")
+        loss = (nll * x["weights"].flatten()).sum() / x["weights"].sum()
+        loss.backward()
+        if i == 0:
+            result |= {f"grad/{k}": p.grad.clone() for k, p in named.items()}
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item())
+        optimizer.step()
     result |= {f"param/{k}": p.detach().clone() for k, p in named.items()}
     save_file(result, out)
-    return {"loss": loss.item(), "grad_norm": norm.item()}
+    return {"loss": losses, "grad_norm": norms}
 
 
 def tokenize(folder, texts):
@@ -132,7 +141,7 @@ def tokenize(folder, texts):
     }
 
 
-CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, step, tokenize)}
+CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, train, tokenize)}
 
 for line in sys.stdin:
     request = json.loads(line)

@@ -1,0 +1,103 @@
+"""`export_hf`: write, read back, compare, and only then give the folder its name."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from slmjax import __version__
+from slmjax.convert import gate
+from slmjax.convert.card import Facts, render
+from slmjax.convert.folder import MARK, Rejected, publish
+from slmjax.convert.hf import family_of, import_hf, write_hf
+from slmjax.convert.safetensors_io import SHARD_BYTES
+from slmjax.convert.tokenizer_files import PROBES
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.models.decoder import Decoder
+from slmjax.models.flops import parameter_count
+from slmjax.types import Params
+
+TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want
+of a wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this
+truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful property of
+some one or other of their daughters."""  # Jane Austen, Pride and Prejudice, 1813; public domain
+
+
+class Exported(NamedTuple):
+    """What an export did."""
+
+    folder: pathlib.Path
+    checks: list[gate.Check]
+
+
+def export_hf(
+    decoder: Decoder,
+    params: Params,
+    out: pathlib.Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: Tokenizer | None = None,
+    facts: Facts | None = None,
+    tokens: np.ndarray | None = None,
+    overwrite: bool = False,
+    reference_python: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Writes a Hugging Face folder whose logits have been compared with the model's.
+
+    The folder appears under its name only when every check has passed. It holds slmjax_export.json with the checks.
+
+    Args:
+        params: float32 parameters as evaluation uses them.
+        dtype: of the weights in the file: "float32" or "bfloat16".
+        facts: for the model card; the model's own sizes are filled in here.
+        tokens: int [B, T] to compare logits on, B >= 2; by default a passage of text, or random without a tokenizer.
+        overwrite: replace a folder that an earlier export wrote.
+        reference_python: a Python with torch and transformers; see `gate.find_python`.
+        shard_bytes: most bytes of weights in a file.
+
+    Raises:
+        UserError: no class of transformers fits, `out` may not be written, or a parameter is not finite.
+        Rejected: a check failed; the folder is kept under a name ending in `.failed`.
+        StorageError: the disk is full or not writable; `out` is as it was.
+    """
+    family = family_of(decoder)
+    python = gate.find_python(reference_python)
+    probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens, decoder.context)
+    facts = facts or Facts(name=out.name, family="", parameters=0, context=0, vocab=0, dtype="")
+    facts = replace(
+        facts,
+        family=family.name,
+        parameters=parameter_count(decoder),
+        context=decoder.context,
+        vocab=decoder.vocab,
+        dtype=dtype,
+        tokenizer=tokenizer is not None,
+        version=__version__,
+    )
+    with publish(out, overwrite=overwrite) as folder:
+        write_hf(folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes)
+        (folder / "README.md").write_text(render(facts), "utf-8")
+        try:
+            imported = import_hf(folder)
+        except Exception as e:
+            raise Rejected(f"the export cannot be read back: {e}") from e
+        checks = gate.check_reload(decoder, params, imported, dtype, probe)
+        checks += gate.check_stock(imported, folder, python, probe, tokenizer)
+        record = {"slmjax": __version__, "dtype": dtype, "checks": [check.json() for check in checks]}
+        (folder / MARK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        gate.demand(checks)
+    return Exported(out, checks)
+
+
+def probe_tokens(tokenizer: Tokenizer | None, vocab: int) -> np.ndarray:
+    """int32 [2, T]: a passage of prose, and text that is hard to encode. Random ids where there is no tokenizer."""
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, vocab, (2, 64), dtype=np.int32)
+    rows = [tokenizer.encode(text, bos=True) for text in (TEXT, " ".join(PROBES) + TEXT)]
+    length = min(map(len, rows))
+    return np.array([row[:length] for row in rows], np.int32)

@@ -1,0 +1,267 @@
+"""The gate behind an export: what was written is read back, by us and by stock transformers, and has to agree."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from slmjax.convert.folder import Rejected
+from slmjax.convert.hf import Imported
+from slmjax.convert.tokenizer_files import PROBES
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import UserError
+from slmjax.models.decoder import Decoder
+from slmjax.nn.compute import Compute
+from slmjax.nn.layer import Initial
+from slmjax.tree import flatten
+from slmjax.types import Model, Params
+
+TOLERANCE = 1e-5
+"""Of max(1, max|x|). Two float32 programs of the same maths differ by at most 2e-6 of it on small models."""
+ENVIRONMENT = "SLMJAX_REFERENCE_PYTHON"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the gate's table."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool | None
+    """None: could not be run here"""
+
+    def json(self) -> dict[str, Any]:
+        """For slmjax_export.json."""
+        return asdict(self)
+
+
+class Forward(NamedTuple):
+    """What a model computes for tokens [B, T], as numpy."""
+
+    logits: np.ndarray  # [B, T, V]
+    stages: np.ndarray  # [L + 1, B, T, D]: what each block reads, then what the unembedding reads
+
+
+class Probe(NamedTuple):
+    """Sequences to compare on. Rows may be padded on the left."""
+
+    tokens: np.ndarray  # int32 [B, T]
+    mask: np.ndarray  # int32 [B, T]: 0 at padding
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[B, T]: counts the tokens that are not padding."""
+        return np.maximum(np.cumsum(self.mask, axis=1) - 1, 0).astype(np.int32)
+
+
+def make_probe(tokens: np.ndarray, context: int, length: int = 64) -> Probe:
+    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on the left by a third."""
+    tokens = np.ascontiguousarray(tokens[:, : min(length, context)], dtype=np.int32)
+    mask = np.ones_like(tokens)
+    if len(tokens) > 1:
+        mask[1, : tokens.shape[1] // 3] = 0
+    return Probe(tokens, mask)
+
+
+def forward(decoder: Decoder, params: Params, probe: Probe) -> Forward:
+    """Logits and the input of each stage, in float32 throughout."""
+    run = _program(replace(decoder, initial=Initial()))  # initial values do not matter: one program, compiled once
+    with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for float32
+        logits, stages = run(params, probe.tokens, probe.positions, probe.mask)
+    return Forward(np.asarray(logits), np.asarray(stages))
+
+
+@functools.lru_cache(maxsize=1)
+def _program(decoder: Decoder) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    model = decoder.build(Compute(dtype="float32"))
+
+    @jax.jit
+    def run(params: Any, tokens: Any, positions: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
+        out = model.apply(params, tokens, positions, segments, collect=True)
+        return model.unembed(params, out.hidden), jnp.concatenate([out.blocks[:-1], out.hidden[None]])
+
+    return run
+
+
+def greedy(model: Model, params: Params, prompts: Probe, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely continuation of prompts [P, T], padded on the left, with a key-value cache.
+
+    Returns:
+        int32 [P, N] tokens, and float32 [P, N]: by how much each one's logit beat the runner-up's.
+    """
+
+    @jax.jit
+    def run(params: Any, cache: Any, tokens: Any, positions: Any, segments: Any) -> tuple[Any, jax.Array, jax.Array]:
+        out = model.apply(params, tokens, positions, segments, cache=cache)
+        best, index = jax.lax.top_k(model.unembed(params, out.hidden[:, -1]), 2)
+        return out.cache, index[:, :1].astype(jnp.int32), best[:, 0] - best[:, 1]
+
+    rows, length = prompts.tokens.shape
+    cache = model.init_cache(rows, length + new_tokens)
+    lengths = prompts.mask.sum(axis=1, keepdims=True, dtype=np.int32)
+    tokens, positions, segments = prompts.tokens, prompts.positions, prompts.mask
+    found, margins = [], []
+    with jax.default_matmul_precision("highest"):
+        for i in range(new_tokens):
+            cache, tokens, margin = run(params, cache, tokens, positions, segments)
+            positions, segments = lengths + i, np.ones_like(lengths)
+            found.append(np.asarray(tokens[:, 0]))
+            margins.append(np.asarray(margin))
+    return np.stack(found, axis=1), np.stack(margins, axis=1)
+
+
+def compare(name: str, ours: Forward, other: Forward, probe: Probe) -> Check:
+    """Logits within the tolerance wherever there is no padding; if not, the first stage that drifts is named."""
+    real = probe.mask.astype(bool)
+    error, limit = _distance(ours.logits[real], other.logits[real])
+    found = f"max|Δ| {error:.1e}"
+    if not error <= limit:
+        found += f", {first_drift(ours, other, probe)}"
+    return Check(name=name, found=found, expected=f"≤ {limit:.1e}", passed=bool(error <= limit))
+
+
+def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
+    """Where two models begin to differ, in words."""
+    real = probe.mask.astype(bool)
+    last = len(ours.stages) - 1
+    for i, (a, b) in enumerate(zip(ours.stages, other.stages, strict=True)):
+        error, limit = _distance(a[real], b[real])
+        if not error <= limit:
+            place = "embedding" if i == 0 else f"block {i - 1}" if i < last else f"block {i - 1} or the final norm"
+            return f"drifts first in the {place} (max|Δ| {error:.1e})"
+    return "drifts only in the unembedding"
+
+
+def check_reload(decoder: Decoder, params: Params, imported: Imported, dtype: str, probe: Probe) -> list[Check]:
+    """The folder read back against the model in memory, whose parameters are rounded as the file's are."""
+    reference = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype).astype(jnp.float32)), params)
+    found, wanted = flatten(imported.params), flatten(reference)
+    differ = [path for path, x in wanted.items() if path not in found or not np.array_equal(found[path], x)]
+    named = f"{len(differ)} differ, first {differ[0]}" if differ else f"all {len(wanted)} identical"
+    same = Check(name=f"reload: parameters ({dtype})", found=named, expected="identical", passed=not differ)
+    ours, theirs = (forward(d, p, probe) for d, p in ((decoder, reference), (imported.decoder, imported.params)))
+    return [same, compare("reload: logits", ours, theirs, probe)]
+
+
+def find_python(given: str | None) -> str | None:
+    """The Python that has torch and transformers: as given, else $SLMJAX_REFERENCE_PYTHON, else this one if it has.
+
+    Raises:
+        UserError: the one given does not exist.
+    """
+    path = given or os.environ.get(ENVIRONMENT)
+    if path:
+        if not os.access(path, os.X_OK):
+            raise UserError(f"--reference-python {path} cannot be run; expected a Python with torch and transformers")
+        return path
+    have = all(_installed(name) for name in ("torch", "transformers"))
+    return sys.executable if have else None
+
+
+def check_stock(
+    imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
+) -> list[Check]:
+    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens, same tokenizer."""
+    if python is None:
+        hint = f"not run: give --reference-python or {ENVIRONMENT}"
+        return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
+    prompts = make_probe(probe.tokens, imported.decoder.context, length=max(1, min(9, probe.tokens.shape[1] // 2)))
+    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1])
+    texts = list(PROBES) if tokenizer else []
+    report, tensors = _run_stock(folder, python, probe, prompts, {"new_tokens": new_tokens, "texts": texts})
+
+    name = f"transformers {report['transformers']}"
+    bad = {k: report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
+    loads = Check(
+        name=f"{name}: {report['class']} loads it",
+        found="; ".join(f"{k} {v[0]} ({len(v)})" for k, v in bad.items()) or "nothing missing or unexpected",
+        expected="nothing missing or unexpected",
+        passed=not bad,
+    )
+    ours = forward(imported.decoder, imported.params, probe)
+    checks = [loads, compare(f"{name}: logits", ours, Forward(tensors["logits"], tensors["hidden"]), probe)]
+    checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
+    if tokenizer:
+        wanted = [tokenizer.encode(text, bos=True) for text in texts]
+        same = report["encoded"] == wanted and report["special"] == [tokenizer.bos_id, tokenizer.eos_id]
+        found = "identical" if same else f"{report['encoded'][0]}, BOS and EOS {report['special']}"
+        checks.append(Check(name=f"{name}: AutoTokenizer", found=found, expected="ids as in training", passed=same))
+    return checks
+
+
+def demand(checks: list[Check]) -> None:
+    """Raises Rejected naming the first check that failed."""
+    for check in checks:
+        if check.passed is False:
+            raise Rejected(f"the export failed its check: {check.name}: {check.found}; expected {check.expected}")
+
+
+def _compare_greedy(name: str, imported: Imported, prompts: Probe, theirs: np.ndarray, ours: Forward) -> Check:
+    model = imported.decoder.build(Compute(dtype="float32"))
+    tokens, margins = greedy(model, imported.params, prompts, theirs.shape[1])
+    expected = f"{len(theirs)} x {theirs.shape[1]} identical"
+    found, passed = expected, True
+    for row in np.flatnonzero((tokens != theirs).any(axis=1)):
+        at = int(np.argmax(tokens[row] != theirs[row]))
+        # rounding decides between two tokens that are equally likely: that is no error of the export
+        tie = bool(margins[row, at] <= 2 * _limit(ours.logits))
+        passed = passed and tie
+        found = f"prompt {row}: {at} identical, then {'a tie of' if tie else 'differ, margin'} {margins[row, at]:.1e}"
+    return Check(name=name, found=found, expected=expected, passed=passed)
+
+
+def _run_stock(
+    folder: pathlib.Path, python: str, probe: Probe, prompts: Probe, request: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    program = importlib.resources.files("slmjax.convert").joinpath("stock_transformers.py.txt")
+    arrays = {"tokens": probe.tokens, "mask": probe.mask, "positions": probe.positions}
+    arrays |= {"prompts": prompts.tokens, "prompts_mask": prompts.mask}
+    with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
+        asked, answered = pathlib.Path(tmp, "request.safetensors"), pathlib.Path(tmp, "answer.safetensors")
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, asked, {"request": json.dumps(request)})
+        command = [python, str(script), str(folder), str(asked), str(answered)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        lines = done.stderr.strip().splitlines()
+        if done.returncode and lines and "ModuleNotFoundError" in lines[-1]:
+            raise UserError(f"--reference-python {python}: {lines[-1]}; it needs torch and transformers")
+        if done.returncode:
+            raise Rejected(f"stock transformers failed on the export: {lines[-1] if lines else done.returncode}")
+        try:
+            with safe_open(answered, "numpy") as f:
+                return json.loads(f.metadata()["report"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise Rejected(f"stock transformers left no answer: {e}") from e
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """max|a - b| (NaN if either has one), and what is allowed."""
+    return float(np.abs(a - b).max()), _limit(a)
+
+
+def _limit(x: np.ndarray) -> float:
+    return TOLERANCE * max(1.0, float(np.abs(x).max()))
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # blocked by an entry in sys.modules
+        return False

@@ -1,0 +1,131 @@
+"""Hugging Face folders: config.json, safetensors and tokenizer files <-> a decoder and its parameters."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from slmjax.convert import table
+from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, write
+from slmjax.convert.tokenizer_files import write_tokenizer
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import StorageError, UserError
+from slmjax.models import FAMILIES
+from slmjax.models.decoder import Decoder
+from slmjax.models.table import Family
+from slmjax.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What a folder held."""
+
+    decoder: Decoder
+    params: Params
+    """float32, as numpy arrays"""
+    family: Family
+    tokenizer_path: pathlib.Path | None
+    """The folder, if it has a tokenizer.json"""
+    config: Mapping[str, Any]
+    """config.json as it is"""
+
+
+def family_of(decoder: Decoder) -> Family:
+    """The class of `transformers` that computes the same.
+
+    Raises:
+        UserError: there is none.
+    """
+    for family in FAMILIES:
+        if family.to_config(decoder) is not None:
+            return family
+    names = ", ".join(family.name for family in FAMILIES)
+    raise UserError(f"no class of transformers computes exactly what this model does; known are: {names}")
+
+
+def abstract(decoder: Decoder) -> Params:
+    """The parameter tree, its leaves jax.ShapeDtypeStruct."""
+    return jax.eval_shape(decoder.build().init, jax.random.key(0))
+
+
+def write_hf(
+    folder: pathlib.Path,
+    decoder: Decoder,
+    params: Params,
+    *,
+    dtype: str = "float32",
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
+
+    `export.export_hf` does that atomically and checks the result; this is the bare writing.
+
+    Raises:
+        UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
+        StorageError: the disk is full or not writable.
+    """
+    family = family_of(decoder)
+    # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is not None:
+        ids = write_tokenizer(folder, tokenizer, context=decoder.context, vocab=decoder.vocab)
+    tensors = table.to_theirs(family.rows(decoder), params)
+    write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
+    _write_json(folder / "config.json", {**(family.to_config(decoder) or {}), "dtype": dtype, **ids})
+    known = {name: i for name, i in ids.items() if i is not None}
+    _write_json(folder / "generation_config.json", known)
+
+
+def import_hf(folder: pathlib.Path) -> Imported:
+    """Reads a folder that `transformers`, or `export`, has saved. Runs no code from it.
+
+    Raises:
+        UserError: not a folder of a model, only a pickle, a model type or a field without counterpart.
+        StorageError: a file is missing, damaged, or does not fit the configuration.
+    """
+    config = read_config(folder)
+    families = {family.model_type: family for family in FAMILIES}
+    kind = config.get("model_type")
+    if kind not in families:
+        raise UserError(
+            f"{folder}/config.json: model_type = {kind!r} is not supported; there are {', '.join(families)}"
+        )
+    if config.get("quantization_config"):
+        raise UserError(f"{folder}/config.json: quantization_config: quantized weights cannot be imported")
+    family = families[kind]
+    decoder = family.from_config(config)
+    tensors = Tensors(folder)
+    try:
+        params = table.to_ours(family.rows(decoder), tensors, abstract(decoder))
+    except StorageError as e:
+        raise StorageError(f"{folder}: {e}") from e
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    return Imported(decoder=decoder, params=params, family=family, tokenizer_path=tokenizer, config=config)
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        UserError: it is missing or no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json; expected a folder written by save_pretrained or export")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file} is not valid JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
+    return config
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
