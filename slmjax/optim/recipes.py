@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,14 @@ def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
     return jax.tree.map(f, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def _by_path(axes: Any) -> dict[str, Axes]:
+    return tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _mask(paths: Mapping[str, Any], patterns: Sequence[str]) -> Any:
+    return tree.mask(tree.unflatten(dict.fromkeys(paths, False)), patterns)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """What all optimizers share."""
@@ -88,8 +96,7 @@ class Recipe(ABC):
         Raises:
             UserError: a pattern of `no_decay` matches no parameter.
         """
-        paths = tree.unflatten(dict.fromkeys(tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple)), False))
-        spared = tree.mask(paths, self.no_decay)
+        spared = _mask(_by_path(axes), self.no_decay)
         return jax.tree.map(lambda spare, a: not spare and matrix(a) is not None, spared, axes)
 
     def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
@@ -170,28 +177,25 @@ class Muon(Recipe):
     """Path patterns of matrices that AdamW takes nevertheless"""
 
     def direction(self, axes: Any) -> optax.GradientTransformation:
-        flat = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
-        given = tree.flatten(tree.mask(tree.unflatten(dict.fromkeys(flat, False)), self.not_muon))
-
-        def dimension_numbers(path: str, a: Axes) -> optax.contrib.MuonDimensionNumbers | None:
-            m = matrix(a)
-            if m is None or given[path] or any(name in EMBEDDING for name in a):
-                return None
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
-
-        return optax.contrib.muon(
+        flat = _by_path(axes)
+        spared = tree.flatten(_mask(flat, self.not_muon))
+        numbers = {
+            path: optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
+            for path, a in flat.items()
+            if (m := matrix(a)) and not spared[path] and not any(name in EMBEDDING for name in a)
+        }
+        muon = optax.contrib.muon(
             learning_rate=-1.0,  # optax descends; here only the direction is wanted
             beta=self.momentum,
             nesterov=self.nesterov,
             ns_steps=self.newton_schulz_steps,
             consistent_rms=self.rms,
-            adam_b1=self.adam_b1,
-            adam_b2=self.adam_b2,
-            eps=self.adam_eps,
-            muon_weight_dimension_numbers=tree.map_with_path(
-                dimension_numbers, axes, is_leaf=lambda x: isinstance(x, tuple)
-            ),
+            muon_weight_dimension_numbers=lambda params: tree.map_with_path(lambda path, _: numbers[path], params),
         )
+        # Its own Adam would use Nesterov's momentum too.
+        adam = optax.scale_by_adam(b1=self.adam_b1, b2=self.adam_b2, eps=self.adam_eps)
+        labels = tree.unflatten({path: "muon" if path in numbers else "adam" for path in flat})
+        return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slmjax.track.environment import cpu_name
 
@@ -31,6 +31,7 @@ WORLD_AVERAGE = 475.0
 """gCO2e a kWh, world average; International Energy Agency, Global Energy & CO2 Status Report 2019"""
 
 
+@runtime_checkable
 class Meter(Protocol):
     """One part of the machine."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slmjax.track.energy import Energy
 from slmjax.track.jsonl import Metrics
@@ -14,6 +14,7 @@ from slmjax.track.report import Report
 from slmjax.track.wandb_run import Mode, WandbRun
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What the training loop tells. All calls come from one thread of the first process."""
 

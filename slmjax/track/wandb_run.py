@@ -8,6 +8,7 @@ every chart uses as its axis: W&B drops rows below its own last step, and after 
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
 import queue
@@ -151,6 +152,8 @@ class WandbRun:
                 self._say(f"W&B does not finish ({_short(error)})")
 
     def _open(self) -> Any:
+        # W&B's reports on its own errors wait half a minute at exit for a server that does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,17 +170,35 @@ class WandbRun:
             save_code=False,
         )
         start = {**self._init, "dir": str(self.folder), "id": self.id, "config": self._config, "settings": settings}
-        try:
-            run = wandb.init(mode=self.mode, resume="allow" if self.mode == "online" else None, **start)
-        except Exception as error:
-            if self.mode == "offline":
-                raise
-            self._say(f"W&B cannot be reached ({_short(error)}); going on offline")
+        wandb.setup(settings)  # else it greets before `init` has read them
+        if self.mode == "online":
+            try:
+                return _defined(wandb.init(mode="online", resume="allow", **start))
+            except Exception as error:
+                self._say(f"W&B cannot be reached ({_short(error)}); going on offline")
             self.mode = "offline"
-            run = wandb.init(mode="offline", **start)
-        run.define_metric("global_step")
-        run.define_metric("*", step_metric="global_step")
-        return run
+            _stop_service()  # it holds the run id, and would go on trying
+            with contextlib.suppress(Exception, SystemExit):  # its connection is lost, as it should be
+                wandb.teardown()
+            wandb.setup(settings)
+        return _defined(wandb.init(mode="offline", **start))
+
+
+def _defined(run: Any) -> Any:
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def _stop_service() -> None:
+    """Ends this process's own W&B service, which waits for its server without an end. What it was told is on disk."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "wandb-core":
+                child.terminate()
+                child.wait(5)
 
 
 def resolve(mode: Mode, environ: Mapping[str, str] = os.environ) -> Literal["online", "offline", "disabled"]:
