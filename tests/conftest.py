@@ -21,6 +21,6 @@ os.environ.pop("SLMJAX_REFERENCE_PYTHON", None) if os.environ.get("SLMJAX_REFERE
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("slmjax", "beartype.beartype")
+install_import_hook("slmjax", "typecheck.typecheck")
 
 from reference.client import reference  # noqa: E402, F401

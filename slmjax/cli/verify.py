@@ -184,13 +184,17 @@ def compare(one: Path, other: Path, steps: int) -> tuple[list[str], str]:
 
 def _arrays(checkpoint: Path) -> dict[str, bytes]:
     """Path -> dtype, shape and bytes, of everything a checkpoint holds."""
+    import jax
+    import numpy as np
     import orbax.checkpoint as ocp
 
     from slmjax.tree import flatten
 
     out = {}
     for item in ("params", "train"):
-        with ocp.PyTreeCheckpointer() as reader:
-            leaves = flatten(reader.restore(checkpoint.absolute() / item))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            at = checkpoint.absolute() / item
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata)
+            leaves = flatten(reader.restore(at, args=ocp.args.PyTreeRestore(restore_args=dict(as_numpy))))
         out |= {f"{item}/{path}": f"{x.dtype}{x.shape}".encode() + x.tobytes() for path, x in leaves.items()}
     return out
