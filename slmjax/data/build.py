@@ -18,7 +18,7 @@ from pathlib import Path
 from slmjax import __version__
 from slmjax.data import stages, writing
 from slmjax.data.recipe import Recipe, describe, digest, load_recipe
-from slmjax.data.token_store import SHARD, TokenStore, files_of, read_file, url_of
+from slmjax.data.token_store import CHUNK, SHARD, TokenStore, files_of, read_file, url_of
 from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
 
@@ -44,6 +44,8 @@ def build(
     Raises:
         DataError: a source is missing or malformed, the corpus is empty, or `out` holds something else.
     """
+    if shard < 1 or shard % CHUNK:
+        raise DataError(f"shard is {shard}; expected a multiple of {CHUNK} values")
     show = progress or silent
     files = recipe.files()
     show("checking files", 0, sum(map(len, files)))

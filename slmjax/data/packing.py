@@ -120,6 +120,8 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
         capacity: size of a bin.
     """
     bins = np.empty(len(sizes), np.int64)
+    if not len(sizes):
+        return bins
     room: dict[int, list[np.ndarray]] = defaultdict(list)  # free space -> bins that have it
     free = 0  # bit c is set where room[c] is not empty: the lowest set bit from `size` up is the best fit
     opened = 0

@@ -7,7 +7,7 @@ import gzip
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from slmjax.errors import DataError
 
@@ -28,14 +28,14 @@ def expand(pattern: str, root: Path) -> list[Path]:
     return paths
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """A buffered reader over the decompressed bytes of a plain, .gz or .zst file."""
     try:
         if path.suffix == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
+            return gzip.open(path, "rb")
         if path.suffix == ".zst":
-            return io.BufferedReader(_Zstd(path), READ_BYTES)  # type: ignore[return-value]
-        return path.open("rb", READ_BYTES)
+            return io.BufferedReader(_Zstd(path), READ_BYTES)
+        return io.BufferedReader(io.FileIO(path), READ_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -79,7 +79,7 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
-def split_text(file: BinaryIO, separator: str, path: Path) -> Iterator[str]:
+def split_text(file: io.BufferedIOBase, separator: str, path: Path) -> Iterator[str]:
     """The documents of one text file. An empty separator makes the file one document."""
     if not separator:
         yield _utf8(b"".join(guarded(file, path)), str(path))

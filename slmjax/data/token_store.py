@@ -107,7 +107,8 @@ class Array:
             raise DataError(f"{self.location}{self.name}: cannot be read: {_short(error)}") from error
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        return self.result(self.read(window.start, window.stop), window.start, window.stop)
+        start, stop = int(window.start), int(window.stop)
+        return self.result(self.read(start, stop), start, stop)
 
     def __len__(self) -> int:
         return self._array().shape[0]

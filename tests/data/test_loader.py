@@ -1,0 +1,233 @@
+"""Order, resume, hosts and epochs: nothing repeated, nothing dropped, and a batch is what its documents say."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slmjax.data.loader import Loader, Processes, check_tokenizers, open_stores, shuffled, validation_batches
+from slmjax.data.packing import BestFit, Concatenate
+from slmjax.data.rows import Rows, assemble
+from slmjax.data.spec import Data, Part
+from slmjax.errors import DataError
+
+pytestmark = pytest.mark.fast
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def data(*weights, **fields):
+    parts = tuple(Part(source="unused", weight=w) for w in weights or (1.0,))
+    return Data(**({"train": parts, "length": LENGTH, "batch": 8} | fields))
+
+
+def take(loader, n):
+    return [next(loader) for _ in range(n)]
+
+
+def same(a, b):
+    return all((x == y).all() for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("packing", [BestFit(), Concatenate(), Concatenate(cross_document=True)])
+def test_batches_say_what_the_documents_say(store, cache, packing):
+    """Every (token, next token) pair of every document is learned exactly once, and no other pair is."""
+    rows = Rows(store, "train", packing, LENGTH, cache)
+    batch = assemble([(rows, r) for r in range(rows.count)], LENGTH)
+    offsets = np.concatenate([next(store.offsets("train"))])
+    tokens = store.tokens("train")[0 : offsets[-1]]
+    cross = packing == Concatenate(cross_document=True)
+    learned = sorted(zip(batch.tokens[batch.weights == 1], batch.targets[batch.weights == 1], strict=True))
+    follows = np.ones(len(tokens) - 1, bool)
+    if not cross:
+        follows[offsets[1:-1] - 1] = False
+    assert learned == sorted(zip(tokens[:-1][follows], tokens[1:][follows], strict=True))
+    assert np.isin(batch.weights, [0, 1]).all()
+    assert [a.dtype for a in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+    for i in range(rows.count):
+        ids, positions = batch.segment_ids[i], batch.positions[i]
+        used = int((ids > 0).sum())
+        assert (ids[used:] == 0).all()
+        assert (batch.weights[i, used:] == 0).all()
+        steps = np.diff(ids[:used])
+        assert ids[0] == 1
+        assert np.isin(steps, [0, 1]).all()
+        assert (positions[:used][np.append(True, steps == 1)] == 0).all()
+        assert (np.diff(positions[:used])[steps == 0] == 1).all()
+        if not cross:  # a segment is of one document: BOS only first, EOS only last
+            starts = np.append(True, steps == 1)
+            assert not (batch.tokens[i, :used][~starts] == 256).any()
+            assert not (batch.tokens[i, :used][~np.append(starts[1:], True)] == 257).any()
+        else:
+            assert (ids == 1).all() or i == rows.count - 1
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another(store, cache):
+    loader = Loader(data(batch=4), [store], cache=cache)
+    (count,) = loader.sequences
+    rows = [r.tobytes() for b in take(loader, 2 * count // 4 + 1) for r in b.tokens]
+    first, second = rows[:count], rows[count : 2 * count]
+    every = [r.tobytes() for r in assemble([(loader._parts[0], r) for r in range(count)], LENGTH).tokens]
+    assert sorted(first) == sorted(second) == sorted(every)
+    assert first != second
+    assert first != every
+    assert loader.epochs()[0] == loader.state()["epoch"] == loader.state()["next"] / count
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
+def test_the_shuffle_is_a_permutation(size, seed):
+    assert sorted(shuffled(i, size, (seed,)) for i in range(size)) == list(range(size))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=st.integers(0, 150))
+def test_resume_at_any_point_equals_uninterrupted(store, other, cache, before):
+    spec = data(3.0, 1.0, batch=4)
+    whole = Loader(spec, [store, other], cache=cache)
+    take(whole, before)
+    state = json.loads(json.dumps(whole.state()))
+    resumed = Loader(spec, [store, other], cache=cache)
+    resumed.restore(state)
+    assert same(take(whole, 3), take(resumed, 3))
+    assert whole.state() == resumed.state()
+
+
+def test_going_back(store, cache):
+    loader = Loader(data(), [store], cache=cache)
+    state = loader.state()
+    first = take(loader, 3)
+    loader.restore(state)
+    assert same(first, take(loader, 3))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_hosts_share_each_global_batch(store, cache, hosts):
+    whole = take(Loader(data(), [store], cache=cache), 5)
+    parts = [take(Loader(data(), [store], host=h, hosts=hosts, cache=cache), 5) for h in range(hosts)]
+    for i, expected in enumerate(whole):
+        joined = [np.concatenate([p[i][f] for p in parts]) for f in range(5)]
+        assert same([joined], [expected])
+
+
+def test_another_number_of_hosts_goes_on_without_repeating_or_dropping(store, cache):
+    spec = data()
+    expected = take(Loader(spec, [store], cache=cache), 12)
+    got, state = [], None
+    for hosts in (1, 2, 4, 1):
+        loaders = [Loader(spec, [store], host=h, hosts=hosts, cache=cache) for h in range(hosts)]
+        for loader in loaders:
+            if state:
+                loader.restore(state)
+        batches = [take(loader, 3) for loader in loaders]
+        got += [[np.concatenate([b[i][f] for b in batches]) for f in range(5)] for i in range(3)]
+        states = [loader.state() for loader in loaders]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+    assert same(got, expected)
+
+
+def test_another_batch_size_goes_on_at_the_same_sequence(store, cache):
+    first = Loader(data(batch=8), [store], cache=cache)
+    rows = np.concatenate([b.tokens for b in take(first, 4)])
+    second = Loader(data(batch=8), [store], cache=cache)
+    take(second, 2)
+    third = Loader(data(batch=4), [store], cache=cache)
+    third.restore(second.state())
+    assert (np.concatenate([b.tokens for b in take(third, 4)]) == rows[16:]).all()
+
+
+def test_processes_read_what_threads_read(store, other, cache):
+    spec = data(2.0, 1.0)
+    expected = take(Loader(spec, [store, other], cache=cache), 6)
+    loader = Loader(spec, [store, other], prefetch=Processes(count=2, batches=1), cache=cache)
+    got = take(loader, 4)
+    three = Loader(spec, [store, other], prefetch=Processes(count=1, batches=1), cache=cache)
+    three.restore(loader.state())
+    loader.close()
+    got += take(three, 2)
+    three.close()
+    assert same(got, expected)
+
+
+def test_mixture_proportions_and_epochs(store, other, cache):
+    loader = Loader(data(3.0, 1.0, batch=8), [store, other], cache=cache)
+    own = [{r.tobytes() for r in _all(part)} for part in loader._parts]
+    rows = [r.tobytes() for b in take(loader, 20) for r in b.tokens]
+    assert [sum(r in part for r in rows) for part in own] == [120, 40]
+    assert loader.epochs() == (120 / loader.sequences[0], 40 / loader.sequences[1])
+
+
+def _all(part):
+    return assemble([(part, r) for r in range(part.count)], LENGTH).tokens
+
+
+def test_validation_is_fixed_and_each_sequence_comes_once(store, other, cache):
+    spec = data(1.0, 1.0, seed=5)
+    batches = list(validation_batches(spec, [store, other], cache=cache))
+    again = list(validation_batches(data(1.0, 1.0, seed=9), [store, other], cache=cache))
+    assert same(batches, again)
+    rows = np.concatenate([b.tokens for b in batches])
+    filled = np.concatenate([b.segment_ids for b in batches])[:, 0] > 0
+    parts = [Rows(s, "validation", spec.packing, LENGTH, cache) for s in (store, other)]
+    expected = [r.tobytes() for part in parts for r in _all(part)]
+    assert sorted(r.tobytes() for r in rows[filled]) == sorted(expected)
+    assert len(rows) % 8 == 0
+    assert not np.concatenate([b.weights for b in batches])[~filled].any()
+    few = list(validation_batches(spec, [store, other], 2, cache=cache))
+    assert same(few, batches[:2])
+
+
+def test_validation_is_split_over_hosts(store, cache):
+    whole = list(validation_batches(data(), [store], 3, cache=cache))
+    halves = [list(validation_batches(data(), [store], 3, host=h, hosts=2, cache=cache)) for h in range(2)]
+    joined = [[np.concatenate([h[i][f] for h in halves]) for f in range(5)] for i in range(3)]
+    assert same(joined, whole)
+
+
+def test_refusals(store, other, bpe_store, cache):
+    with pytest.raises(DataError, match=r"Data.batch is 8; it must be a multiple of the number of hosts, 3"):
+        Loader(data(), [store], hosts=3, cache=cache)
+    with pytest.raises(DataError, match="bpe and store were written by different tokenizers"):
+        Loader(data(1.0, 1.0), [store, bpe_store], cache=cache)
+    with pytest.raises(DataError, match="different tokenizers"):
+        check_tokenizers([store, other, bpe_store])
+    state = Loader(data(), [store], cache=cache).state()
+    for spec, stores, name in (
+        (data(seed=1), [store], "seed"),
+        (data(length=32), [store], "length"),
+        (data(packing=Concatenate()), [store], "packing"),
+        (data(), [other], "stores"),
+        (data(1.0, 1.0), [store, other], "stores"),
+    ):
+        with pytest.raises(DataError, match=f"data of the checkpoint differs in {name}"):
+            Loader(spec, stores, cache=cache).restore(state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"length": 1}, r"Data.length is 1; expected 2 to"),
+        ({"length": 1 << 30}, r"Data.length is 1073741824"),
+        ({"batch": 0}, r"Data.batch is 0"),
+        ({"train": ()}, r"Data.train is empty"),
+        ({"seed": -1}, r"Data.seed is -1"),
+    ],
+)
+def test_data_that_makes_no_sense(fields, message):
+    with pytest.raises(DataError, match=message):
+        data(**fields)
+    with pytest.raises(DataError, match=r"Part.weight is -2.0"):
+        Part(source="x", weight=-2.0)
+
+
+def test_stores_are_opened_by_path(store, tmp_path):
+    opened = open_stores([Part(source=store.location)], cache=tmp_path)
+    assert [s.fingerprint for s in opened] == [store.fingerprint]
