@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +27,9 @@ def reference_python() -> str:
 class Reference:
     """Calls of worker.py. Folders are Hugging Face folders."""
 
-    def __init__(self) -> None:
-        self._tmp = tempfile.TemporaryDirectory(prefix="slmjax-reference-")
+    def __init__(self, folder: pathlib.Path) -> None:
+        """folder: for the tensors that travel."""
+        self._folder = folder
         self._files = 0
         self._process = subprocess.Popen(
             [reference_python(), str(pathlib.Path(__file__).with_name("worker.py"))],
@@ -46,7 +46,6 @@ class Reference:
         self._process.stdin.close()
         self._process.wait(timeout=60)
         self._process.stdout.close()
-        self._tmp.cleanup()
 
     def make(self, folder: pathlib.Path, config: Mapping[str, Any], seed: int = 0, dtype: str = "float32") -> None:
         """Writes a model of this config.json with random weights, as save_pretrained does."""
@@ -106,7 +105,7 @@ class Reference:
 
     def _path(self) -> pathlib.Path:
         self._files += 1
-        return pathlib.Path(self._tmp.name) / f"{self._files}.safetensors"
+        return self._folder / f"{self._files}.safetensors"
 
     def _save(self, **arrays: np.ndarray) -> pathlib.Path:
         path = self._path()
@@ -120,8 +119,8 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def reference():
+def reference(tmp_path_factory):
     """Stock transformers and torch, see `Reference`."""
-    client = Reference()
+    client = Reference(tmp_path_factory.mktemp("reference"))
     yield client
     client.close()
