@@ -188,12 +188,17 @@ def _hooks(experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenSto
 
 
 def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built: Built) -> Callable[[Params], str]:
-    from slmjax.evals.generate import Sampler, generate
+    """Parameters -> the continuation of each prompt, compiled once."""
+    from slmjax.evals.generate import Generator
+    from slmjax.evals.sampling import sampler
 
-    samples, tokenizer = runtime.samples, store.tokenizer()
+    samples = runtime.samples
+    rule = sampler(temperature=samples.temperature)
+    generator = Generator(experiment.model, None, store.tokenizer(), built.compute)
 
     def write(params: Params) -> str:
-        raise NotImplementedError
+        made = generator.with_params(params)(samples.prompts, sampler=rule, max_tokens=samples.tokens, seed=experiment.seed)
+        return "\n\n".join(prompt + new.text for prompt, new in zip(samples.prompts, made, strict=True))
 
     return write
 

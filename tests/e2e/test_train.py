@@ -75,3 +75,14 @@ def test_an_override_is_another_experiment(tiny_run, tiny):
     assert "data.batch: 8 -> 4" in refused.err
     assert refused.err.count("\n") == 1
     assert sorted(p.name for p in tiny_run.rglob("*")) == before
+
+
+def test_samples_and_a_profile_are_hooks(tiny, tmp_path):
+    done = slmjax(
+        "train", tiny.file, *runtime(tiny, tmp_path / "run"), "--runtime.samples.every", "6",
+        "--runtime.samples.prompts", "Call me", "The whale", "--runtime.samples.tokens", "8", "--runtime.profile",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    texts = [(tmp_path / "run" / "samples" / f"step-{step}.txt").read_text() for step in (6, 12)]
+    assert all(text.startswith("Call me") and "\n\nThe whale" in text for text in texts)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
