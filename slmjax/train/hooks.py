@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -15,7 +15,6 @@ from slmjax.train.step import Program
 from slmjax.types import Batch, Frozen, Metrics, Params, TrainState
 
 
-@runtime_checkable
 @runtime_checkable
 class Data(Protocol):
     """An endless iterator over this process's rows, whose position can be saved."""
@@ -29,7 +28,6 @@ class Data(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-@runtime_checkable
 @runtime_checkable
 class Tracker(Protocol):
     """Where metrics go. Only process 0 calls it."""
@@ -65,7 +63,6 @@ class At(NamedTuple):
     """One line for the log"""
 
 
-@runtime_checkable
 @runtime_checkable
 class Hook(Protocol):
     """A value that acts after some steps. The loop waits for the device before it, and does not count its time."""
