@@ -49,13 +49,13 @@ class Facts:
     """What is known of a model. None and empty tuples are left out of the card."""
 
     name: str
-    family: str
+    family: str | None = None
     """Human name of the architecture"""
-    parameters: int
-    context: int
+    parameters: int | None = None
+    context: int | None = None
     """Tokens"""
-    vocab: int
-    dtype: str
+    vocab: int | None = None
+    dtype: str | None = None
     licence: str | None = None
     """Of the weights, an identifier of the Hugging Face hub (`apache-2.0`)"""
     language: tuple[str, ...] = ()

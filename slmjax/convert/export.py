@@ -68,7 +68,7 @@ def export_hf(
     family = family_of(decoder)
     python = gate.find_python(reference_python)
     probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens, decoder.context)
-    facts = facts or Facts(name=out.name, family="", parameters=0, context=0, vocab=0, dtype="")
+    facts = facts or Facts(name=out.name)
     facts = replace(
         facts,
         family=family.name,

@@ -20,7 +20,7 @@ class Rejected(StorageError):
 
 
 @contextlib.contextmanager
-def publish(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+def publish(out: pathlib.Path, *, overwrite: bool | None) -> Iterator[pathlib.Path]:
     """A new folder beside `out` that takes its name when the block ends well.
 
     A process killed in the block leaves `out` as it was and a `.NAME.partial-*` folder, which the next call removes.
@@ -58,8 +58,8 @@ def publish(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(out: pathlib.Path, *, overwrite: bool) -> None:
-    """Raises UserError unless a folder may be written to `out`."""
+def check_free(out: pathlib.Path, *, overwrite: bool | None) -> None:
+    """Raises UserError unless a folder may be written to `out`. `overwrite` None: the user has no such choice."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -67,7 +67,8 @@ def check_free(out: pathlib.Path, *, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"--out {out} is not empty; choose another folder or add --overwrite")
+        hint = "" if overwrite is None else " or add --overwrite"
+        raise UserError(f"--out {out} is not empty; choose another folder{hint}")
     if not (out / MARK).is_file():
         raise UserError(f"--out {out} was not written by an export (it has no {MARK}), so it is not replaced")
 

@@ -30,9 +30,10 @@ class Reference:
     def __init__(self, folder: pathlib.Path) -> None:
         """folder: for the tensors that travel."""
         self._folder = folder
+        self.python = reference_python()
         self._files = 0
         self._process = subprocess.Popen(
-            [reference_python(), str(pathlib.Path(__file__).with_name("worker.py"))],
+            [self.python, str(pathlib.Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

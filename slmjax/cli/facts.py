@@ -1,0 +1,113 @@
+"""What a run's own records say of its model, for the model card. Nothing that is not written down is claimed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmjax.config import Experiment
+from slmjax.convert.card import Energy, Facts, Result, Source
+from slmjax.data.token_store import TokenStore
+from slmjax.errors import DataError
+from slmjax.models.flops import flops_per_token
+from slmjax.track.jsonl import read
+
+
+def run_folder(model: Path) -> Path | None:
+    """The run that MODEL is or lies in (RUN, RUN/checkpoints or RUN/checkpoints/<step>); None for anything else."""
+    for folder in (model, *model.absolute().parents[:2]):
+        if "experiment" in _json(folder / "config.json"):
+            return folder
+    return None
+
+
+def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence: str | None) -> Facts:
+    """The facts of the model of a run after `step` steps.
+
+    Sizes and formats of the model are filled in by `convert.export`.
+    """
+    config, environment = _json(run / "config.json"), _json(run / "environment.json")
+    git = environment.get("git") or {}
+    stores = _stores(config)
+    data = experiment.data
+    tokens = step * data.batch * data.length
+    return Facts(
+        name=name,
+        licence=licence,
+        sources=tuple(source for store in stores for source in _sources(store.manifest)),
+        tokens=tokens or None,
+        steps=step or None,
+        flops=float(tokens * flops_per_token(experiment.model, data.length).attention) or None,
+        flops_convention="forward and backward, attention and output head counted",
+        energy=_energy(_json(run / "energy.json")),
+        hardware=_hardware(environment),
+        results=_results(run, step),
+        fingerprint=config.get("fingerprint"),
+        data_fingerprints=tuple(store.fingerprint for store in stores),
+        commit=git.get("commit"),
+        changed=bool(git.get("dirty")),
+    )
+
+
+def _stores(config: dict[str, Any]) -> list[TokenStore]:
+    """The token stores of the run that are still where they were."""
+    found: dict[str, TokenStore] = {}
+    for described in config.get("stores", ()):
+        try:
+            store = TokenStore(described["location"])
+        except DataError:
+            continue
+        found[store.fingerprint] = store
+    return list(found.values())
+
+
+def _sources(manifest: dict[str, Any]) -> list[Source]:
+    return [
+        Source(
+            name=source["name"],
+            licence=source.get("licence"),
+            url=origin if (origin := str(source.get("origin") or "")).startswith("https://") else None,
+            documents=source.get("documents_kept"),
+        )
+        for source in manifest.get("sources", ())
+    ]
+
+
+def _energy(record: dict[str, Any]) -> Energy | None:
+    if not record.get("kwh"):
+        return None
+    grid = record["grid"]
+    return Energy(
+        kwh=record["kwh"],
+        method=record["method"],
+        co2e_kg=record["co2e_kg"],
+        grid=f"{grid['g_per_kwh']:g} g/kWh, {grid['zone']} {grid['year']}, {grid['source']}; PUE {record['pue']:g}",
+    )
+
+
+def _hardware(environment: dict[str, Any]) -> str | None:
+    devices = environment.get("devices")
+    if not devices:
+        return None
+    kinds = ", ".join(f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices))
+    return f"{kinds} ({environment.get('cpu')}, {environment.get('cores')} cores)"
+
+
+def _results(run: Path, step: int) -> tuple[Result, ...]:
+    """The last validation loss up to this step. The loop logs no standard error; `slmjax eval` prints one."""
+    rows = read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    known = [row for row in rows if row.get("step", 0) <= step and "validation/loss" in row]
+    if not known:
+        return ()
+    row = known[-1]
+    where = f"validation split, after step {row['step']}"
+    return (Result(metric="loss (nats a token)", value=float(row["validation/loss"]), data=where),)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
