@@ -45,6 +45,11 @@ class Checkpoints:
     best: str = ""
     """A metric, less is better (`validation/loss`): the best one is saved and kept as well; empty for none"""
 
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("seconds", 0), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"checkpoints.{name} is {getattr(self, name)}; expected at least {least}")
+
 
 class Restored(NamedTuple):
     """What a checkpoint held."""
@@ -75,7 +80,7 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         """
         Raises:
-            UserError: another run holds the folder.
+            Locked: another run holds the folder.
         """
         with contextlib.ExitStack() as stack, _storage(self.folder, "open"):
             if jax.process_index() == 0:
@@ -266,7 +271,7 @@ class _Best:
 
 
 def _preserved(folder: Path, policy: Checkpoints) -> Iterator[Any]:
-    yield checkpoint_managers.LatestN(max(policy.keep_last, 1))
+    yield checkpoint_managers.LatestN(policy.keep_last)
     if policy.keep_every:
         yield checkpoint_managers.EveryNSteps(policy.keep_every)
     if policy.best:

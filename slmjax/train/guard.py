@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slmjax.errors import UserError
+
 
 class Then(enum.Enum):
     """What the loop does after a bad step."""
@@ -50,6 +52,12 @@ class Guard(abc.ABC):
     """Standard deviations; None looks for NaN and Inf only"""
     window: int = 128
     """Steps"""
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and self.sigma <= 0:
+            raise UserError(f"guard.sigma is {self.sigma}; expected a positive number (6 is usual), or none")
+        if self.window < 2:
+            raise UserError(f"guard.window is {self.window}; expected at least 2 steps (128 is usual)")
 
     def init(self) -> GuardState:
         zero = jnp.zeros((), jnp.int32)

@@ -12,12 +12,16 @@ from pathlib import Path
 from slmjax.errors import UserError
 
 
+class Locked(UserError):
+    """Another process works in the folder."""
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds `folder/.lock`. The kernel lets go of it when the process dies, however it dies.
 
     Raises:
-        UserError: another process holds it.
+        Locked: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as f:
@@ -27,7 +31,7 @@ def lock(folder: Path) -> Iterator[None]:
             f.seek(0)
             owner = f.read().strip() or "another process"
             said = f"{folder}: {owner} is at work here; wait for it, stop it, or choose another folder"
-            raise UserError(said) from None
+            raise Locked(said) from None
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         f.flush()

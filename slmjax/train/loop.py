@@ -21,6 +21,7 @@ from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.consensus import make_consensus
 from slmjax.train.guard import Guard, Then
 from slmjax.train.hooks import At, Data, Hook, Tracker
+from slmjax.train.lock import Locked
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
 from slmjax.types import Batch, Frozen, Metrics, TrainState
@@ -85,7 +86,7 @@ def train(
         frozen: `Objective.frozen`, on the mesh.
 
     Raises:
-        UserError: another run holds the checkpoints.
+        Locked: another run holds the checkpoints; its tracker is left alone.
         Preempted: SIGTERM, SIGUSR1 or (`signals.Interrupted`) Ctrl-C; the state is saved.
         Diverged: the guard gave up; the evidence is in `workdir/evidence`.
         StorageError: a checkpoint cannot be written or read.
@@ -102,6 +103,9 @@ def train(
             state = run()
         status = "complete"
         return state
+    except Locked:
+        status = ""
+        raise
     except Diverged:
         status = "diverged"
         raise
@@ -109,7 +113,8 @@ def train(
         status = "preempted"
         raise
     finally:
-        tracker.finish(status)
+        if status:
+            tracker.finish(status)
 
 
 @dataclass(kw_only=True)

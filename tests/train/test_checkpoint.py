@@ -116,6 +116,12 @@ def test_what_is_kept(tmp_path, one):
         assert not saved.improves({"accuracy": 0.5})
 
 
+@pytest.mark.parametrize("wrong", [{"every": -1}, {"keep_last": 0}, {"seconds": -0.5}])
+def test_policies_that_make_no_sense(wrong):
+    with pytest.raises(UserError, match=f"checkpoints.{next(iter(wrong))} is "):
+        Checkpoints(**wrong)
+
+
 def test_saving_a_step_again_keeps_the_first(tmp_path, one):
     program, state = one
     save(tmp_path, state, 3)

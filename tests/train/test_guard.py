@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from train import toy
 
-from slmjax.errors import Diverged
+from slmjax.errors import Diverged, UserError
 from slmjax.train import loop
 from slmjax.train.checkpoint import Checkpoints, steps
 from slmjax.train.guard import Halt, Rollback, Skip
@@ -69,6 +69,12 @@ def test_spikes_are_found_where_numpy_finds_them(spiking):
             window.append(now)
         verdicts.append(expected)
     assert 5 < verdicts.count(False) < 60
+
+
+@pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"sigma": -1.0}, {"window": 1}])
+def test_policies_that_make_no_sense(wrong):
+    with pytest.raises(UserError, match=f"guard.{next(iter(wrong))} is "):
+        Skip(**wrong)
 
 
 def test_without_sigma_only_nan_and_inf_are_bad():

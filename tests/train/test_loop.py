@@ -20,6 +20,7 @@ from slmjax.train import loop
 from slmjax.train.checkpoint import Checkpoints, extra, steps
 from slmjax.train.guard import Rollback, Skip
 from slmjax.train.hooks import Evaluate, Profile, Sample
+from slmjax.train.lock import Locked, lock
 from slmjax.train.signals import Interrupted, Signals
 
 
@@ -114,6 +115,15 @@ def test_the_status_of_each_ending(tmp_path):
         loop.train(toy.program(), data=toy.Data(on_next=at_batch(1, die)), workdir=tmp_path, **arguments)
     assert tracker.status == "failed"
     assert train(tmp_path / "a", last=2)[1].status == "complete"
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    tracker = toy.Tracker()
+    arguments = {"steps": 3, "tracker": tracker, "guard": Skip(), "checkpoints": Checkpoints(), "workdir": tmp_path}
+    with lock(tmp_path / "checkpoints"), pytest.raises(Locked, match="is at work here"):
+        loop.train(toy.program(), data=toy.Data(), **arguments)
+    assert tracker.status is None
+    assert tracker.resumed == []
 
 
 def test_a_second_ctrl_c_ends_at_once():
