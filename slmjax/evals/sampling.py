@@ -135,8 +135,10 @@ def sampler(
     """
     require(temperature >= 0, "temperature", temperature, "at least 0 (0 is greedy)")
     penalty = (RepetitionPenalty(repetition_penalty),) if repetition_penalty != 1 else ()
-    restrictions = tuple(
-        rule(value) for rule, value in ((TopK, top_k), (TopP, top_p), (MinP, min_p)) if value is not None
+    restrictions = (
+        *(() if top_k is None else (TopK(top_k),)),
+        *(() if top_p is None else (TopP(top_p),)),
+        *(() if min_p is None else (MinP(min_p),)),
     )
     if temperature == 0:
         return Sampler(rules=penalty, greedy=True)

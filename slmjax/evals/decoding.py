@@ -1,0 +1,158 @@
+"""The compiled part of generation: prompts into the key-value cache, then token after token inside one program.
+
+What makes it fast: the parameters are cast to the compute dtype and cut into layers once, before the first token (a
+slice of a stacked array would be copied for every token); the cache is donated, and as long as the tokens it holds
+need, rounded up to a power of two; many tokens are made by one call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from slmjax import tree
+from slmjax.evals.sampling import Sampler
+from slmjax.models.decoder import Decoder
+from slmjax.nn.compute import Compute, KeepAll
+from slmjax.types import Params
+
+NOTHING = -1
+"""Stands where a finished row has no token"""
+
+
+class State(NamedTuple):
+    """What one token hands to the next. B rows, V tokens in the vocabulary."""
+
+    cache: Any
+    token: jax.Array  # int32 [B]: chosen, not yet seen by the model
+    position: jax.Array  # int32 [B]: of `token`
+    seen: jax.Array  # bool [B, V]
+    made: jax.Array  # int32 []: tokens chosen so far
+    done: jax.Array  # bool [B]
+
+
+class Decoding(NamedTuple):
+    """Pure functions, jitted. Shapes that compile anew: batch, prompt length, cache length."""
+
+    prepare: Callable[[Params], Any]
+    """Parameters of the decoder -> what the other functions take"""
+    prefill: Callable[..., State]
+    """(prepared, tokens [B, P], segment_ids [B, P], keys [B], limits [B], length=slots) -> the state after the first
+    chosen token"""
+    decode: Callable[..., tuple[jax.Array, State]]
+    """(prepared, state, keys [B], limits [B], count=n) -> int32 [B, n] tokens (`NOTHING` where a row is done) and the
+    state; ends early when every row is done. The state is donated"""
+    grow: Callable[..., State]
+    """(state, length=slots) -> the state with a longer cache"""
+
+
+def decoding(decoder: Decoder, compute: Compute, sampler: Sampler, eos: tuple[int, ...]) -> Decoding:
+    """
+    Args:
+        eos: a row is done after any of these tokens.
+    """
+    model = unrolled(decoder).build(replace(compute, remat=KeepAll(), unroll=1))
+
+    def choose(prepared: Any, state: State, hidden: jax.Array, keys: Any, limits: jax.Array) -> State:
+        """hidden [B, D] of the last token -> the state with the next one."""
+        logits = model.unembed(prepared["unembed"], hidden)
+        token = sampler(jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), logits, state.seen)
+        made = state.made + 1
+        return state._replace(
+            token=token,
+            position=state.position + 1,
+            seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+            made=made,
+            done=state.done | jnp.isin(token, jnp.array(eos, jnp.int32)) | (made >= limits),
+        )
+
+    def prefill(
+        prepared: Any, tokens: jax.Array, segment_ids: jax.Array, keys: Any, limits: jax.Array, *, length: int
+    ) -> State:
+        rows = tokens.shape[0]
+        positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+        cache = model.init_cache(rows, length)
+        output = model.apply(prepared["apply"], tokens, positions, segment_ids, cache=cache)
+        seen = jnp.zeros((rows, decoder.vocab), bool).at[jnp.arange(rows)[:, None], tokens].max(segment_ids > 0)
+        start = State(output.cache, tokens[:, -1], positions[:, -1], seen, jnp.int32(0), limits <= 0)
+        return choose(prepared, start, output.hidden[:, -1], keys, limits)
+
+    def decode(prepared: Any, state: State, keys: Any, limits: jax.Array, *, count: int) -> tuple[jax.Array, State]:
+        rows = len(state.token)
+
+        def more(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
+            state, _, i = carry
+            return (i < count) & ~jnp.all(state.done)
+
+        def step(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
+            state, out, i = carry
+            ones = jnp.ones((rows, 1), jnp.int32)
+            output = model.apply(
+                prepared["apply"], state.token[:, None], state.position[:, None], ones, cache=state.cache
+            )
+            before = state.done
+            state = choose(prepared, state._replace(cache=output.cache), output.hidden[:, 0], keys, limits)
+            chosen = jnp.where(before, NOTHING, state.token)
+            return state, jax.lax.dynamic_update_slice(out, chosen[:, None], (0, i)), i + 1
+
+        out = jnp.full((rows, count), NOTHING, jnp.int32)
+        state, out, _ = jax.lax.while_loop(more, step, (state, out, jnp.int32(0)))
+        return out, state
+
+    def grow(state: State, *, length: int) -> State:
+        empty = model.init_cache(len(state.token), length)
+        cache = jax.tree.map(
+            lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), empty, state.cache
+        )
+        return state._replace(cache=cache)
+
+    return Decoding(
+        prepare=functools.partial(prepare, decoder, compute),
+        prefill=jax.jit(prefill, static_argnames="length"),
+        decode=jax.jit(decode, static_argnames="count", donate_argnames="state"),
+        grow=jax.jit(grow, static_argnames="length"),
+    )
+
+
+def _into(empty: jax.Array, old: jax.Array) -> jax.Array:
+    """The old slots first, then empty ones."""
+    return jax.lax.dynamic_update_slice(empty, old, (0,) * empty.ndim)
+
+
+def unrolled(decoder: Decoder) -> Decoder:
+    """The same function with each layer's parameters in arrays of their own: `layers/0/...`, `layers/1/...`."""
+    return replace(decoder, pattern=decoder.pattern * decoder.repeats, repeats=1)
+
+
+def unroll(decoder: Decoder, params: Params) -> Params:
+    """Parameters of `decoder` -> those of `unrolled(decoder)`."""
+    if decoder.repeats == 1:
+        return params
+    blocks = (
+        [params["layers"]]
+        if len(decoder.pattern) == 1
+        else [params["layers"][str(i)] for i in range(len(decoder.pattern))]
+    )
+    layers = [jax.tree.map(lambda x, i=i: x[i : i + 1], block) for i in range(decoder.repeats) for block in blocks]
+    return {**params, "layers": {str(i): layer for i, layer in enumerate(layers)}}
+
+
+def prepare(decoder: Decoder, compute: Compute, params: Params) -> dict[str, Params]:
+    """Cast and cut, once. Rounds exactly where the model would round for every token.
+
+    Matrices of layers enter products in the compute dtype; gains, biases and rows looked up in tables stay float32.
+    """
+
+    def cast(path: str, x: Any) -> jax.Array:
+        matrix = path.startswith("layers/") and x.ndim > 2 and not path.endswith("bias")
+        return jnp.asarray(x, compute.dtype if matrix else None)
+
+    apply = unroll(decoder, tree.map_with_path(cast, params))
+    table = "embed" if decoder.tied else "unembed"
+    unembed = {table: {"table": jnp.asarray(params[table]["table"], compute.dtype)}}
+    return {"apply": apply, "unembed": unembed}
