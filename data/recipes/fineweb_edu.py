@@ -11,7 +11,7 @@ from slmjax.data.tokenizer import BPE
 
 
 def recipe(path: str = "HuggingFaceFW/fineweb-edu", documents: int = 1_000_000) -> Recipe:
-    """The first `documents` pages. They were deduplicated page by page already; near duplicates are looked for again."""
+    """The first `documents` pages. FineWeb removed near duplicates within each crawl; here it is done over all."""
     return Recipe(
         name="fineweb_edu",
         sources=(

@@ -8,7 +8,8 @@ from slmjax.data.recipe import Recipe
 from slmjax.data.sources import JSONL
 from slmjax.data.tokenizer import Bytes
 
-WORDS = ["the", "whale", "sea", "ship", "captain", "sailed", "storm", "night", "harpoon", "deck", "wind", "old", "white", "men", "water", "under", "over", "long", "far", "home"]
+TEXT = "the whale sea ship captain sailed storm night harpoon deck wind old white men water under over long far home"
+WORDS = TEXT.split()
 
 
 def sentences(count, seed=0, longest=60):
