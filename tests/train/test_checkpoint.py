@@ -282,6 +282,31 @@ def test_a_save_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, one):
     assert_equal(restore(tmp_path, program).state, state)
 
 
+@contextlib.contextmanager
+def without_permission(folder):
+    """The folder may be read only. Root ignores modes, so it acts as nobody meanwhile."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, one):
+    program, state = one
+    save(tmp_path, state, 3)
+    with pytest.raises(StorageError, match="Permission denied") as raised, without_permission(tmp_path):
+        save(tmp_path, state, 4)
+    assert raised.value.code == 5
+    assert checkpoint.steps(tmp_path) == [3]
+    assert_equal(restore(tmp_path, program).state, state)
+
+
 WRITER = """
 import pathlib, sys
 import jax.numpy as jnp
