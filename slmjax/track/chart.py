@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 34
-POINTS = 400
+POINTS = 240
 """A longer line is drawn as this many means, with a band from the least to the greatest value behind"""
 
 
@@ -58,10 +58,9 @@ def label(value: float) -> str:
     """A tick's number: 0.002, 3.5, 12 k, 4 M."""
     if value == 0:
         return "0"
-    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size * 0.9999:
-            unit = 1e3 if suffix == " k" else size
-            return f"{value / unit:.4g}{suffix}"
+            return f"{value / size:.4g}{suffix}"
     return f"{value:.0e}".replace("e-0", "e-") if abs(value) < 1e-3 else f"{value:.4g}"
 
 
@@ -86,6 +85,7 @@ def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_z
     for number, (s, buckets) in enumerate(drawn):
         parts.append(_line(px, py, buckets, f"s{number}", s.dots))
     legend = "".join(f'<span class="key s{n}">{escape(s.name)}</span>' for n, (s, _) in enumerate(drawn))
+    legend = legend if len(drawn) > 1 else ""
     said = ", ".join(f"{s.name} ends at {b[-1].mean:.4g}" for s, b in drawn)
     return (
         f'<figure class="chart"><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'

@@ -132,8 +132,8 @@ def _numbers(rows: Rows, experiment: Mapping[str, Any], energy: Mapping[str, Any
         note = f"peak memory {memory / 2**30:.2f} GiB" if memory else ""
         cards.append(("training time", duration(rows[-1]["elapsed"]), note))
     if energy:
-        note = f"{'estimate' if energy['estimate'] else 'measured'}; {energy['co2e_kg']:.2g} kg CO2e"
-        cards.append(("energy", f"{energy['kwh']:.3g} kWh", note))
+        note = f"{'estimate' if energy['estimate'] else 'measured'}; {energy['co2e_kg'] * 1000:.2g} g CO2e"
+        cards.append(("energy", kwh(energy["kwh"]), note))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><small>{escape(c)}</small></div>" for a, b, c in cards)
     return f'<dl class="cards">{"".join(cells)}</dl>'
 
@@ -171,13 +171,18 @@ def _energy(energy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if not energy:
         return
     said = "an estimate, not a measurement" if energy["estimate"] else "measured"
-    yield "energy", f"{energy['kwh']:.4g} kWh over {duration(energy['seconds'])}: {said}"
+    yield "energy", f"{kwh(energy['kwh'])} over {duration(energy['seconds'])}: {said}"
     for name, part in energy["parts"].items():
-        yield name, f"{part['kwh']:.4g} kWh, {part['method']}: {part['detail']}"
+        yield name, f"{kwh(part['kwh'])}, {part['method']}: {part['detail']}"
     grid = energy["grid"]
     yield "PUE", f"{energy['pue']:g}"
     yield "grid", f"{grid['g_per_kwh']:g} gCO2e/kWh, {grid['zone']} {grid['year']} ({grid['source']})"
-    yield "emissions", f"{energy['co2e_kg']:.4g} kg CO2e, derived"
+    yield "emissions", f"{energy['co2e_kg'] * 1000:.3g} g CO2e, derived"
+
+
+def kwh(value: float) -> str:
+    """0.0042 -> `4.2 Wh`."""
+    return f"{value * 1000:.3g} Wh" if value < 0.1 else f"{value:.3g} kWh"
 
 
 def _experiment(experiment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -221,9 +226,10 @@ def _environment(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _events(events: Rows) -> Iterable[tuple[str, str, str]]:
-    for event in events[:4] + events[-16:] if len(events) > 20 else events:
+    events = [e for e in events if e["event"] != "evaluated"]
+    for event in [*events[:4], *events[-16:]] if len(events) > 20 else events:
         at = datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rest = {k: v for k, v in event.items() if k not in ("event", "time", "attempt", "pid", "host")}
+        rest = {k: v for k, v in event.items() if k not in ("event", "time", "pid", "host", "name", "fingerprint")}
         yield at, event["event"], ", ".join(f"{k} {_said(v)}" for k, v in rest.items())
 
 

@@ -46,7 +46,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; padding: 2px 12px 4
 td { vertical-align: top; padding: 4px 12px 4px 0; border-top: 1px solid var(--rule); overflow-wrap: anywhere; }
 .fields tr:first-child td { border-top: 0; }
 .fields td:first-child { width: 104px; color: var(--soft); overflow-wrap: normal; }
-.columns td:first-child { white-space: nowrap; }
+.columns td:not(:last-child) { white-space: nowrap; }
 footer { color: var(--soft); font-size: 12.5px; text-align: center; margin-top: 8px; }
 @media print { body { background: #fff; } .cards div, .chart, section { break-inside: avoid; } }
 """
