@@ -1,0 +1,164 @@
+"""`slmjax eval MODEL`: loss, perplexity and bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from slmjax.cli.args import parse
+from slmjax.errors import DataError, UserError
+
+HELP = "loss, perplexity and bits per byte of a model, with standard errors"
+
+
+@dataclass(frozen=True)
+class Args:
+    model: Annotated[str, tyro.conf.Positional]
+    """A run folder, a checkpoint or a Hugging Face folder"""
+    data: str | None = None
+    """A token store, whose validation split is read; default: the validation data of the run"""
+    batches: int | None = None
+    """Batches to read; default: the whole split"""
+    length: int | None = None
+    """Tokens a sequence; default: as in training, or the model's context up to 1024"""
+    batch: int = 16
+    """Sequences a batch"""
+    step: int | None = None
+    """The checkpoint of a run; default: the latest"""
+    dtype: str | None = None
+    """float32 or bfloat16; default: what this platform trains with"""
+    json: bool = False
+    """Print one JSON object instead of a table"""
+
+
+def main(argv: list[str]) -> int:
+    args = parse(
+        Args,
+        argv,
+        prog="slmjax eval",
+        description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors.",
+        example="slmjax eval runs/quickstart --data data/stores/quickstart --batches 50",
+    )
+    from rich.console import Console
+
+    from slmjax.cli.data import show_progress
+    from slmjax.cli.loading import load
+    from slmjax.data.loader import validation_batches
+    from slmjax.evals.perplexity import evaluate
+    from slmjax.evals.text import token_bytes
+
+    errors = Console(stderr=True)
+    loaded = load(args.model, step=args.step, say=errors.print)
+    tokenizer = loaded.tokenizer()
+    data, stores = _data(args, loaded)
+    for store in stores:
+        check_tokenizer(store, tokenizer, args.model)
+    batches = validation_batches(data, stores, args.batches, batch=args.batch)
+    with show_progress() as progress:
+        result = evaluate(
+            loaded.decoder.build(compute_of(args.dtype)),
+            loaded.params,
+            batches,
+            token_bytes=token_bytes(tokenizer.raw),
+            progress=lambda done: progress("batches", done, args.batches),
+        )
+    if args.json:
+        print(json.dumps(_record(result, loaded, stores)))
+        return 0
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, stores))
+    print(f"next:\n  slmjax generate {args.model} --prompt 'Once upon a time'")
+    return 0
+
+
+def compute_of(dtype: str | None) -> Any:
+    """How to compute on this platform, in another precision if one is given."""
+    from dataclasses import replace
+
+    import jax
+
+    from slmjax.nn.compute import for_backend
+
+    compute = for_backend(jax.default_backend())
+    return compute if dtype is None else replace(compute, dtype=dtype)
+
+
+def _data(args: Args, loaded: Any) -> tuple[Any, Any]:
+    """The packing and the stores to read."""
+    from dataclasses import replace
+
+    from slmjax.data.spec import Data, Part
+    from slmjax.data.token_store import TokenStore
+
+    run = loaded.experiment
+    if args.data is None and run is None:
+        raise UserError(f"{args.model} does not say which data to evaluate on; add --data with a token store")
+    length = args.length or (run.data.length if run else min(loaded.decoder.context, 1024))
+    if length > loaded.decoder.context:
+        raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
+    if args.batch < 1 or (args.batches is not None and args.batches < 1):
+        raise UserError(f"--batch is {args.batch} and --batches {args.batches}; both must be at least 1")
+    if args.data is not None:
+        packing = {"packing": run.data.packing} if run else {}
+        return Data(train=(Part(source=args.data),), length=length, batch=args.batch, **packing), [
+            TokenStore(args.data)
+        ]
+    places = [s["location"] for s in loaded.config["stores"]]
+    held_out = places[len(run.data.train) :] or places
+    return replace(run.data, length=length), [TokenStore(_path(place)) for place in held_out]
+
+
+def _path(location: str) -> str:
+    return location.removeprefix("file://") if location.startswith("file://") else location
+
+
+def check_tokenizer(store: Any, tokenizer: Any, model: str) -> None:
+    """
+    Raises:
+        DataError: the store was written by another tokenizer than the model's.
+    """
+    if tokenizer.fingerprint == store.tokenizer_fingerprint:
+        return
+    if _ids_of(store.tokenizer()) != _ids_of(tokenizer):
+        raise DataError(
+            f"{store.name} was written by another tokenizer ({store.tokenizer_fingerprint[:12]}) than that of "
+            f"{model} ({tokenizer.fingerprint[:12]}); build the store with the model's tokenizer.json"
+        )
+
+
+def _ids_of(tokenizer: Any) -> tuple[Any, ...]:
+    """What decides the ids of a text: everything but how a prompt is framed, which an export may rewrite."""
+    spec = json.loads(tokenizer.raw.to_str())
+    deciding = {k: v for k, v in spec.items() if k not in ("post_processor", "truncation", "padding", "version")}
+    return deciding, tokenizer.bos_id, tokenizer.eos_id
+
+
+def _record(result: Any, loaded: Any, stores: Any) -> dict[str, Any]:
+    figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    out: dict[str, Any] = {"model": str(loaded.source), "step": loaded.step, "data": [s.fingerprint for s in stores]}
+    for name, estimate in figures.items():
+        if estimate is not None:
+            out |= {name: estimate.value, f"{name}_se": None if estimate.se != estimate.se else estimate.se}
+    return out | {"tokens": result.tokens, "bytes": result.bytes, "sequences": result.sequences}
+
+
+def _table(result: Any, loaded: Any, stores: Any) -> Any:
+    from rich.table import Table
+
+    where = ", ".join(store.name for store in stores)
+    step = "" if loaded.step is None else f" after step {loaded.step}"
+    table = Table(title=f"{loaded.source}{step} on {where} (validation)", title_justify="left")
+    for column in ("", "value", "standard error"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, estimate in (
+        ("loss (nats a token)", result.loss),
+        ("perplexity", result.perplexity),
+        ("bits per byte", result.bits_per_byte),
+    ):
+        if estimate is not None:
+            table.add_row(name, f"{estimate.value:.4f}", f"{estimate.se:.4f}")
+    table.caption = f"{result.tokens:,.0f} tokens, {result.bytes:,.0f} bytes, {result.sequences:,} sequences"
+    return table

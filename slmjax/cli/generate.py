@@ -1,0 +1,131 @@
+"""`slmjax generate MODEL --prompt ...`: text from a model, streamed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from slmjax.cli.args import parse
+from slmjax.errors import UserError
+
+HELP = "sample text from a model"
+
+
+@dataclass(frozen=True)
+class Args:
+    model: Annotated[str, tyro.conf.Positional]
+    """A run folder, a checkpoint or a Hugging Face folder"""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The beginning of a text; give it several times for a batch"""
+    prompt_file: str | None = None
+    """A file whose whole text is one more prompt; - is standard input"""
+    max_tokens: int = 128
+    """New tokens a prompt, at most"""
+    temperature: float = 0.8
+    """0 is greedy: always the likeliest token"""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens"""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together have this probability"""
+    min_p: float | None = None
+    """Choose among tokens at least this times as likely as the likeliest"""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that have occurred become less likely"""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this string; may be given several times"""
+    seed: int = 0
+    """The same seed gives the same text"""
+    stream: bool = True
+    """Show text as it comes (for one prompt)"""
+    step: int | None = None
+    """The checkpoint of a run; default: the latest"""
+    dtype: str | None = None
+    """float32 or bfloat16; default: float32 on a CPU, what the platform trains with elsewhere"""
+
+
+def main(argv: list[str]) -> int:
+    args = parse(
+        Args,
+        argv,
+        prog="slmjax generate",
+        description="Continues prompts. The text goes to standard output, everything else to standard error.",
+        example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
+    )
+    from slmjax.cli.loading import load
+    from slmjax.evals.generate import Generator
+    from slmjax.evals.sampling import sampler
+
+    prompts = _prompts(args)
+    if args.max_tokens < 1:
+        raise UserError(f"--max-tokens is {args.max_tokens}; expected at least 1")
+    options = {
+        "sampler": sampler(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        ),
+        "max_tokens": args.max_tokens,
+        "stop": tuple(stop.encode().decode("unicode_escape") if "\\" in stop else stop for stop in args.stop),
+        "seed": args.seed,
+    }
+    loaded = load(args.model, step=args.step, say=_note)
+    generator = Generator(loaded.decoder, loaded.params, loaded.tokenizer(), _compute(args.dtype))
+    start, made = time.monotonic(), 0
+    if args.stream and len(prompts) == 1:
+        made = _stream(generator, prompts[0], options)
+    else:
+        for prompt, out in zip(prompts, generator(prompts, **options), strict=True):
+            made += len(out.tokens)
+            print(f"{prompt}{out.text}\n[{out.reason}, {len(out.tokens)} tokens]\n", flush=True)
+    seconds = time.monotonic() - start
+    _note(f"{made} tokens in {seconds:.1f} s, compilation included; other text: --seed {args.seed + 1}")
+    return 0
+
+
+def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
+    made, reason = 0, None
+    print(prompt, end="", flush=True)
+    for piece in generator.stream([prompt], **options):
+        print(piece.text, end="", flush=True)
+        made, reason = made + len(piece.tokens), piece.reason
+    print(flush=True)
+    _note(f"ended by {reason}")
+    return made
+
+
+def _prompts(args: Args) -> Sequence[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file == "-":
+        prompts.append(sys.stdin.read())
+    elif args.prompt_file is not None:
+        try:
+            prompts.append(Path(args.prompt_file).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {args.prompt_file} cannot be read as text: {error}") from None
+    if not prompts:
+        raise UserError('no prompt; add --prompt "..." (an empty one begins a document) or --prompt-file FILE')
+    return prompts
+
+
+def _compute(dtype: str | None) -> Any:
+    """A token at a time is bound by memory, not by arithmetic, and a CPU has no fast bfloat16 for it."""
+    import jax
+
+    from slmjax.cli.eval import compute_of
+    from slmjax.nn.compute import Compute
+
+    if jax.default_backend() == "cpu":
+        return Compute(dtype=dtype or "float32")
+    return compute_of(dtype)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

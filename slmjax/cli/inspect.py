@@ -1,0 +1,99 @@
+"""`slmjax inspect MODEL`: what a model is made of, and what a token of it costs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from slmjax.cli.args import parse
+
+HELP = "parameters and FLOPs of a model or an experiment"
+
+
+@dataclass(frozen=True)
+class Args:
+    model: Annotated[str, tyro.conf.Positional]
+    """A run folder, a checkpoint, a Hugging Face folder, or an experiment that has not been trained"""
+    length: int | None = None
+    """Tokens a sequence, for the FLOPs of attention; default: as in training, or the model's context"""
+    step: int | None = None
+    """The checkpoint of a run; default: the latest"""
+
+
+def main(argv: list[str]) -> int:
+    args = parse(
+        Args,
+        argv,
+        prog="slmjax inspect",
+        description="Every parameter with shape, dtype, logical axes and initial values; training FLOPs a token.",
+        example="slmjax inspect experiments/pretrain/quickstart.py",
+    )
+    from rich.console import Console
+
+    from slmjax.models.flops import flops_per_token, parameter_count
+
+    decoder, length, params = _model(args)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(_parameters(decoder, params))
+    console.print(_flops(flops_per_token(decoder, length), length))
+    total = parameter_count(decoder)
+    print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
+    follow = "generate" if params is not None else "doctor"
+    print(f"next:\n  slmjax {follow} {args.model}{' --prompt x' if follow == 'generate' else ''}")
+    return 0
+
+
+def _model(args: Args) -> tuple[Any, int, Any]:
+    """(decoder, sequence length, parameters or None). An experiment needs no run."""
+    from slmjax.experiment_file import load_experiment
+
+    path = Path(args.model)
+    if not path.exists() or path.is_file():
+        experiment, _ = load_experiment(args.model)
+        return experiment.model, args.length or experiment.data.length, None
+    from slmjax.cli.loading import load
+
+    loaded = load(path, step=args.step)
+    trained = loaded.experiment.data.length if loaded.experiment else loaded.decoder.context
+    return loaded.decoder, args.length or trained, loaded.params
+
+
+def _parameters(decoder: Any, params: Any) -> Any:
+    from rich.table import Table
+
+    from slmjax import tree
+    from slmjax.nn.layer import Declared
+
+    table = Table(title="parameters", title_justify="left")
+    for column in ("path", "shape", "dtype", "logical axes", "initial", "count", "std" if params else ""):
+        table.add_column(column, justify="right" if column in ("count", "std") else "left", no_wrap=column == "path")
+    values = {} if params is None else tree.flatten(params)
+    declared = tree.flatten(decoder.declared(), is_leaf=lambda x: isinstance(x, Declared))
+    for path, leaf in declared.items():
+        shape = leaf.value.shape
+        std = f"{float(values[path].std()):.4g}" if path in values else ""
+        axes = ", ".join(str(name) for name in leaf.names)
+        size = f"{math.prod(shape):,}"
+        table.add_row(path, " x ".join(map(str, shape)), str(leaf.value.dtype), axes, leaf.initial, size, std)
+    return table
+
+
+def _flops(flops: Any, length: int) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"training FLOPs a token, sequences of {length}", title_justify="left")
+    table.add_column("convention")
+    table.add_column("FLOPs a token", justify="right")
+    for name, value in (
+        ("(i) 6 N without tables", flops.nonembedding),
+        ("(ii) (i) and the head", flops.head),
+        ("(iii) (ii) and causal attention", flops.attention),
+        ("(iv) 6 N", flops.total),
+    ):
+        table.add_row(name, f"{value:,}")
+    return table
