@@ -56,7 +56,7 @@ def main() -> int:
             *cells, held = row
             missed += not held
             table.add_row(*cells, "[green]held[/]" if held else "[red]missed[/]")
-    Console(soft_wrap=not sys.stdout.isatty()).print(f"{CORES} cores", table)
+    Console(width=None if sys.stdout.isatty() else 140).print(f"{CORES} cores", table)
     return int(missed > 0)
 
 

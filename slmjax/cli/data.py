@@ -178,7 +178,7 @@ def _tables(store: "TokenStore") -> Iterator[Any]:
 
 
 def _lengths(store: "TokenStore", split: Any) -> tuple[int, int]:
-    """Median (of the first million documents) and longest."""
+    """Median (of the first 65,536 documents) and longest."""
     import numpy as np
 
     blocks = (np.diff(block) for block in store.offsets(split))

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-DOCUMENTS_AT_ONCE = 1 << 20
-
 PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("ends", np.int8), ("opens", np.int8)])
 """`start`: position of the first token in the split; `length` in tokens; `ends`: the last token of this piece has no
 target, for its document (or the corpus) ends there; `opens`: a new segment begins here"""
@@ -89,7 +87,7 @@ class BestFit(Packing):
     """Best-fit decreasing bin packing: whole documents share a row, only documents longer than a row are cut.
 
     Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830. Rows are padded where nothing
-    fits. Documents are packed in blocks of a million.
+    fits. Documents are packed block by block, which costs a row or two a block.
     """
 
     def blocks(self, offsets: Iterable[np.ndarray], length: int) -> Iterator[Pieces]:

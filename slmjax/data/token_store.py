@@ -32,7 +32,7 @@ FORMAT = "slmjax token store"
 VERSION = 1
 CHUNK = 1 << 14  # values: 32 KiB of uint16, what one random read costs
 SHARD = 1 << 25  # values: 64 MiB of uint16 a file
-CACHE_BYTES = 16 << 20  # shard indices and hot chunks; the bound on what an open array keeps in memory
+CACHE_BYTES = 4 << 20  # of an open array: its shard indices (32 KiB each); chunks read at random are not met again soon
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -185,7 +185,7 @@ class TokenStore:
         """The token ids of a split."""
         return Array(self.location, f"{split}/tokens", shard=self.manifest["shard"])
 
-    def offsets(self, split: Split, documents: int = 1 << 20) -> Iterator[np.ndarray]:
+    def offsets(self, split: Split, documents: int = 1 << 16) -> Iterator[np.ndarray]:
         """Document boundaries, int64, in blocks of so many documents; the last of a block is the first of the next."""
         array, total = (
             Array(self.location, f"{split}/offsets", shard=self.manifest["shard"]),

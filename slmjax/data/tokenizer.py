@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,21 +159,18 @@ class Tokenizer:
 
     def documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Whole documents as [BOS] text [EOS]: all ids, one after another, and int64 lengths in tokens."""
-        encoded = [e.ids for e in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
-        extra = len(self._before) + len(self._after)
-        lengths = np.fromiter((len(ids) + extra for ids in encoded), np.int64, len(encoded))
-        flat = np.fromiter(self._joined(encoded), self.dtype, int(lengths.sum()))
-        return flat, lengths
+        flat: list[int] = []
+        ends = [0]
+        for encoding in self.raw.encode_batch_fast(texts, add_special_tokens=False):
+            flat += self._before
+            flat += encoding.ids
+            flat += self._after
+            ends.append(len(flat))
+        return np.array(flat, self.dtype), np.diff(np.array(ends, np.int64))
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
         """Text of the ids; `special` keeps special tokens visible."""
         return self.raw.decode([int(i) for i in ids], skip_special_tokens=not special)
-
-    def _joined(self, encoded: list[list[int]]) -> Iterator[int]:
-        for ids in encoded:
-            yield from self._before
-            yield from ids
-            yield from self._after
 
     @property
     def _before(self) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 from slmjax.data.recipe import Recipe
 from slmjax.errors import DataError
 
-PART_BYTES = 8 << 20  # text: seconds of work for one process, and small beside its memory
+PART_BYTES = 2 << 20  # text: about a second of work, so that all processes finish at about the same time
 
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
