@@ -50,31 +50,30 @@ def main(argv: list[str]) -> int:
     from slmjax.convert.card import Facts
     from slmjax.convert.export import export_hf
     from slmjax.convert.folder import check_free
-    from slmjax.data.tokenizer import Tokenizer
     from slmjax.track.ledger import Ledger
 
     out = Path(args.out)
     check_free(out, overwrite=args.overwrite)
-    loaded = load(Path(args.model), step=args.step)
-    run = None if loaded.experiment is None else facts.run_folder(Path(args.model))
-    if run is not None:
+    loaded = load(args.model, step=args.step)
+    if loaded.experiment is not None:
         name = args.name or loaded.experiment.name
-        known = facts.collect(run, loaded.experiment, step=loaded.step or 0, name=name, licence=args.licence)
+        known = facts.collect(loaded.source, loaded.experiment, step=loaded.step or 0, name=name, licence=args.licence)
     else:
-        known = Facts(name=args.name or out.name, licence=args.licence, parent=Path(args.model).name)
+        parent = loaded.config.get("imported", {}).get("folder", loaded.source.name)
+        known = Facts(name=args.name or out.name, licence=args.licence, parent=parent)
     exported = export_hf(
         loaded.decoder,
         loaded.params,
         out,
         dtype=args.dtype,
-        tokenizer=Tokenizer.load(loaded.tokenizer_path) if loaded.tokenizer_path else None,
+        tokenizer=loaded.tokenizer() if loaded.tokenizer_path else None,
         facts=known,
         overwrite=args.overwrite,
         reference_python=args.reference_python,
     )
     show(exported.checks)
-    if run is not None:
-        Ledger(run / "ledger.jsonl").append("exported", path=str(out), dtype=args.dtype, step=loaded.step)
+    if loaded.experiment is not None:
+        Ledger(loaded.source / "ledger.jsonl").append("exported", path=str(out), dtype=args.dtype, step=loaded.step)
     print(f"""exported to {out}
 next:
   slmjax eval {out}

@@ -14,14 +14,6 @@ from slmjax.models.flops import flops_per_token
 from slmjax.track.jsonl import read
 
 
-def run_folder(model: Path) -> Path | None:
-    """The run that MODEL is or lies in (RUN, RUN/checkpoints or RUN/checkpoints/<step>); None for anything else."""
-    for folder in (model, *model.absolute().parents[:2]):
-        if "experiment" in _json(folder / "config.json"):
-            return folder
-    return None
-
-
 def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence: str | None) -> Facts:
     """The facts of the model of a run after `step` steps.
 
