@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
-from slmjax.nn.attention import Attention
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.compute import Compute
 from slmjax.nn.embedding import Embedding, Unembedding, logits
 from slmjax.nn.layer import Declared, Initial, Layer
-from slmjax.nn.mlp import MLP, GatedMLP
-from slmjax.nn.norm import LayerNorm, RMSNorm
+from slmjax.nn.parts import FeedForward, Mixer, Norm
 from slmjax.nn.position import Learned
 from slmjax.tree import flatten
 from slmjax.types import Model, Output, Params
@@ -36,9 +34,9 @@ class Cache(NamedTuple):
 class Block:
     """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm. Xiong et al. 2020, arXiv:2002.04745."""
 
-    mixer: Attention
-    mlp: GatedMLP | MLP
-    norm: RMSNorm | LayerNorm
+    mixer: Mixer
+    mlp: FeedForward
+    norm: Norm
 
     def __call__(
         self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: Any, depth: jax.Array
@@ -85,7 +83,7 @@ class Decoder:
     """Longest sequence in tokens"""
     tied: bool
     """Whether the unembedding reads the embedding's table"""
-    final_norm: RMSNorm | LayerNorm
+    final_norm: Norm
     position: Learned | None = None
     """Positions added to the embedding; rotary ones belong to each mixer"""
     initial: Initial = Initial()  # noqa: RUF009

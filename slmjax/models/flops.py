@@ -44,7 +44,7 @@ def flops_per_token(decoder: Decoder, length: int) -> Flops:
     inside = 6 * nonembedding_count(decoder)
     head = inside + 6 * decoder.vocab * decoder.width
     # Scores and weighted values: 2 * 2 * T * H * K forward, three times that with backward, half of it masked.
-    widths = sum(block.mixer.heads * block.mixer.head_dim for block in decoder.pattern)
+    widths = sum(block.mixer.attended_width for block in decoder.pattern)
     return Flops(
         nonembedding=inside,
         head=head,

@@ -107,8 +107,9 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The GPT2Config of this decoder, or None if there is none."""
     block = decoder.pattern[0]
     mixer, mlp, norm = block.mixer, block.mlp, block.norm
-    fits = decoder.position == Learned() and isinstance(mlp, MLP) and isinstance(norm, LayerNorm)
-    if not fits or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
+    if not (isinstance(mixer, Attention) and isinstance(mlp, MLP) and isinstance(norm, LayerNorm)):
+        return None
+    if decoder.position is None or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
         return None
     config = {
         "architectures": ["GPT2LMHeadModel"],

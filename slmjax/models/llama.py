@@ -132,10 +132,12 @@ def rows(decoder: Decoder) -> tuple[Row, ...]:
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The LlamaConfig of this decoder, with the keys of transformers 4 beside those of 5; None if there is none."""
     block = decoder.pattern[0]
-    mixer, mlp, norm, position = block.mixer, block.mlp, block.norm, block.mixer.position
-    if not (isinstance(position, Rope) and isinstance(mlp, GatedMLP) and isinstance(norm, RMSNorm)):
+    mixer, mlp, norm = block.mixer, block.mlp, block.norm
+    if not (isinstance(mixer, Attention) and isinstance(mlp, GatedMLP) and isinstance(norm, RMSNorm)):
         return None
-    if decoder.width % mixer.heads or activation_name(mlp.activation) is None:  # LlamaConfig refuses such a width
+    position = mixer.position
+    # LlamaConfig itself refuses a width that the heads do not divide.
+    if not isinstance(position, Rope) or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
         return None
     scaling = _scaling_to_config(position.scaling)
     config = {

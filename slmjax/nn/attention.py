@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from slmjax.errors import UserError
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.layer import Layer
+from slmjax.nn.parts import Mixer
 from slmjax.nn.position import NoPosition, Rope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class Attention(Mixer):
     """`heads` queries share `kv_heads` keys and values. Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245."""
 
     label: ClassVar[str] = "attn"
@@ -35,8 +36,13 @@ class Attention:
         if isinstance(self.position, Rope) and self.head_dim % 2:
             raise UserError(f"head_dim: {self.head_dim} is odd, and rotary positions pair its channels")
 
+    @property
+    def attended_width(self) -> int:
+        """heads * head_dim"""
+        return self.heads * self.head_dim
+
     def table(self, positions: jax.Array) -> Any:
-        """What every layer of this kind needs of positions [B, T], computed once a forward pass."""
+        """What `position` needs of positions [B, T]: sines and cosines for `Rope`."""
         return self.position.table(positions, self.head_dim)
 
     def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from slmjax.nn.layer import Layer
+from slmjax.nn.parts import FeedForward
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -31,7 +32,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP:
+class MLP(FeedForward):
     """down(activation(up(x)))."""
 
     hidden: int
@@ -43,7 +44,7 @@ class MLP:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedMLP:
+class GatedMLP(FeedForward):
     """down(activation(gate(x)) * up(x)). Shazeer 2020, arXiv:2002.05202."""
 
     hidden: int

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.nn.layer import Layer
+from slmjax.nn.parts import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMSNorm:
+class RMSNorm(Norm):
     """x / rms(x) * scale. Zhang & Sennrich 2019, arXiv:1910.07467. Cast before the gain, as Llama does."""
 
     eps: float = 1e-5
@@ -25,7 +26,7 @@ class RMSNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerNorm:
+class LayerNorm(Norm):
     """(x - mean) / std * scale + bias. Ba et al. 2016, arXiv:1607.06450."""
 
     eps: float = 1e-5
@@ -37,6 +38,3 @@ class LayerNorm:
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         wide = wide * layer.gain("scale", x.shape[-1:], ("embed",))
         return layer.cast(wide + layer.bias("bias", x.shape[-1:], ("embed",)) if self.bias else wide)
-
-
-Norm = RMSNorm | LayerNorm
