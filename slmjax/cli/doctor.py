@@ -1,0 +1,124 @@
+"""`slmjax doctor EXPERIMENT`: will it fit, how long will it take, what will it cost. Compiles no step."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from slmjax.errors import UserError
+
+HELP = "will this experiment fit, how long will it take, what will it cost"
+PROG = "slmjax doctor"
+EXAMPLE = "slmjax doctor experiments/pretrain/quickstart.py --data.batch 64 --memory-gb 8"
+ABOUT = """Judges an experiment before it is compiled: parameters, FLOPs, peak memory a device (from the trace of the
+step), tokens/s (from 2 seconds of matrix products of its shapes), time and energy to finish, and a verdict. Where the
+memory does not suffice it names the one setting to change.
+
+EXPERIMENT and its overrides are those of `slmjax train`; --memory-gb GB judges for a device of that memory."""
+
+
+def main(argv: list[str]) -> int:
+    """0 if the experiment fits, 2 if not."""
+    from slmjax.cli.train import parse
+
+    memory_gb, rest = take_memory(argv)
+    experiment, runtime, _ = parse(rest, PROG, ABOUT, EXAMPLE)
+
+    import jax
+    from rich.console import Console
+
+    from slmjax.cli.estimate_memory import estimate, one_change
+    from slmjax.cli.estimate_time import calibrate, watts
+    from slmjax.nn.compute import for_backend
+    from slmjax.track.progress import si
+
+    compute = runtime.compute or for_backend(jax.default_backend())
+    mesh = dict(runtime.mesh.build().shape)
+    limit, said = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
+    memory = estimate(experiment, compute, mesh)
+    speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console.print(_table(experiment, compute, mesh, memory, limit, said, speed, watts()))
+    if memory.total <= limit:
+        print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
+        print(f"next:\n  slmjax train {' '.join(rest)}")
+        return 0
+    change = one_change(experiment, compute, mesh, limit)
+    if change is None:
+        print(
+            f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B), and no single setting mends it: parameters, "
+            f"optimizer and gradients alone take {si(memory.total - memory.activations)}B; choose a smaller model, or "
+            "a device with more memory"
+        )
+        return 2
+    print(f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B)")
+    print(f"change one setting: {change.setting}  ({si(change.memory.total)}B; {change.cost})")
+    return 2
+
+
+def take_memory(argv: list[str]) -> tuple[float | None, list[str]]:
+    """Splits `--memory-gb GB` off the arguments, which otherwise are those of `train`.
+
+    Raises:
+        UserError: no number above 0.
+    """
+    rest, found, words = [], None, iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--memory-gb", "--memory_gb"):
+            rest.append(word)
+            continue
+        value = value or next(words, "")
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if not found > 0:
+            raise UserError(f"--memory-gb is {value!r}; expected a number of gigabytes above 0, such as 8")
+    return found, rest
+
+
+def device_memory() -> tuple[float, str]:
+    """Bytes that a device may use, and where the figure is from."""
+    import jax
+    import psutil
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"]), jax.local_devices()[0].device_kind
+    return float(psutil.virtual_memory().total), "memory of this machine"
+
+
+def _table(
+    experiment: Any, compute: Any, mesh: dict[str, int], memory: Any, limit: float, said: str, speed: Any, power: Any
+) -> Any:
+    from rich.table import Table
+
+    from slmjax.models.flops import flops_per_token, nonembedding_count, parameter_count
+    from slmjax.track.progress import duration, si
+
+    flops = flops_per_token(experiment.model, experiment.data.length).attention
+    tokens = experiment.steps * experiment.data.batch * experiment.data.length
+    rate = speed.tokens_per_second(flops)
+    seconds = tokens / rate
+    table = Table(title=experiment.name, show_header=False, title_justify="left")
+    count, inside = parameter_count(experiment.model), nonembedding_count(experiment.model)
+    micro = f"in {experiment.accumulate} micro-batches of " if experiment.accumulate > 1 else ""
+    rows = experiment.data.batch // experiment.accumulate
+    for name, value in (
+        ("parameters", f"{count:,}, {inside:,} without tables"),
+        ("training", f"{experiment.steps:,} steps, {micro}{rows} x {experiment.data.length}: {tokens:,} tokens"),
+        ("FLOPs", f"{si(flops)}FLOP a token (causal attention and head counted), {si(flops * tokens)}FLOP in all"),
+        ("device", f"{', '.join(f'{k}={v}' for k, v in mesh.items())}, {compute.dtype}, {si(limit)}B ({said})"),
+        ("memory: parameters", f"{si(memory.params)}B"),
+        ("  optimizer, view", f"{si(memory.optimizer)}B"),
+        ("  gradients", f"{si(memory.gradients)}B"),
+        ("  activations", f"{si(memory.activations)}B (remat: {type(compute.remat).__name__})"),
+        ("  peak of a step", f"{si(memory.total)}B (estimate from the trace)"),
+        ("matrix products", f"{si(speed.flops)}FLOP/s measured at these shapes"),
+        ("expected", f"{rate:,.0f} tokens/s at {speed.efficiency:.0%} of that"),
+        ("time to finish", f"about {duration(seconds)}, compilation and evaluation left out"),
+        ("energy to finish", f"about {power[0] * seconds / 3.6e6:.3g} kWh (estimate: {power[1]})"),
+    ):
+        table.add_row(name, value)
+    return table

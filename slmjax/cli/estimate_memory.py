@@ -1,0 +1,175 @@
+"""Peak memory of a training step from its trace alone: nothing is compiled, nothing runs.
+
+The step's jaxpr says which arrays live when. Arrays are walked in program order; the peak is looked for where XLA has
+to have its operands in memory (matrix products, reductions, loops, gathers), since elementwise work between those is
+fused. So whatever changes what a step keeps (remat, chunked loss, accumulation, a new layer) changes the estimate,
+without a formula of its own. XLA may order things better and use buffers twice, or copy and pad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slmjax import tree
+from slmjax.config import Experiment
+from slmjax.nn.compute import Compute
+from slmjax.train.sharding import RULES, is_axes
+from slmjax.types import Batch
+
+FUSED = frozenset(
+    """
+    add add_any sub mul div neg exp log log1p expm1 tanh logistic sqrt rsqrt square integer_pow pow sign abs max min
+    select_n eq ne lt le gt ge and or not xor convert_element_type broadcast_in_dim iota reshape squeeze expand_dims
+    stop_gradient copy erf clamp is_finite rem floor round slice pad rev sin cos transpose reduce_precision
+    optimization_barrier
+    """.split()  # noqa: SIM905
+)
+"""Primitives that XLA computes inside their consumer"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the worst moment of a step."""
+
+    params: float
+    optimizer: float
+    """State of the optimizer and the view"""
+    gradients: float
+    activations: float
+    """What the forward pass keeps for the backward pass, and the work on top of it"""
+
+    @property
+    def total(self) -> float:
+        return self.params + self.optimizer + self.gradients + self.activations
+
+
+def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) -> Memory:
+    """
+    Args:
+        mesh: sizes of the axes data, fsdp and tensor.
+    """
+    model = experiment.model.build(compute)
+    optimizer = experiment.optimizer.build(experiment.schedule.build(experiment.steps), model.axes)
+    objective, view = experiment.objective.build(model), experiment.view.build()
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    opt, viewed = jax.eval_shape(optimizer.init, params), jax.eval_shape(view.init, params)
+    axes = tree.flatten(model.axes, is_leaf=is_axes)
+    whole = tree.nbytes(params)
+    mine = sum(tree.nbytes(x) / ways(axes[path], x.shape, mesh) for path, x in tree.flatten(params).items())
+    rows = math.ceil(experiment.data.batch / experiment.accumulate / (mesh["data"] * mesh["fsdp"]))
+    batch = batch_of(rows, experiment.data.length)
+
+    def loss(params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
+        return objective.loss(view.apply(params, view_state), frozen, batch, key)
+
+    frozen = jax.eval_shape(lambda: objective.frozen)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trace = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params, frozen, viewed, batch, key)
+    working = peak(trace.jaxpr) - whole  # the trace's outputs are the gradients
+    share = mine / whole
+    sums = 2 if experiment.accumulate > 1 else 1
+    return Memory(
+        params=mine + tree.nbytes(objective.frozen),
+        optimizer=(tree.nbytes(opt) + tree.nbytes(viewed)) * share,
+        gradients=sums * mine,
+        activations=max(0.0, working) / mesh["tensor"] + tree.nbytes(batch),
+    )
+
+
+def batch_of(rows: int, length: int) -> Batch:
+    """An abstract batch [rows, length]."""
+    shape = (rows, length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if f == "weights" else jnp.int32) for f in Batch._fields))
+
+
+def ways(axes: tuple, shape: tuple[int, ...], mesh: Mapping[str, int]) -> int:
+    """Over how many devices the rules split an array; a size that does not divide is not split."""
+    taken = {RULES[a] for a, n in zip(axes, shape, strict=True) if a in RULES and n % mesh[RULES[a]] == 0}
+    return math.prod(mesh[to] for to in taken)
+
+
+def peak(jaxpr: Any) -> float:
+    """Most bytes that the arrays made inside `jaxpr` take at one time; its inputs are the caller's."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not _literal(v)}
+    live: dict[Any, float] = {}
+    now = most = 0.0
+    for i, eqn in enumerate(jaxpr.eqns):
+        made = {v: _size(v) for v in eqn.outvars if v in last}
+        inner = max((peak(sub) for sub in _subs(eqn)), default=0.0)
+        outputs = sum(made.values())
+        if inner or eqn.primitive.name not in FUSED:
+            loop = eqn.primitive.name in ("scan", "while")
+            most = max(most, now + (outputs + inner if loop else max(outputs, inner)))
+        live |= made
+        now += outputs
+        for v in {v for v in eqn.invars if not _literal(v) and last[v] == i} & live.keys():
+            now -= live.pop(v)
+    return max(most, now)
+
+
+def _subs(eqn: Any) -> list[Any]:
+    """The jaxprs inside an equation."""
+    found = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    return [getattr(x, "jaxpr", x) for x in found if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+
+
+def _size(v: Any) -> float:
+    shape, dtype = getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)
+    return math.prod(shape) * getattr(dtype, "itemsize", 4)
+
+
+def _literal(v: Any) -> bool:
+    return hasattr(v, "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One setting that makes an experiment fit."""
+
+    setting: str
+    """As typed on the command line"""
+    cost: str
+    memory: Memory
+
+
+def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int], limit: float) -> Change | None:
+    """The mildest single setting under which the step fits into `limit` bytes a device, or None.
+
+    In order: more micro-batches (no change of results), fsdp over the devices that are there, remat (slower), bfloat16
+    activations, then a smaller batch (which changes the experiment).
+    """
+    from slmjax.nn.compute import Remat
+
+    devices = mesh["data"] * mesh["fsdp"]
+    batch, most = experiment.data.batch, experiment.data.batch // devices
+    candidates: list[tuple[str, str, Experiment, Compute, Mapping[str, int]]] = [
+        (f"--accumulate {n}", "same results, a little slower", replace(experiment, accumulate=n), compute, mesh)
+        for n in range(experiment.accumulate + 1, most + 1)
+        if batch % n == 0 and (batch // n) % devices == 0
+    ]
+    if mesh["data"] > 1:
+        split = {**mesh, "data": 1, "fsdp": devices}
+        said = f"--runtime.mesh.data 1 --runtime.mesh.fsdp {devices}"
+        candidates.append((said, "same results, more communication", experiment, compute, split))
+    if not isinstance(compute.remat, Remat):
+        slower = "same results, up to a third slower"
+        candidates.append(
+            ("runtime.compute.remat = Remat()", slower, experiment, replace(compute, remat=Remat()), mesh)
+        )
+    for n in sorted({batch // d for d in range(2, batch + 1) if batch % d == 0 and (batch // d) % devices == 0})[::-1]:
+        smaller = replace(
+            experiment, data=replace(experiment.data, batch=n), accumulate=math.gcd(experiment.accumulate, n)
+        )
+        candidates.append((f"--data.batch {n}", "another experiment: retune the learning rate", smaller, compute, mesh))
+    for setting, cost, *what in candidates:
+        memory = estimate(*what)
+        if memory.total <= limit:
+            return Change(setting=setting, cost=cost, memory=memory)
+    return None

@@ -1,0 +1,86 @@
+"""Expected speed of a training step from two seconds of matrix products, and what the run takes then."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from slmjax import tree
+from slmjax.models.decoder import Decoder
+from slmjax.train.sharding import is_axes
+
+EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
+"""What a whole step reaches of the speed that its matrix products reach alone: attention, norms, the loss and the
+optimizer take the rest. Of the order measured for the experiments of this repository; yours may differ by a third"""
+MOST_TOKENS = 2048
+"""Tokens in a calibration product: enough to be as fast as more"""
+WATTS = {"h200": 700.0, "h100": 700.0, "a100": 400.0, "l40s": 350.0, "l4": 72.0, "v100": 300.0, "tpu": 200.0}
+"""Board power by device kind (lower case, contained), from the makers' data sheets; TPU: an assumption"""
+
+
+class Speed(NamedTuple):
+    """What was measured."""
+
+    flops: float
+    """FLOP/s of the model's matrix products, on all devices together"""
+    efficiency: float
+    """The share of it that a step is expected to reach"""
+
+    def tokens_per_second(self, flops_per_token: float) -> float:
+        return self.flops * self.efficiency / flops_per_token
+
+
+def products(decoder: Decoder) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix of one layer of each kind, and of the head."""
+    axes = tree.flatten(decoder.build().axes, is_leaf=is_axes)
+    found = [(decoder.width, decoder.vocab)]
+    for path, shape in tree.flatten(decoder.declared()).items():
+        names, sizes = axes[path.removesuffix("/value")], shape.shape
+        if names[0] != "layers" or len(names) < 3 or path.removesuffix("/value").endswith("bias"):
+            continue
+        cut = 2 if names[1] == "embed" else len(sizes) - 1
+        found.append((math.prod(sizes[1:cut]), math.prod(sizes[cut:])))
+    return found
+
+
+def calibrate(decoder: Decoder, dtype: str, tokens: int, seconds: float = 2.0) -> Speed:
+    """Times the products of the model's shapes, forward and both of the backward pass, on the first device."""
+    rows = min(tokens, MOST_TOKENS)
+    shapes = products(decoder)
+    weights = [jnp.full(shape, 0.01, dtype) for shape in shapes]
+    inputs = [jnp.full((rows, n), 0.01, dtype) for n, _ in shapes]
+
+    def backward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        y, pull = jax.vjp(jnp.matmul, x, w)
+        return y, pull(y)
+
+    run = jax.jit(lambda xs, ws: [backward(x, w) for x, w in zip(xs, ws, strict=True)])
+    jax.block_until_ready(run(inputs, weights))
+    best, end = math.inf, time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        jax.block_until_ready(run(inputs, weights))
+        best = min(best, time.perf_counter() - start)
+    once = sum(6 * rows * n * m for n, m in shapes)
+    backend = jax.default_backend()
+    devices = 1 if backend == "cpu" else jax.device_count()  # simulated devices share the cores
+    return Speed(flops=once / best * devices, efficiency=EFFICIENCY.get(backend, 0.5))
+
+
+def watts() -> tuple[float, str]:
+    """Power while training, of all devices, and where the figure is from. An estimate."""
+    import os
+
+    from slmjax.track.energy import watts_per_thread
+
+    if jax.default_backend() == "cpu":
+        each, said = watts_per_thread()
+        threads = os.cpu_count() or 1
+        return each * threads, f"{threads} threads; {said}"
+    kind = jax.devices()[0].device_kind.lower()
+    each = next((w for name, w in WATTS.items() if name in kind), 300.0)
+    return each * jax.device_count(), f"{jax.device_count()} x {each:g} W board power of {kind}"
