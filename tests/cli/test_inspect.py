@@ -1,0 +1,36 @@
+"""`slmjax inspect` on a run and on an experiment."""
+
+from e2e.conftest import slmjax
+
+from slmjax.cli.loading import load
+from slmjax.models.flops import flops_per_token
+
+
+def test_every_parameter_is_listed_and_the_counts_add_up(tiny, tiny_run):
+    decoder = load(tiny_run).decoder
+    for model in (tiny_run, tiny.file):
+        done = slmjax("inspect", model)
+        assert done.code == 0, done.err
+        rows = [
+            [c.strip() for c in line.strip("│ ").split("│")] for line in done.out.splitlines() if line.startswith("│")
+        ]
+        parameters = {row[0]: row for row in rows if row[0] in decoder.paths()}
+        assert set(parameters) == set(decoder.paths())
+        assert parameters["layers/attn/q"][1:5] == [
+            "2 x 32 x 2 x 16",
+            "float32",
+            "layers, embed, heads, head_dim",
+            "normal(0.02)",
+        ]
+        total = sum(int(row[5].replace(",", "")) for row in parameters.values())
+        assert f"{total:,} parameters, {4 * total:,} bytes" in done.out
+        flops = flops_per_token(decoder, 32)
+        assert [row[1] for row in rows if row[0].startswith("(")] == [f"{n:,}" for n in flops]
+    assert "slmjax doctor" in done.out
+
+
+def test_length_changes_attention_alone(tiny):
+    short, long = (slmjax("inspect", tiny.file, "--length", n).out for n in (16, 64))
+    changed = [a for a, b in zip(short.splitlines(), long.splitlines(), strict=True) if a != b]
+    assert len(changed) == 2
+    assert "attention" in changed[1]
