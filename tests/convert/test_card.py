@@ -18,7 +18,12 @@ FULL = Facts(
     licence="apache-2.0",
     language=("en", "no"),
     sources=(
-        Source(name="Moby-Dick | the whale", licence="public domain", url="https://www.gutenberg.org/ebooks/2701", tokens=300_000),
+        Source(
+            name="Moby-Dick | the whale",
+            licence="public domain",
+            url="https://www.gutenberg.org/ebooks/2701",
+            tokens=300_000,
+        ),
         Source(name="Wiki", documents=12, weight=0.5),
     ),
     tokens=3_000_000,
@@ -27,13 +32,16 @@ FULL = Facts(
     flops_convention="6N",
     energy=Energy(kwh=0.0123, method="tdp-estimate", co2e_kg=0.005, grid="475 g/kWh, world 2019"),
     hardware="1 x cpu",
-    results=(Result(metric="loss", value=3.25, standard_error=0.0125, data="validation"), Result(metric="bits per byte", value=1.2)),
+    results=(
+        Result(metric="loss", value=3.25, standard_error=0.0125, data="validation"),
+        Result(metric="bits per byte", value=1.2),
+    ),
     fingerprint="f" * 64,
     data_fingerprints=("d" * 64,),
     commit="c" * 40,
     changed=True,
     version="0.1.0",
-)  # fmt: skip
+)
 
 
 def test_everything_known_is_said():
