@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
+from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.attention_kernels import cudnn_attention, reference_attention
+from slmjax.nn.einsum_cpu import cpu_einsum
 
 
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -71,7 +73,7 @@ class Compute:
 def for_backend(backend: str) -> Compute:
     """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
     return {
-        "cpu": Compute(dtype="bfloat16", unroll=None),
+        "cpu": Compute(dtype="bfloat16", attention=cpu_attention, einsum=cpu_einsum, unroll=None),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),
     }.get(backend, Compute())

@@ -1,0 +1,86 @@
+"""slmjax's side of the step benchmark: the step that `slmjax train` runs, fed as the loop feeds it.
+
+python benchmarks/slmjax_step.py --workload B [--init DIR]
+
+Reads requests from stdin (see `workload.serve`); `benchmarks/step.py` drives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import workload as w
+
+from slmjax import platform
+
+platform.configure()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from slmjax.convert.hf import write_hf  # noqa: E402
+from slmjax.models.llama import llama  # noqa: E402
+from slmjax.nn.compute import for_backend  # noqa: E402
+from slmjax.objectives import NextToken  # noqa: E402
+from slmjax.optim.recipes import AdamW  # noqa: E402
+from slmjax.optim.schedules import Constant  # noqa: E402
+from slmjax.train.sharding import Mesh  # noqa: E402
+from slmjax.train.step import Program, program  # noqa: E402
+from slmjax.types import Batch  # noqa: E402
+from slmjax.views import Identity  # noqa: E402
+
+
+def decoder(work: w.Workload):
+    """The workload's model."""
+    shape = {"layers": work.layers, "width": work.width, "hidden": work.hidden, "vocab": work.vocab}
+    return llama(**shape, heads=work.heads, kv_heads=work.heads, context=work.length, tied=True)
+
+
+def built(work: w.Workload, compute=None) -> Program:
+    """The workload's training step, as `compute` says (default: what slmjax chooses here)."""
+    model = decoder(work).build(compute or for_backend(jax.default_backend()))
+    schedule = Constant(peak_lr=w.PEAK_LR).build(10**6)
+    optimizer = AdamW(weight_decay=w.WEIGHT_DECAY, b1=w.BETAS[0], b2=w.BETAS[1], eps=w.EPS, clip_norm=w.CLIP_NORM)
+    return program(
+        model.init,
+        model.axes,
+        NextToken().build(model),
+        optimizer.build(schedule, model.axes),
+        Identity().build(),
+        mesh=Mesh().build(),
+        schedule=schedule,
+    )
+
+
+def batch_of(rows: np.ndarray) -> Batch:
+    """[B, T + 1] tokens -> a batch of whole documents."""
+    tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    ones = np.ones_like(tokens)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy()
+    return Batch(tokens, targets, ones.astype(np.float32), positions, ones)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=sorted(w.WORKLOADS), default="B")
+    parser.add_argument("--init", type=pathlib.Path, help="write the initial parameters here, as a Hugging Face folder")
+    parser.add_argument("--steps", type=int, default=64, help="distinct batches")
+    args = parser.parse_args()
+    work = w.WORKLOADS[args.workload]
+    run = built(work)
+    state = run.init()
+    if args.init:
+        args.init.mkdir(parents=True, exist_ok=True)
+        write_hf(args.init, decoder(work), state.params)
+
+    def step(rows: np.ndarray) -> float:
+        nonlocal state
+        state, metrics = run.step(state, (), run.put(batch_of(rows)))
+        return float(metrics["loss"])
+
+    w.serve(step, w.tokens(work, args.steps))
+
+
+if __name__ == "__main__":
+    main()
