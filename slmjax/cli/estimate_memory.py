@@ -84,8 +84,9 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
 
 def batch_of(rows: int, length: int) -> Batch:
     """An abstract batch [rows, length]."""
-    shape = (rows, length)
-    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if f == "weights" else jnp.int32) for f in Batch._fields))
+    kinds = (jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields)
+    fields: Any = (jax.ShapeDtypeStruct((rows, length), kind) for kind in kinds)
+    return Batch(*fields)
 
 
 def ways(axes: tuple, shape: tuple[int, ...], mesh: Mapping[str, int]) -> int:
@@ -168,8 +169,8 @@ def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]
             experiment, data=replace(experiment.data, batch=n), accumulate=math.gcd(experiment.accumulate, n)
         )
         candidates.append((f"--data.batch {n}", "another experiment: retune the learning rate", smaller, compute, mesh))
-    for setting, cost, *what in candidates:
-        memory = estimate(*what)
+    for setting, cost, changed, how, where in candidates:
+        memory = estimate(changed, how, where)
         if memory.total <= limit:
             return Change(setting=setting, cost=cost, memory=memory)
     return None

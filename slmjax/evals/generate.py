@@ -77,7 +77,8 @@ class Generator:
         seed: int = 0,
     ) -> list[Generated]:
         """The continuations of `prompts`, without the prompts. See `stream`."""
-        texts, tokens = [""] * len(prompts), [()] * len(prompts)
+        texts = [""] * len(prompts)
+        tokens: list[tuple[int, ...]] = [()] * len(prompts)
         reasons: list[Reason] = ["length"] * len(prompts)
         for piece in self.stream(prompts, sampler=sampler, max_tokens=max_tokens, stop=stop, seed=seed):
             texts[piece.row] += piece.text
