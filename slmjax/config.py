@@ -80,8 +80,7 @@ class Experiment:
             )
         if self.data.batch % self.accumulate:
             raise UserError(
-                f"accumulate is {self.accumulate}, which does not divide data.batch {self.data.batch}; "
-                "choose a divisor"
+                f"accumulate is {self.accumulate}, which does not divide data.batch {self.data.batch}; choose a divisor"
             )
 
 

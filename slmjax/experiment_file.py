@@ -28,7 +28,7 @@ def load_module(file: str | Path) -> ModuleType:
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) and Path(str(known.__file__)).resolve() == path:
         return known
-    if known is not None or importlib.util.find_spec(path.stem) is not None and not _beside(path):
+    if known is not None or (importlib.util.find_spec(path.stem) is not None and not _beside(path)):
         raise UserError(f"{file}: there is already a Python module named {path.stem!r}; rename the file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

@@ -1,4 +1,4 @@
-"""How annotations are checked while the tests run: beartype, with an int where a float is asked for, as PEP 484 says."""
+"""How annotations are checked while the tests run: by beartype, an int passing for a float, as PEP 484 has it."""
 
 from beartype import BeartypeConf, beartype
 

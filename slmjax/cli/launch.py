@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.cli import runs
 from slmjax.cli.peak import peak_flops
@@ -22,6 +24,7 @@ from slmjax.track.progress import si
 from slmjax.track.trackers import Trackers, open_trackers
 from slmjax.train.checkpoint import extra, latest_step
 from slmjax.train.hooks import Evaluate, Hook, Profile, Sample
+from slmjax.train.lock import lock
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
 from slmjax.train.step import Program, program
@@ -102,12 +105,33 @@ def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
         print(f"{folder}: complete, {done} steps; nothing to do")
         print(_next_steps(folder))
         return 0
+    with lock(folder) if first else contextlib.nullcontext():
+        _run(experiment, runtime, folder, config, changed, stores, held_out)
+    if first:
+        print(f"done: {folder}")
+        print(_next_steps(folder))
+    return 0
+
+
+def _run(
+    experiment: Experiment,
+    runtime: Runtime,
+    folder: Path,
+    config: dict[str, Any],
+    changed: Sequence[str],
+    stores: Sequence[TokenStore],
+    held_out: Sequence[TokenStore],
+) -> None:
+    """The training itself, in a folder that is held."""
+    first = jax.process_index() == 0
     if first:
         _copy_tokenizer(stores[0], folder)
 
     built = build(experiment, runtime)
-    frozen = jax.device_put(built.objective.frozen)
-    loader = Loader(experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir)
+    frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
+    loader = Loader(
+        experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
+    )
     peak, peak_source = peak_flops(built.compute.dtype)
     flops = flops_per_token(experiment.model, experiment.data.length)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Trackers(), _silent)
@@ -127,10 +151,6 @@ def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
         log_every=runtime.log_every,
         say=say,
     )
-    if first:
-        print(f"done: {folder}")
-        print(_next_steps(folder))
-    return 0
 
 
 def _open_trackers(
@@ -197,7 +217,9 @@ def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built:
     generator = Generator(experiment.model, None, store.tokenizer(), built.compute)
 
     def write(params: Params) -> str:
-        made = generator.with_params(params)(samples.prompts, sampler=rule, max_tokens=samples.tokens, seed=experiment.seed)
+        made = generator.with_params(params)(
+            samples.prompts, sampler=rule, max_tokens=samples.tokens, seed=experiment.seed
+        )
         return "\n\n".join(prompt + new.text for prompt, new in zip(samples.prompts, made, strict=True))
 
     return write

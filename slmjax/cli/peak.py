@@ -31,7 +31,7 @@ def peak_flops(dtype: str, seconds: float = 0.3) -> tuple[float, str]:
 
 
 def measured_flops(dtype: str, seconds: float, size: int = 1024) -> float:
-    """FLOP/s of square matrix products, the best of as many as fit into `seconds`; simulated devices share the cores."""
+    """FLOP/s of the fastest square matrix product that fits into `seconds`. Simulated devices share the cores."""
     import jax
     import jax.numpy as jnp
 

@@ -59,7 +59,9 @@ def open_folder(path: Path, config: dict[str, Any], source: Path | None, *, acce
             shutil.copyfile(source, path / "experiment.py")
         write_json(file, config)
     except OSError as error:
-        raise StorageError(f"{path}: the run folder cannot be written ({error.strerror}); free or choose a disk") from error
+        raise StorageError(
+            f"{path}: the run folder cannot be written ({error.strerror}); free or choose a disk"
+        ) from error
     return []
 
 

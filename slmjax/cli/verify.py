@@ -137,7 +137,8 @@ class Run:
             time.sleep(randomness.random() * 0.2)
         process.kill()
         process.wait()
-        return f"{moment}, after {self._rows()} rows of metrics, with checkpoints {', '.join(self._checkpoints()) or 'none'}"
+        there = ", ".join(self._checkpoints()) or "none"
+        return f"{moment}, after {self._rows()} rows of metrics, with checkpoints {there}"
 
     def _wait(self, process: subprocess.Popen[bytes], reached: Callable[[], Any]) -> None:
         while not reached():
@@ -194,7 +195,9 @@ def _arrays(checkpoint: Path) -> dict[str, bytes]:
     for item in ("params", "train"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             at = checkpoint.absolute() / item
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata)
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata
+            )
             leaves = flatten(reader.restore(at, args=ocp.args.PyTreeRestore(restore_args=dict(as_numpy))))
         out |= {f"{item}/{path}": f"{x.dtype}{x.shape}".encode() + x.tobytes() for path, x in leaves.items()}
     return out

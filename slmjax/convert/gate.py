@@ -263,5 +263,5 @@ def _limit(x: np.ndarray) -> float:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # blocked by an entry in sys.modules
+    except (ValueError, ImportError):  # blocked in sys.modules, or by a finder
         return False

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax
 import pytest
-from e2e.conftest import slmjax
+from running import slmjax
 
 from slmjax.cli.doctor import take_memory
 from slmjax.cli.estimate_memory import batch_of, estimate, one_change, ways

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from e2e.conftest import slmjax
+from running import slmjax
 
 from slmjax.cli.loading import load
 from slmjax.convert.hf import write_hf

@@ -1,7 +1,7 @@
 """`slmjax generate`: prompts in, text out."""
 
 import pytest
-from e2e.conftest import slmjax
+from running import slmjax
 
 
 def test_text_is_streamed_and_repeatable(tiny_run):

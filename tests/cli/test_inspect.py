@@ -1,6 +1,6 @@
 """`slmjax inspect` on a run and on an experiment."""
 
-from e2e.conftest import slmjax
+from running import slmjax
 
 from slmjax.cli.loading import load
 from slmjax.models.flops import flops_per_token

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e2e.conftest import ROOT, slmjax
+from running import ROOT, slmjax
 
 from slmjax import tree
 from slmjax.experiment_file import load_experiment, load_module

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from e2e.conftest import runtime, slmjax
+from running import runtime, slmjax, store_of
 
 
 def one_line(done, code, *words):
@@ -66,7 +66,7 @@ def test_a_malformed_line_names_file_and_line(tiny, tmp_path):
 
 def test_a_corrupt_shard_is_named(tiny, tiny_run, tmp_path):
     store = tmp_path / "store"
-    shutil.copytree(next((tiny.data_dir / "stores").iterdir()), store)
+    shutil.copytree(store_of(tiny), store)
     shard = max((store / "train" / "tokens").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 3] ^= 0xFF
@@ -78,11 +78,11 @@ def test_a_corrupt_shard_is_named(tiny, tiny_run, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_match_the_store(tiny, tiny_run, tmp_path):
-    store = tmp_path / "store"
-    shutil.copytree(next((tiny.data_dir / "stores").iterdir()), store)
-    file = store / "tokenizer.json"
-    file.write_text(file.read_text().replace('"Ġthe"', '"Ġthx"'))
-    one_line(slmjax("eval", tiny_run, "--data", store), 4, "tokenizer")
+    recipe = tmp_path / "other_tokenizer.py"
+    recipe.write_text(tiny.file.read_text().replace("vocab=384", "vocab=300") + "\n\ndef recipe():\n    return RECIPE\n")
+    built = slmjax("data", "build", recipe, "--out", tmp_path / "store")
+    assert built.code == 0, built.err
+    one_line(slmjax("eval", tiny_run, "--data", tmp_path / "store"), 4, "tokenizer")
 
 
 def test_a_workdir_of_something_else(tiny, tmp_path):
@@ -97,9 +97,9 @@ def test_two_runs_on_one_folder(tiny, tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     shutil.rmtree(run / "checkpoints" / "12")
-    with lock(run / "checkpoints"):
+    with lock(run):
         done = slmjax("train", tiny.file, *runtime(tiny, run))
-    one_line(done, 2, str(run), "another")
+    one_line(done, 2, str(run), "at work here")
     assert slmjax("train", tiny.file, *runtime(tiny, run)).code == 0
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from e2e.conftest import slmjax
+from running import slmjax
 
 from slmjax.cli.loading import load
 from slmjax.tree import flatten

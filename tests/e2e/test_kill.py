@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from e2e.conftest import slmjax
+from running import slmjax
 
 from slmjax.cli.verify import compare
 

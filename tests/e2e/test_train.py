@@ -3,10 +3,11 @@
 import json
 import shutil
 
-from e2e.conftest import runtime, slmjax
+from running import runtime, slmjax
 
 from slmjax.cli.verify import CLOCK
 from slmjax.track.jsonl import read
+from slmjax.track.ledger import state_of
 
 
 def test_a_run_explains_itself(tiny_run, tiny):
@@ -20,7 +21,7 @@ def test_a_run_explains_itself(tiny_run, tiny):
     assert config["experiment"]["model"]["$type"] == "slmjax.models.decoder:Decoder"
     assert (tiny_run / "experiment.py").read_text() == tiny.file.read_text()
     assert {"python", "packages", "git", "command"} <= set(json.loads((tiny_run / "environment.json").read_text()))
-    assert [e["event"] for e in read(tiny_run / "ledger.jsonl")][-1] == "complete"
+    assert state_of(read(tiny_run / "ledger.jsonl")) == "complete"
 
 
 def test_every_step_is_recorded_and_the_model_learns(tiny_run):
@@ -41,7 +42,9 @@ def test_a_second_call_finds_its_work_done(tiny_run, tiny):
 
 
 def test_config_json_replays_to_the_same_numbers(tiny_run, tiny, tmp_path):
-    done = slmjax("train", tiny_run / "config.json", *runtime(tiny, tmp_path / "replay"), "--runtime.checkpoints.every", "0")
+    done = slmjax(
+        "train", tiny_run / "config.json", *runtime(tiny, tmp_path / "replay"), "--runtime.checkpoints.every", "0"
+    )
     assert done.code == 0, done.err
     first, second = (json.loads((run / "config.json").read_text()) for run in (tiny_run, tmp_path / "replay"))
     assert first["fingerprint"] == second["fingerprint"]

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from slmjax.config import Evaluation, Experiment
 from slmjax.data.recipe import Recipe
 from slmjax.data.sources import JSONL
@@ -34,7 +34,7 @@ def experiment() -> Experiment:
         steps=12,
         evaluation=Evaluation(every=6, batches=2),
     )
-'''
+"""
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +50,12 @@ def tiny(tmp_path_factory):
     file = folder / "tiny_experiment.py"
     file.write_text(EXPERIMENT.format(text=text))
     return SimpleNamespace(file=file, data_dir=folder / "data", text=text)
+
+
+def store_of(tiny):
+    """The token store that training built."""
+    (manifest,) = (tiny.data_dir / "stores").glob("moby-*/manifest.json")
+    return manifest.parent
 
 
 def slmjax(*argv):

@@ -1,0 +1,61 @@
+"""The tutorial's commands run, and the links of all pages lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(sh|python)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    """(language, what stands after it, text) of each fenced block."""
+    return [(m[1], m[2].strip(), m[3]) for m in BLOCK.finditer(page.read_text())]
+
+
+def test_the_tutorial_runs(tmp_path):
+    for name in ("data", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+    del env["XLA_FLAGS"]  # one device, as a reader has
+    ran = 0
+    for language, info, text in blocks(ROOT / "docs" / "tutorial.md"):
+        if language == "python":
+            (tmp_path / info.removeprefix("file=")).write_text(text)
+            continue
+        if info == "no-test":
+            continue
+        for command in text.replace("\\\n", " ").strip().splitlines():
+            done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+            expected = 2 if info == "fails" else 0
+            assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 10
+    assert (tmp_path / "exports/mine/model.safetensors").is_file()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_name_verbs_and_files_that_exist(page):
+    from slmjax.cli.main import VERBS
+
+    for language, _, text in blocks(page):
+        if language != "sh":
+            continue
+        for verb in re.findall(r"^\s*slmjax ([a-z]+)", text, re.MULTILINE):
+            assert verb in VERBS, f"{page.name}: slmjax {verb}"
+        for file in re.findall(r"\b((?:experiments|benchmarks|data/recipes|tools)/[\w/.-]+)", text):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
