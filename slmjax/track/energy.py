@@ -32,6 +32,7 @@ WORLD_AVERAGE = 475.0
 
 
 @runtime_checkable
+@runtime_checkable
 class Meter(Protocol):
     """One part of the machine."""
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, runtime_checkable
 
 REFRESH = 0.25
 """Seconds between two redraws of the bar"""
@@ -19,13 +19,22 @@ LOSSES = {"loss": "loss", "validation/loss": "validation"}
 """Metric -> how it is called in a line"""
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """Where text goes: stderr, or an `io.StringIO`."""
+
+    def write(self, text: str, /) -> Any: ...
+
+    def flush(self) -> Any: ...
+
+
 class Progress:
     """A tracker that shows `loss`, `tokens_per_second`, `mfu` and `memory_bytes` of what is logged, and the time left.
 
     Nothing is drawn more often than every quarter of a second, so logging each of a thousand steps a second is fine.
     """
 
-    def __init__(self, steps: int, log: str | Path | None = None, *, stream: TextIO | None = None, line: float = LINE):
+    def __init__(self, steps: int, log: str | Path | None = None, *, stream: Stream | None = None, line: float = LINE):
         """`steps` of the whole run; `log` is appended to; `stream` is stderr unless given."""
         self.steps = steps
         self._stream = stream or sys.stderr
@@ -102,7 +111,7 @@ class Progress:
                 self._log.close()
 
 
-def _bar(steps: int, stream: TextIO):
+def _bar(steps: int, stream: Any):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar

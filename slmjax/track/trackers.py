@@ -15,6 +15,7 @@ from slmjax.track.wandb_run import Mode, WandbRun
 
 
 @runtime_checkable
+@runtime_checkable
 class Tracker(Protocol):
     """What the training loop tells. All calls come from one thread of the first process."""
 

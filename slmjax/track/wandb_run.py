@@ -42,7 +42,8 @@ class WandbRun:
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
         artifacts: bool = False,
-        timeout: float = 60.0,
+        start_timeout: float = 30.0,
+        finish_timeout: float = 60.0,
         say: Callable[[str], None] = print,
     ):
         """Returns at once; W&B starts at the first call of `resume` or `log`.
@@ -52,14 +53,16 @@ class WandbRun:
             mode: "auto" follows WANDB_MODE, else is online with an API key and offline without.
             config: JSON; secrets are taken out.
             artifacts: whether `artifact` records checkpoints and exports, as references to where they lie.
-            timeout: seconds that W&B gets to start, and to finish.
+            start_timeout: seconds that its server gets to answer, before it goes on offline.
+            finish_timeout: seconds that W&B gets to upload what is left; `wandb sync` does it later.
         """
         self.folder = Path(folder)
         self.mode = resolve(mode)
         self.id = _read_id(self.folder) or _new_id()
         self._init = {"project": project, "entity": entity, "group": group, "tags": list(tags), "name": name}
         self._config = redact_json(dict(config or {}))
-        self._artifacts, self._timeout, self._say = artifacts, timeout, say
+        self._artifacts, self._say = artifacts, say
+        self._start_timeout, self._finish_timeout = start_timeout, finish_timeout
         self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MAX_WAITING)
         self._thread: threading.Thread | None = None
         self._dropped = False
@@ -105,10 +108,13 @@ class WandbRun:
             return
         self._put(lambda run: run.summary.update({"status": status}))
         self._put(None)
-        self._thread.join(self._timeout)
+        self._thread.join(self._finish_timeout)
         if self._thread.is_alive():
-            self._say(
-                f"W&B did not finish within {self._timeout:g} s; `wandb sync {self.folder}/wandb/*run-*` uploads it"
+            say, self._say = self._say, lambda text: None  # the thread is left behind, and says no more
+            _stop_service()
+            say(
+                f"W&B did not finish within {self._finish_timeout:g} s; "
+                f"`wandb sync {self.folder}/wandb/*run-*` uploads it"
             )
         self._thread = None
 
@@ -162,7 +168,7 @@ class WandbRun:
             silent=True,
             quiet=True,
             console="off",
-            init_timeout=self._timeout,
+            init_timeout=self._start_timeout,
             # Its own metadata hold the whole command line; ours, in the config, is redacted and has the commit.
             x_disable_meta=True,
             x_save_requirements=False,
