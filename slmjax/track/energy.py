@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from slmjax.track.environment import cpu_name
+from slmjax.track.tracker import Tracker
 
 DEFAULT_WATTS = 4.0
 """A busy thread of an unknown or virtual processor, as codecarbon 3 assumes"""
@@ -179,8 +180,9 @@ def grid(country: str = "") -> Grid:
     return Grid(grams=WORLD_AVERAGE, zone="world average", year=2019, source=source)
 
 
-class Energy:
-    """A tracker that meters the run from its making on, and keeps `energy.json`.
+class Energy(Tracker):
+    """Meters the run from its making on, and keeps `energy.json`. No metric of a step holds any of it: those of an
+    interrupted run have to come out the same, bit for bit.
 
     Energy is spent even if the steps it paid for are rolled back or lost in a crash, so the file, not the checkpoint,
     has the last word; the checkpoint's copy counts where the file is gone.
@@ -240,13 +242,6 @@ class Energy:
             "grid": {"g_per_kwh": where.grams, "zone": where.zone, "year": where.year, "source": where.source},
             "co2e_kg": it * self._pue * where.grams / 1000,
         }
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of a step have no energy in them: an interrupted run must repeat them bit for bit."""
-
-    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None: ...
-
-    def resume(self, step: int) -> None: ...
 
     def state(self) -> dict[str, Any]:
         return {"parts": {k: dict(v) for k, v in self._total["parts"].items()}, "seconds": self._total["seconds"]}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.errors import StorageError
+from slmjax.track.tracker import Tracker
 
 SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -146,7 +147,7 @@ class JsonLines:
             self._fd = -1
 
 
-class Metrics:
+class Metrics(Tracker):
     """The tracker that writes `metrics.jsonl`.
 
     A row: `step`; `elapsed`, seconds of training by the monotonic clock, the earlier attempts of the run included;
@@ -169,12 +170,6 @@ class Metrics:
         rows = self._lines.keep(lambda row: row["step"] <= step)
         self._before = rows[-1]["elapsed"] if rows else 0.0
         self._start = time.monotonic()
-
-    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
-        """Artifacts are recorded by the ledger and W&B."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
     def finish(self, status: str) -> None:
         self._lines.close()

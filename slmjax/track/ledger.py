@@ -16,6 +16,7 @@ from typing import Any
 
 from slmjax.track.environment import redact
 from slmjax.track.jsonl import JsonLines, read
+from slmjax.track.tracker import Tracker
 
 EVENTS = {  # event -> the state that a run is in after it, or None where it stays as it was
     "created": "queued",
@@ -33,7 +34,7 @@ EVENTS = {  # event -> the state that a run is in after it, or None where it sta
 }
 
 
-class Ledger:
+class Ledger(Tracker):
     """Appends events. Each holds `event`, `time` (seconds since 1970), `attempt` (from 1), and what the caller adds."""
 
     def __init__(self, path: str | Path):
@@ -87,9 +88,6 @@ class Ledger:
     def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
         """`saved` or `exported`."""
         self.append("saved" if kind == "checkpoint" else "exported", path=str(path), **metadata)
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
     def finish(self, status: str) -> None:
         """The status as an event, with the reason where an exception is on its way out."""

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from slmjax.track.tracker import Tracker
+
 REFRESH = 0.25
 """Seconds between two redraws of the bar"""
 LINE = 10.0
@@ -28,7 +30,7 @@ class Stream(Protocol):
     def flush(self) -> Any: ...
 
 
-class Progress:
+class Progress(Tracker):
     """A tracker that shows `loss`, `tokens_per_second`, `mfu` and `memory_bytes` of what is logged, and the time left.
 
     Nothing is drawn more often than every quarter of a second, so logging each of a thousand steps a second is fine.
@@ -45,7 +47,8 @@ class Progress:
         self._step = 0
         self._first: tuple[float, int] | None = None
         self._drawn = self._lined = -math.inf
-        self._live = self._task = None
+        self._live: Any = None
+        self._task: Any = None
         if getattr(self._stream, "isatty", lambda: False)():
             self._live, self._task = _bar(steps, self._stream)
             self._live.start()
@@ -92,12 +95,6 @@ class Progress:
 
     def resume(self, step: int) -> None:
         self._step, self._first = step, None
-
-    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
-        """Said by whoever made it."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
     def finish(self, status: str) -> None:
         """Leaves the last state of the bar standing. Further lines still go to the stream."""

@@ -23,6 +23,7 @@ from slmjax.track.chart import Series, chart
 from slmjax.track.ledger import attempts, state_of
 from slmjax.track.progress import duration, si
 from slmjax.track.report_style import STYLE
+from slmjax.track.tracker import Tracker
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -250,7 +251,7 @@ def _table(title: str, rows: Iterable[tuple[str, ...]], head: Sequence[str] = ()
     return f'<section class="{kind}"><h2>{escape(title)}</h2><table>{top}{body}</table></section>'
 
 
-class Report:
+class Report(Tracker):
     """The tracker that remakes the report: every few minutes in the background, and at the end."""
 
     def __init__(self, folder: str | Path, *, every: float = 300.0, say: Callable[[str], None] = print):
@@ -264,13 +265,6 @@ class Report:
             self._last = time.monotonic()
             self._thread = threading.Thread(target=self._write, name="report", daemon=True)
             self._thread.start()
-
-    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None: ...
-
-    def resume(self, step: int) -> None: ...
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
     def finish(self, status: str) -> None:
         if self._thread:

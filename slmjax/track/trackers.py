@@ -4,41 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from slmjax.track.energy import Energy
 from slmjax.track.jsonl import Metrics
 from slmjax.track.ledger import Ledger
 from slmjax.track.progress import Progress
 from slmjax.track.report import Report
+from slmjax.track.tracker import Tracker
 from slmjax.track.wandb_run import Mode, WandbRun
 
 
-@runtime_checkable
-@runtime_checkable
-class Tracker(Protocol):
-    """What the training loop tells. All calls come from one thread of the first process."""
-
-    def resume(self, step: int) -> None:
-        """Training goes on after `step`; what was logged of later steps is void. Comes first, and at each rollback."""
-        ...
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
-        """A "checkpoint" or an "export" is complete."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON, kept in each checkpoint."""
-        ...
-
-    def finish(self, status: str) -> None:
-        """complete, preempted, diverged or failed."""
-        ...
-
-
-class Trackers:
+class Trackers(Tracker):
     """Tells each tracker in turn; `state` is by name."""
 
     def __init__(self, **trackers: Tracker):
@@ -60,9 +37,8 @@ class Trackers:
         return {name: state for name, tracker in self.trackers.items() if (state := tracker.state())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The `state` of a checkpoint, before `resume`."""
         for name, tracker in self.trackers.items():
-            if name in state and hasattr(tracker, "restore"):
+            if name in state:
                 tracker.restore(state[name])
 
     def finish(self, status: str) -> None:

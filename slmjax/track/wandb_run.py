@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slmjax.track.environment import redact_json
+from slmjax.track.tracker import Tracker
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -27,7 +28,7 @@ MAX_WAITING = 100_000
 """Calls that may wait for a slow W&B; further ones are dropped, which is said once"""
 
 
-class WandbRun:
+class WandbRun(Tracker):
     """The tracker that writes to W&B."""
 
     def __init__(
