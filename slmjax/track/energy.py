@@ -51,12 +51,12 @@ class Rapl:
 
     method, part, detail = "rapl", "cpu", "energy counters of the processor packages (whole machine)"
 
-    def __init__(self):
+    def __init__(self, folder: str = "/sys/class/powercap/intel-rapl/subsystem"):
         from codecarbon.core.cpu import IntelRAPL, is_rapl_available
 
-        if not is_rapl_available():
+        if not is_rapl_available(folder):
             raise OSError("no readable RAPL counter")
-        self._rapl = IntelRAPL()
+        self._rapl = IntelRAPL(folder)
         self._rapl.start()
 
     def kwh(self, seconds: float) -> float:

@@ -112,6 +112,47 @@ def test_a_known_processor_shares_its_design_power_among_its_threads(monkeypatch
         assert energy.watts_per_thread()[0] == watts
 
 
+def test_counters_of_the_processor_packages(tmp_path):
+    """A tree as Linux has it, with two sockets."""
+    for socket, joules in ((0, 1000), (1, 5000)):
+        domain = tmp_path / f"intel-rapl:{socket}"
+        domain.mkdir()
+        (domain / "name").write_text(f"package-{socket}\n")
+        (domain / "max_energy_range_uj").write_text("262143328850\n")
+        (domain / "energy_uj").write_text(f"{joules}000000\n")
+    meter = energy.Rapl(str(tmp_path))
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("37000000000\n")  # 36 kJ more
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("77000000000\n")  # 72 kJ more
+    assert meter.kwh(100.0) == pytest.approx(0.01 + 0.02)
+    assert meter.kwh(100.0) == pytest.approx(0.0)
+
+
+def test_no_counter_no_meter(tmp_path):
+    with pytest.raises(OSError, match="no readable RAPL counter"):
+        energy.Rapl(str(tmp_path))
+
+
+@pytest.mark.parametrize(("visible", "kwh"), [("", 0.6), ("1", 0.2), ("0,2", 0.4), ("GPU-8f3a", 0.6)])
+def test_counters_of_the_visible_gpus(monkeypatch, visible, kwh):
+    from codecarbon.core import gpu, gpu_nvidia
+    from codecarbon.core.units import Energy as Kwh
+
+    class Three:
+        device_count = 3
+
+        def start(self): ...
+
+        def get_delta(self, duration):
+            return [{"gpu_index": i, "delta_energy_consumption": Kwh(0.1 * (i + 1))} for i in range(3)]
+
+    monkeypatch.setattr(gpu, "AllGPUDevices", Three)
+    monkeypatch.setattr(gpu_nvidia, "is_nvidia_system", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    meter = energy.Gpus()
+    assert meter.method == "nvml"
+    assert meter.kwh(1.0) == pytest.approx(kwh)
+
+
 def test_this_machine_has_exactly_one_meter_of_the_processor(capfd):
     found = meters()
     assert [m.part for m in found].count("cpu") == 1
