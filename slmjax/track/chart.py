@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 34
-POINTS = 240
+POINTS = 300
 """A longer line is drawn as this many means, with a band from the least to the greatest value behind"""
 
 
@@ -71,7 +71,7 @@ def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_z
         return (
             f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="empty">no data yet</p></figure>'
         )
-    x_low, x_high = min(b[0].x for _, b in drawn), max(b[-1].x for _, b in drawn)
+    x_low, x_high = (f(x for s, _ in drawn for x in s.x if math.isfinite(x)) for f in (min, max))
     x_high = x_high if x_high > x_low else x_low + 1
     low, high = _range([b for _, buckets in drawn for b in buckets], from_zero)
 

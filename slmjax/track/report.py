@@ -230,7 +230,7 @@ def _events(events: Rows) -> Iterable[tuple[str, str, str]]:
     events = [e for e in events if e["event"] != "evaluated"]
     for event in [*events[:4], *events[-16:]] if len(events) > 20 else events:
         at = datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rest = {k: v for k, v in event.items() if k not in ("event", "time", "pid", "host", "name", "fingerprint")}
+        rest = {k: v for k, v in event.items() if k in ("step", "loss", "grad_norm", "reason")}
         yield at, event["event"], ", ".join(f"{k} {_said(v)}" for k, v in rest.items())
 
 

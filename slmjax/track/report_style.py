@@ -17,11 +17,12 @@ code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
   font-size: 13px; font-weight: 600; color: var(--wait); }
 .state.complete { color: var(--ok); } .state.running { color: var(--s0); }
 .state.failed, .state.diverged { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin: 0 0 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(142px, 1fr)); gap: 12px; margin: 0 0 14px; }
 .cards div, .chart, section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .cards div { padding: 11px 14px; }
 dt, small { color: var(--soft); font-size: 12.5px; }
-dd { margin: 0; font-size: 22px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.3; }
+dd { margin: 0; font-size: 20px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.4;
+  white-space: nowrap; }
 small { display: block; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
 .chart { margin: 0; padding: 12px 14px 8px; }
