@@ -48,7 +48,7 @@ test-fast: $(VENV)/.installed-test  ## run the tests that take seconds
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev  ## apply ruff's format and fixes
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,7 @@ import workload as w
 
 from slmjax import platform
 
+platform.use_huge_pages()
 platform.configure()
 
 import jax  # noqa: E402

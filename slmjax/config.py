@@ -106,6 +106,8 @@ class Runtime:
     """The run folder; default: runs/ and the experiment's name"""
     data_dir: str = "runs/data"
     """Where token stores of recipes are built, once"""
+    dtype: typing.Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations and matrix products; auto: what `compute` says"""
     compute: Compute | None = None
     """Precision and kernels; None: the fastest known ones of this platform"""
     mesh: Mesh = field(default_factory=Mesh)

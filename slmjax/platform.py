@@ -1,18 +1,18 @@
 """What has to be set before jax is imported: XLA's flags, the compilation cache.
 
-Everything here is a default that the user's environment overrides, and stays jax-free until `probe_bf16`.
+Everything here is a default that the user's environment overrides. Imports no jax.
 """
 
 from __future__ import annotations
 
 import os
-import time
+import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from importlib import metadata
 
 SWITCH = "SLMJAX_XLA_FLAGS"
-"""Environment variable: `onednn` adds the flags below; `off`, or unset, leaves XLA's flags as they are"""
+"""Environment variable: `off` leaves everything as it is, but for the compilation cache; `onednn` adds more flags"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,41 @@ class Flag:
         return f"--{self.name}={self.value}"
 
 
+FLAGS: tuple[Flag, ...] = (
+    # Schedules for memory instead of for concurrency: a third less of temporaries in a training step, no slower.
+    Flag(name="xla_cpu_enable_concurrency_optimized_scheduler", value="false", since=(0, 10), until=(0, 13)),
+)
+
 ONEDNN: tuple[Flag, ...] = (
-    # Not the default: about a tenth faster, but jaxlib 0.12.0 may abort when a compiled program is freed just after it
-    # ran (object_pool.h: "Check failed"), and no such program reaches the compilation cache. See docs/performance.md.
+    # Not the default: no faster than our own products, jaxlib 0.12.0 may abort when a compiled program is freed just
+    # after it ran (object_pool.h: "Check failed"), and no such program reaches the compilation cache.
     Flag(name="xla_cpu_use_onednn", value="true", since=(0, 12), until=(0, 13)),
     Flag(name="xla_cpu_experimental_onednn_fusion_type", value="dot", since=(0, 12), until=(0, 13)),
 )
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""glibc asks for transparent huge pages. XLA allocates all temporaries at the start of a step and frees them at its
+end, so that each step faults its pages in anew: by 4 KiB that takes a fifth of a step. See docs/performance.md"""
 
 
 def configure(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets what this platform needs, unless the user has set it: call before jax is imported."""
     environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/slmjax/jax"))
-    flags = {"onednn": ONEDNN}.get(environ.get(SWITCH, ""), ())
-    if flags:
+    switch = environ.get(SWITCH, "")
+    if switch != "off":
+        flags = FLAGS + (ONEDNN if switch == "onednn" else ())
         environ["XLA_FLAGS"] = xla_flags(environ.get("XLA_FLAGS", ""), _jaxlib(), flags)
+
+
+def use_huge_pages(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Starts this process again (same id, same arguments) with `HUGE_PAGES`, which glibc reads at start only.
+
+    Does nothing off Linux, where the user has tuned malloc, or where our settings are off.
+    """
+    if sys.platform.startswith("linux") and environ.get(SWITCH) != "off" and "GLIBC_TUNABLES" not in environ:
+        sys.stdout.flush()
+        environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], dict(environ))
 
 
 def xla_flags(given: str, version: tuple[int, ...], flags: tuple[Flag, ...]) -> str:
@@ -55,33 +76,3 @@ def xla_flags(given: str, version: tuple[int, ...], flags: tuple[Flag, ...]) -> 
 def _jaxlib() -> tuple[int, ...]:
     """(major, minor) of the installed jaxlib."""
     return tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
-
-
-def probe_bf16(size: int = 512, repeats: int = 5) -> str | None:
-    """A warning if the gradient of a bfloat16 product is no faster here than in float32, else None.
-
-    Imports jax and compiles two small products: about 0.2 s.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from slmjax.nn.einsum_cpu import transpose
-
-    def seconds(dtype) -> float:
-        x, g = jnp.ones((4 * size, size), dtype), jnp.ones((4 * size, size), dtype)
-        dot = jax.jit(lambda x, g: transpose(x) @ g).lower(x, g).compile()
-        dot(x, g).block_until_ready()
-        found = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            dot(x, g).block_until_ready()
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    ratio = seconds(jnp.float32) / seconds(jnp.bfloat16)
-    if ratio > 1.2:
-        return None
-    return (
-        f"bfloat16 weight gradients run at {ratio:.2f}x the speed of float32: no fast path in this CPU or jaxlib; "
-        "try --runtime.compute.dtype float32 (docs/performance.md)"
-    )

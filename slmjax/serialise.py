@@ -1,8 +1,9 @@
 """Frozen dataclasses to JSON and back, with their types; differences; fingerprints.
 
-A dataclass becomes `{"$type": "module:Name", field: value, ...}`, a function of a module `{"$function": "module:name"}`,
-a tuple a list. Reading makes nothing but frozen dataclasses and functions of modules that are slmjax's own, come with
-jax or optax, or have been imported by the caller: a config.json cannot name code that would run on being read.
+A dataclass becomes `{"$type": "module:Name", field: value, ...}`, a module-level function
+`{"$function": "module:name"}`, a tuple a list. Reading makes nothing but frozen dataclasses and functions of modules
+that are slmjax's own, come with jax or optax, or have been imported by the caller: a config.json cannot name code that
+would run on being read.
 """
 
 from __future__ import annotations

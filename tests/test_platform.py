@@ -48,6 +48,21 @@ def test_flags_are_added_on_request():
     assert environ["XLA_FLAGS"].endswith("--mine")
 
 
+def test_malloc_is_tuned_by_starting_over_once():
+    code = (
+        "import os, sys; from slmjax import platform; platform.use_huge_pages();"
+        "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), *sys.argv[1:])"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in (platform.SWITCH, "GLIBC_TUNABLES")}
+    cases = (({}, platform.HUGE_PAGES), ({"GLIBC_TUNABLES": "mine"}, "mine"), ({platform.SWITCH: "off"}, None))
+    for given, expected in cases:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "one two", "3"], env=clean | given, stdout=subprocess.PIPE, text=True
+        )
+        out, _ = process.communicate()
+        assert out.strip() == f"{expected} {process.pid} one two 3"
+
+
 def test_configure_imports_no_jax_and_xla_accepts_the_flags():
     code = (
         "import sys; from slmjax import platform; platform.configure(); assert 'jax' not in sys.modules;"

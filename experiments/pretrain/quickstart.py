@@ -1,7 +1,7 @@
 """A Llama-style model of 3.6M parameters on 10 MB of English classics, from scratch.
 
-    make quickstart
-    slmjax train experiments/pretrain/quickstart.py --runtime.workdir runs/quickstart
+make quickstart
+slmjax train experiments/pretrain/quickstart.py --runtime.workdir runs/quickstart
 """
 
 from pathlib import Path

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         Ledger(loaded.source / "ledger.jsonl").append("exported", path=str(out), dtype=args.dtype, step=loaded.step)
     print(f"""exported to {out}
 next:
-  slmjax eval {out}
+  slmjax generate {out} --prompt "Once upon a time"
   python -c 'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{out}"))'""")
     return 0
 

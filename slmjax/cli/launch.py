@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.cli import runs
-from slmjax.cli.peak import peak_flops
+from slmjax.cli.peak import peak_flops, probe_bf16
 from slmjax.config import Experiment, Runtime
 from slmjax.data.loader import Loader, open_stores, validation_batches
 from slmjax.data.token_store import TOKENIZER_FILES, TokenStore
@@ -43,6 +44,8 @@ class Built(NamedTuple):
 def build(experiment: Experiment, runtime: Runtime) -> Built:
     """The model and the jitted step of an experiment, on the devices of this process group."""
     compute = runtime.compute or for_backend(jax.default_backend())
+    if runtime.dtype != "auto":
+        compute = replace(compute, dtype=runtime.dtype)
     model = experiment.model.build(compute)
     objective = experiment.objective.build(model)
     schedule = experiment.schedule.build(experiment.steps)
@@ -133,10 +136,13 @@ def _run(
         experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
     )
     peak, peak_source = peak_flops(built.compute.dtype)
+    slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Trackers(), _silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, stores, peak, peak_source))
+    if slow:
+        say(f"warning: {slow}")
     loop(
         built.program,
         data=loader,

@@ -27,6 +27,9 @@ VERBS = {  # verb -> (module, what it does)
     "report": ("report", "rebuild a run's report.html from its records"),
 }
 
+TRAINING = ("train",)
+"""Verbs whose steps are worth a start over with other settings of malloc"""
+
 USAGE = """usage: slmjax VERB ...
 
 Train small language models from scratch in JAX, and export what you trained.
@@ -74,6 +77,8 @@ def run(argv: list[str]) -> int:
 
     from slmjax import platform
 
+    if verb in TRAINING:
+        platform.use_huge_pages()
     platform.configure()
     if code:
         from slmjax.experiment_file import load_module

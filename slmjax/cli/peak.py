@@ -44,3 +44,33 @@ def measured_flops(dtype: str, seconds: float, size: int = 1024) -> float:
         product(a, a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def probe_bf16(size: int = 512, repeats: int = 5) -> str | None:
+    """A warning if the gradient of a bfloat16 product is no faster here than in float32, else None.
+
+    Imports jax and compiles two small products: about 0.2 s.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from slmjax.nn.einsum_cpu import transpose
+
+    def seconds(dtype) -> float:
+        x, g = jnp.ones((4 * size, size), dtype), jnp.ones((4 * size, size), dtype)
+        dot = jax.jit(lambda x, g: transpose(x) @ g).lower(x, g).compile()
+        dot(x, g).block_until_ready()
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            dot(x, g).block_until_ready()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    ratio = seconds(jnp.float32) / seconds(jnp.bfloat16)
+    if ratio > 1.2:
+        return None
+    return (
+        f"bfloat16 weight gradients run at {ratio:.2f}x the speed of float32: no fast path in this CPU or jaxlib; "
+        "try --runtime.dtype float32 (docs/performance.md)"
+    )

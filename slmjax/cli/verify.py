@@ -130,7 +130,7 @@ class Run:
             time.sleep(randomness.random())
         elif moment == "save":
             there = set(self._checkpoints())
-            self._wait(process, lambda: set(self._checkpoints()) - there or self._saved())
+            self._wait(process, lambda: bool(set(self._checkpoints()) - there) or self._saved())
         else:
             more = randomness.randint(1, 4)
             self._wait(process, lambda: self._rows() >= before + more or self._saved())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,8 @@ import jax.numpy as jnp
 
 from slmjax.types import Metrics, Params
 
-WHOLE = 2**25
-"""Logits (128 MiB in float32) up to which they are computed whole"""
-PIECE = 2**23
-"""Logits (32 MiB in float32) of one piece where they are not"""
+PIECE = 2**22
+"""Logits (8 MiB in float32: they stay in the caches of a CPU) of one piece, where not all fit into one"""
 
 
 def next_token(
@@ -31,9 +30,12 @@ def next_token(
 
     The z-loss keeps the logits' normaliser near 1 (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
+    Where a gradient is wanted, it is formed with the loss, piece by piece: the logits are computed once, and those of
+    one piece exist at a time. (Reverse mode only, once. Hsu et al. 2024, arXiv:2410.10989, section 3.2.)
+
     Args:
-        chunk: positions of each row whose logits [B, chunk, V] exist at once; the backward pass computes them again.
-            None: all if B * T * V <= `WHOLE`, else as many as make B * chunk * V <= `PIECE` (at least one).
+        chunk: positions of each row whose logits [B, chunk, V] exist at once. None: as many as make
+            B * chunk * V <= `PIECE`, at least one; a value of T or more: all.
 
     Returns:
         The loss [], and metrics `loss` (cross-entropy alone), `weight` (sum of weights), `accuracy`, `z_loss`
@@ -42,19 +44,63 @@ def next_token(
     batch, length = targets.shape
     vocab = jax.eval_shape(unembed, params, hidden[:, :1]).shape[-1]
     size = _chunk(batch, length, vocab) if chunk is None else min(chunk, length)
-
-    def piece(h, t, w):  # -> sums [4]
-        return jnp.stack(_sums(unembed(params, h), t, w))
-
-    if size == length:
-        sums = piece(hidden, targets, weights)
-    else:
-        pieces = tuple(_split(x, size) for x in (hidden, targets, weights))
-        remat = jax.checkpoint(piece, prevent_cse=False)
-        sums, _ = jax.lax.scan(lambda total, xs: (total + remat(*xs), None), jnp.zeros(4), pieces)
+    # Only the parameters that the logits depend on, so that no gradient is kept for the others.
+    logits, read = jax.closure_convert(lambda h: unembed(params, h), hidden[:, :size])
+    total, sums = _summed(logits, size, z_loss, hidden, targets, weights, read)
     weight = sums[3]
-    nll, squared, correct = sums[:3] / jnp.where(weight == 0, 1.0, weight)
-    return nll + z_loss * squared, {"loss": nll, "weight": weight, "accuracy": correct, "z_loss": squared}
+    mean = 1.0 / jnp.where(weight == 0, 1.0, weight)
+    nll, squared, correct = sums[:3] * mean
+    return total * mean, {"loss": nll, "weight": weight, "accuracy": correct, "z_loss": squared}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(logits, size, z_loss, hidden, targets, weights, read) -> tuple[jax.Array, jax.Array]:
+    """(sum of w * (nll + z_loss * (log Z)^2), `_sums` [4]) over all tokens."""
+
+    def piece(h, t, w):
+        return _objective(logits, z_loss, h, t, w, read)
+
+    if size == hidden.shape[1]:
+        return piece(hidden, targets, weights)
+    zero = (jnp.zeros(()), jnp.zeros(4))
+    pieces = tuple(_split(x, size) for x in (hidden, targets, weights))
+    return jax.lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, piece(*xs)), None), zero, pieces)[0]
+
+
+def _objective(logits, z_loss, h, t, w, read) -> tuple[jax.Array, jax.Array]:
+    sums = jnp.stack(_sums(logits(h, *read), t, w))
+    return sums[0] + z_loss * sums[1], sums
+
+
+def _forward(logits, size, z_loss, hidden, targets, weights, read):
+    """The sums, and their gradient with respect to `hidden` and what the logits read."""
+
+    def piece(h, t, w):
+        return jax.value_and_grad(
+            lambda h, read: _objective(logits, z_loss, h, t, w, read), argnums=(0, 1), has_aux=True
+        )(h, read)
+
+    if size == hidden.shape[1]:
+        sums, grads = piece(hidden, targets, weights)
+        return sums, grads
+
+    def body(carry, xs):
+        sums, (dh, dread) = piece(*xs)
+        return jax.tree.map(jnp.add, carry, (sums, dread)), dh
+
+    zero = ((jnp.zeros(()), jnp.zeros(4)), jax.tree.map(jnp.zeros_like, read))
+    pieces = tuple(_split(x, size) for x in (hidden, targets, weights))
+    (sums, dread), dh = jax.lax.scan(body, zero, pieces)
+    return sums, (_join(dh, hidden.shape[1]), dread)
+
+
+def _backward(logits, size, z_loss, grads, cotangents):
+    g, _ = cotangents  # the sums are metrics: nothing is differentiated through them
+    dh, dread = jax.tree.map(lambda x: (g * x).astype(x.dtype), grads)
+    return dh, None, None, dread
+
+
+_summed.defvjp(_forward, _backward)
 
 
 def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
@@ -76,8 +122,6 @@ def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[ja
 
 
 def _chunk(batch: int, length: int, vocab: int) -> int:
-    if batch * length * vocab <= WHOLE:
-        return length
     pieces = math.ceil(length / max(1, PIECE // (batch * vocab)))
     return math.ceil(length / pieces)  # even pieces, so that little of the last is padding
 
@@ -87,3 +131,9 @@ def _split(x: jax.Array, size: int) -> jax.Array:
     b, t, *rest = x.shape
     x = jnp.pad(x, [(0, 0), (0, -t % size)] + [(0, 0)] * len(rest))
     return jnp.moveaxis(x.reshape(b, -1, size, *rest), 1, 0)
+
+
+def _join(x: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_split`: [pieces, B, size, ...] -> [B, T, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -73,7 +73,7 @@ class Compute:
 def for_backend(backend: str) -> Compute:
     """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
     return {
-        "cpu": Compute(dtype="bfloat16", attention=cpu_attention, einsum=cpu_einsum, unroll=None),
+        "cpu": Compute(dtype="bfloat16", attention=cpu_attention, einsum=cpu_einsum, unroll=8),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),
     }.get(backend, Compute())

@@ -62,7 +62,11 @@ def _forward(first: bool, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, t
 def _backward(first: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     left, right = (x, g) if first else (g, x)
-    return _dot(g, weight, 1 if first else 0), _dot(transpose(left), right, 0)
+    dx = _dot(g, weight, 1 if first else 0)
+    if left.shape[1] <= right.shape[1]:
+        return dx, _dot(transpose(left), right, 0)
+    # The narrower side is the cheaper one to transpose; the product is small, and held apart from its own transpose.
+    return dx, jax.lax.optimization_barrier(_dot(transpose(right), left, 0)).T
 
 
 _product.defvjp(_forward, _backward)

@@ -66,7 +66,8 @@ class Rope:
         """positions [B, T] -> cosines and sines, float32 [B, T, 1, K]. One table serves all layers."""
         angles = positions[..., None, None].astype(jnp.float32) * self.frequencies(head_dim)
         angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        # Held apart, or XLA would compute them again in every layer, for queries and keys, forward and backward.
+        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
     def rotate(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:  # [B, T, H, K]
         cos, sin = table

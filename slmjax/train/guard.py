@@ -88,8 +88,9 @@ class Guard(abc.ABC):
         n = jnp.maximum(known.sum(), 1)
         mean = (state.recent * known).sum(0) / n
         deviation = jnp.sqrt((jnp.square(state.recent - mean) * known).sum(0) / n)
-        # A run that has settled varies by less than rounding does: a thousandth of the mean is never a spike.
-        limit = mean + sigma * jnp.maximum(deviation, 1e-3 * jnp.abs(mean))
+        # A run that has settled varies by less than rounding does: a thousandth of its loss is never a spike. Gradient
+        # norms have a heavy tail: twice the mean is common where their deviation is small.
+        limit = mean + sigma * jnp.maximum(deviation, jnp.asarray([1e-3, 0.5]) * jnp.abs(mean))
         return (state.good >= (self.window + 1) // 2) & (now > limit).any()
 
 

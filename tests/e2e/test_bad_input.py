@@ -79,7 +79,8 @@ def test_a_corrupt_shard_is_named(tiny, tiny_run, tmp_path):
 
 def test_a_tokenizer_that_does_not_match_the_store(tiny, tiny_run, tmp_path):
     recipe = tmp_path / "other_tokenizer.py"
-    recipe.write_text(tiny.file.read_text().replace("vocab=384", "vocab=300") + "\n\ndef recipe():\n    return RECIPE\n")
+    other = tiny.file.read_text().replace("vocab=384", "vocab=300")
+    recipe.write_text(f"{other}\n\ndef recipe():\n    return RECIPE\n")
     built = slmjax("data", "build", recipe, "--out", tmp_path / "store")
     assert built.code == 0, built.err
     one_line(slmjax("eval", tiny_run, "--data", tmp_path / "store"), 4, "tokenizer")
