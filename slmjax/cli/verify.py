@@ -129,8 +129,8 @@ class Run:
             self._wait(process, lambda: "compiling" if (self.folder / "metrics.jsonl").exists() else "")
             time.sleep(randomness.random())
         elif moment == "save":
-            there = set(self._checkpoints())
-            self._wait(process, lambda: bool(set(self._checkpoints()) - there) or self._saved())
+            there = self._checkpoints()
+            self._wait(process, lambda: any(name not in there for name in self._checkpoints()) or self._saved())
         else:
             more = randomness.randint(1, 4)
             self._wait(process, lambda: self._rows() >= before + more or self._saved())

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from slmjax.types import Metrics, Params
 
 PIECE = 2**22
-"""Logits (8 MiB in float32: they stay in the caches of a CPU) of one piece, where not all fit into one"""
+"""Logits (16 MiB in float32) of one piece, where not all fit into one"""
+LEAST = 1024
+"""Tokens of one piece nevertheless, so that its matrix products are not thin"""
 
 
 def next_token(
@@ -35,7 +37,7 @@ def next_token(
 
     Args:
         chunk: positions of each row whose logits [B, chunk, V] exist at once. None: as many as make
-            B * chunk * V <= `PIECE`, at least one; a value of T or more: all.
+            B * chunk * V <= `PIECE`, or B * chunk <= `LEAST` tokens, at least one; a value of T or more: all.
 
     Returns:
         The loss [], and metrics `loss` (cross-entropy alone), `weight` (sum of weights), `accuracy`, `z_loss`
@@ -122,7 +124,8 @@ def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[ja
 
 
 def _chunk(batch: int, length: int, vocab: int) -> int:
-    pieces = math.ceil(length / max(1, PIECE // (batch * vocab)))
+    tokens = max(PIECE // vocab, LEAST)
+    pieces = math.ceil(length / max(1, tokens // batch))
     return math.ceil(length / pieces)  # even pieces, so that little of the last is padding
 
 
