@@ -40,10 +40,10 @@ quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a 
 	@VENV=$(VENV) tools/quickstart
 
 test: $(VENV)/.installed-test $(REF)/.installed  ## run every test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-fast: $(VENV)/.installed-test  ## run the tests that take seconds
-	$(BIN)/python -m pytest -m fast $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m fast $(TESTS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .
