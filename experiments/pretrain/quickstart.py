@@ -21,7 +21,7 @@ def experiment() -> Experiment:
         model=llama(layers=4, width=256, heads=4, kv_heads=2, hidden=704, vocab=4096, context=256, tied=True),
         data=Data(train=(Part(source=str(CORPUS)),), length=256, batch=16),
         optimizer=AdamW(weight_decay=0.1),
-        schedule=WSD(peak_lr=4e-3, warmup_steps=20, decay_fraction=0.3),
-        steps=250,
-        evaluation=Evaluation(every=50, batches=8),
+        schedule=WSD(peak_lr=4e-3, warmup_steps=30, decay_fraction=0.3),
+        steps=500,
+        evaluation=Evaluation(every=100, batches=8),
     )
