@@ -6,7 +6,6 @@ REF ?= .venv-ref
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 TESTS ?= tests
-export SLMJAX_REFERENCE_PYTHON ?= $(CURDIR)/$(REF)/bin/python
 
 .PHONY: help quickstart test test-fast lint format docs bench clean
 .DEFAULT_GOAL := help
@@ -39,6 +38,7 @@ $(REF)/.installed: requirements/reference.txt requirements/reference-constraints
 quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a small model: minutes, offline
 	@VENV=$(VENV) tools/quickstart
 
+test docs: export SLMJAX_REFERENCE_PYTHON ?= $(CURDIR)/$(REF)/bin/python
 test: $(VENV)/.installed-test $(REF)/.installed  ## run every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
