@@ -1,4 +1,4 @@
-"""What the training loop costs around the jitted step: `python -m benchmarks.overhead`.
+"""What the training loop costs around the jitted step: `python benchmarks/overhead.py`.
 
 Configuration B (see workload.py) is trained twice in alternation, on the same batches and states: by calling the jitted
 step alone, waiting for the device at the end only, and by `train.loop.train` with everything that a run has: batches
@@ -25,8 +25,8 @@ configure()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from workload import PEAK_LR, WORKLOADS, tokens  # noqa: E402
 
-from benchmarks.workload import PEAK_LR, WORKLOADS, tokens  # noqa: E402
 from slmjax.models.llama import llama  # noqa: E402
 from slmjax.nn.compute import for_backend  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402

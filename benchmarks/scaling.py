@@ -8,8 +8,11 @@ One dimension of workload B changes at a time. The exponent is the slope of log(
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import replace
+
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is timed
 
 import slmjax_step as ours
 import workload as w

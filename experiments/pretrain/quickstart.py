@@ -1,7 +1,10 @@
-"""A Llama-style model of 3.6M parameters on 10 MB of English classics, from scratch.
+"""A Llama-style model of 4 million parameters on 10 MB of English classics, from scratch.
 
-make quickstart
-slmjax train experiments/pretrain/quickstart.py --runtime.workdir runs/quickstart
+    make quickstart
+    slmjax train experiments/pretrain/quickstart.py --runtime.workdir runs/quickstart
+
+2 million tokens, 0.65 epochs: two minutes on 2 cores of an AMD EPYC with bfloat16 instructions. Expected validation
+loss: 4.4 nats a token.
 """
 
 from pathlib import Path
