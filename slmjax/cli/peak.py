@@ -49,7 +49,7 @@ def measured_flops(dtype: str, seconds: float, size: int = 1024) -> float:
 def probe_bf16(size: int = 512, repeats: int = 5) -> str | None:
     """A warning if the gradient of a bfloat16 product is no faster here than in float32, else None.
 
-    Imports jax and compiles two small products: about 0.2 s.
+    Imports jax and compiles two small products: some tenths of a second.
     """
     import jax
     import jax.numpy as jnp
