@@ -126,7 +126,7 @@ class Run:
         process = self.start()
         before = self._rows()
         if moment == "first step":
-            self._wait(process, lambda: "compiling" if (self.folder / "metrics.jsonl").exists() else "")
+            self._wait(process, (self.folder / "metrics.jsonl").exists)
             time.sleep(randomness.random())
         elif moment == "save":
             there = self._checkpoints()
