@@ -11,8 +11,9 @@ import pytest
 
 from slmjax import platform
 from slmjax.nn.attention_cpu import cpu_attention
-from slmjax.nn.attention_kernels import Mask, reference_attention
+from slmjax.nn.attention_kernels import Mask, Scores, reference_attention
 from slmjax.nn.einsum_cpu import cpu_einsum, transpose
+from slmjax.nn.position import Alibi
 
 pytestmark = pytest.mark.fast
 
@@ -86,9 +87,17 @@ SEGMENTS = {
 }
 
 
+RULES = {
+    "plain": lambda heads: Scores(scale=0.3),
+    "all": lambda heads: Scores(scale=0.3, softcap=2.0, window=5, slopes=Alibi().slopes(heads)),
+    "two ways": lambda heads: Scores(scale=0.3, causal=False),
+}
+
+
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(("t", "heads", "kv_heads"), [(16, 4, 4), (13, 6, 2), (33, 4, 1)])
-def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_heads):
+def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_heads, rule):
     b, width = 2, 8
     ids = jnp.asarray(segments(b, t), jnp.int32)
     mask = Mask(ids, ids)
@@ -96,7 +105,7 @@ def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_h
     g = draw(3, b, t, heads, width)
 
     def run(attention):
-        return jax.vjp(lambda *qkv: attention(*qkv, mask, 0.3), q, k, v)
+        return jax.vjp(lambda *qkv: attention(*qkv, mask, rule(heads)), q, k, v)
 
     (ours, back), (reference, reference_back) = run(cpu_attention), run(reference_attention)
     np.testing.assert_allclose(ours, reference, atol=2e-6)
@@ -107,7 +116,8 @@ def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_h
 def test_decoding_reads_the_cache_as_the_reference_does():
     q, k, v = draw(0, 2, 1, 4, 8), draw(1, 2, 12, 2, 8), draw(2, 2, 12, 2, 8)
     mask = Mask(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 12), jnp.int32), jnp.int32(7))
-    np.testing.assert_array_equal(cpu_attention(q, k, v, mask, 0.3), reference_attention(q, k, v, mask, 0.3))
+    rule = Scores(scale=0.3)
+    np.testing.assert_array_equal(cpu_attention(q, k, v, mask, rule), reference_attention(q, k, v, mask, rule))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from slmjax.cli.args import parse
+from slmjax.errors import UserError
 
 HELP = "parameters and FLOPs of a model or an experiment"
 
@@ -18,7 +20,8 @@ HELP = "parameters and FLOPs of a model or an experiment"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint, a Hugging Face folder, or an experiment that has not been trained"""
+    """A run folder, a checkpoint, a Hugging Face folder, an experiment that has not been trained, or a published size such
+    as llama/smollm2-135m"""
     length: int | None = None
     """Tokens a sequence, for the FLOPs of attention; default: as in training, or the model's context"""
     step: int | None = None
@@ -31,10 +34,11 @@ def main(argv: list[str]) -> int:
         argv,
         prog="slmjax inspect",
         description="Every parameter with shape, dtype, logical axes and initial values; training FLOPs a token.",
-        example="slmjax inspect experiments/pretrain/quickstart.py",
+        example="slmjax inspect experiments/pretrain/quickstart.py\n  slmjax inspect llama/smollm2-135m",
     )
     from rich.console import Console
 
+    from slmjax.models import SIZES
     from slmjax.models.flops import flops_per_token, parameter_count
 
     decoder, length, params = _model(args)
@@ -43,17 +47,28 @@ def main(argv: list[str]) -> int:
     console.print(_flops(flops_per_token(decoder, length), length))
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
-    follow = "generate" if params is not None else "doctor"
-    print(f"next:\n  slmjax {follow} {args.model}{' --prompt x' if follow == 'generate' else ''}")
+    if args.model in SIZES:
+        size = SIZES[args.model]
+        print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")
+    else:
+        verb, more = ("doctor", "") if params is None else ("generate", " --prompt x")
+        print(f"next:\n  slmjax {verb} {args.model}{more}")
     return 0
 
 
 def _model(args: Args) -> tuple[Any, int, Any]:
     """(decoder, sequence length, parameters or None). An experiment needs no run."""
     from slmjax.experiment_file import load_experiment
+    from slmjax.models import SIZES
 
     path = Path(args.model)
+    if args.model in SIZES and not path.exists():
+        decoder = SIZES[args.model]()
+        return decoder, args.length or decoder.context, None
     if not path.exists() or path.is_file():
+        near = difflib.get_close_matches(args.model, SIZES, n=1)
+        if near and not path.suffix:
+            raise UserError(f"{args.model}: no such folder, experiment or published size; did you mean {near[0]}?")
         experiment, _ = load_experiment(args.model)
         return experiment.model, args.length or experiment.data.length, None
     from slmjax.cli.loading import load

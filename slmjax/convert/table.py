@@ -1,7 +1,6 @@
 """Reads the rows of `models/table.py` in both directions: parameters of a decoder <-> tensors by their key.
 
-Ours stacks the layers on the leading axis; theirs numbers them. With a pattern of n blocks, `layers/i/...` of repeat r
-is their layer r * n + i.
+Ours stacks the layers on the leading axis; theirs numbers them, as `Row.numbers` says.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from einops import rearrange
@@ -23,46 +22,51 @@ from slmjax.tree import flatten, unflatten
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
 
-class Piece(NamedTuple):
-    """One layer of one of our parameters, and how it lies in theirs."""
-
-    path: str
-    """Path of ours"""
-    repeat: int | None
-    """Index on the layer axis; None if the parameter is not stacked"""
-    shape: tuple[int, ...]
-    """[...] of theirs, this piece alone"""
-    pattern: str
-    """einops, theirs -> ours"""
-    sizes: dict[str, int]
-    """Size of each axis named in `pattern`"""
-
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Our parameter (all layers) -> this layer's part of their tensor."""
-        left, right = self.pattern.split("->")
-        return rearrange(ours if self.repeat is None else ours[self.repeat], f"{right}->{left}", **self.sizes)
-
-    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """This layer's part of their tensor -> one layer of ours."""
-        return rearrange(theirs, self.pattern, **self.sizes)
+Where: TypeAlias = tuple[int | slice, ...]
+"""Which part of one of our parameters: its layer, and its index on an enumerated axis"""
 
 
 class Entry(NamedTuple):
-    """One tensor of theirs."""
+    """One tensor of theirs, and the parts of our parameters in it: one, or several side by side or interleaved."""
 
     key: str
-    pieces: tuple[Piece, ...]
-    """One, or several that lie one after another along `split`"""
-    split: int
+    parts: tuple[tuple[str, Where], ...]
+    """Path of ours, and which part of it"""
+    pattern: str
+    """einops, theirs -> ours"""
+    sizes: tuple[dict[str, int], ...]
+    """Size of each axis named in `pattern`, for each part"""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of theirs as each part alone would have it"""
+    split: int | None
+    """Axis of theirs along which the parts are concatenated; None: they are one array, with the axis `n` if several"""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of theirs."""
-        first = self.pieces[0].shape
-        if len(self.pieces) == 1:
+        first = self.shapes[0]
+        if self.split is None:
             return first
-        fused = sum(p.shape[self.split] for p in self.pieces)
+        fused = sum(shape[self.split] for shape in self.shapes)
         return (*first[: self.split], fused, *first[self.split + 1 :])
+
+    def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Parts of ours -> their tensor."""
+        left, right = self.pattern.split("->")
+        if self.split is None:
+            whole = ours[0] if len(ours) == 1 else np.stack(ours)
+            return rearrange(whole, f"{right}->{left}", **self.sizes[0])
+        each = [rearrange(x, f"{right}->{left}", **sizes) for x, sizes in zip(ours, self.sizes, strict=True)]
+        return np.concatenate(each, axis=self.split)
+
+    def to_ours(self, theirs: np.ndarray) -> Sequence[np.ndarray]:
+        """Their tensor -> parts of ours."""
+        if self.split is None:
+            whole = rearrange(theirs, self.pattern, **self.sizes[0])
+            return [whole] if len(self.parts) == 1 else list(whole)
+        ends = np.cumsum([shape[self.split] for shape in self.shapes])[:-1]
+        each = np.split(theirs, ends, axis=self.split)
+        return [rearrange(x, self.pattern, **sizes) for x, sizes in zip(each, self.sizes, strict=True)]
 
 
 def entries(rows: Sequence[Row], abstract: Any) -> tuple[Entry, ...]:
@@ -100,11 +104,10 @@ def to_theirs(rows: Sequence[Row], params: Any) -> Iterator[tuple[str, np.ndarra
     arrays = flatten(params)
     held: dict[str, np.ndarray] = {}  # a stacked parameter leaves the device once, not once a layer
     for entry in entries(rows, params):
-        for piece in entry.pieces:
-            if piece.path not in held:
-                held[piece.path] = np.asarray(arrays[piece.path])
-        parts = [piece.to_theirs(held[piece.path]) for piece in entry.pieces]
-        yield entry.key, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=entry.split)
+        for path, _ in entry.parts:
+            if path not in held:
+                held[path] = np.asarray(arrays[path])
+        yield entry.key, entry.to_theirs([held[path][where] for path, where in entry.parts])
 
 
 def to_ours(rows: Sequence[Row], tensors: Mapping[str, np.ndarray], abstract: Any) -> dict[str, Any]:
@@ -128,13 +131,8 @@ def to_ours(rows: Sequence[Row], tensors: Mapping[str, np.ndarray], abstract: An
             raise StorageError(f"tensor {entry.key} has shape {list(theirs.shape)}; expected {list(entry.shape)}")
         if not _is_float(theirs.dtype):
             raise StorageError(f"tensor {entry.key} is {theirs.dtype}; expected float32, bfloat16 or float16")
-        start = 0
-        for piece in entry.pieces:
-            width = piece.shape[entry.split] if len(entry.pieces) > 1 else None
-            part = theirs if width is None else np.take(theirs, range(start, start + width), axis=entry.split)
-            start += width or 0
-            target = out[piece.path]
-            target[... if piece.repeat is None else piece.repeat] = piece.to_ours(part)
+        for (path, where), part in zip(entry.parts, entry.to_ours(theirs), strict=True):
+            out[path][where] = part
 
     for key in sorted(set(tensors) - set(stored.values())):
         if not (BUFFERS.search(key) or _repeats_embedding(table, stored, tensors, key)):
@@ -147,40 +145,55 @@ def _paths(row: Row) -> tuple[str, ...]:
 
 
 def _expand(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
-    """One row -> an entry a layer."""
+    """One row -> an entry a layer, and in each one an index of the axis `each`."""
     paths = _paths(row)
-    if len(paths) > 1 and row.split is None:
+    interleaved = row.pattern.split("->")[1].split()[:1] == ["n"]
+    if len(paths) > 1 and row.split is None and not interleaved:
         raise UserError(f"table: the row of {row.theirs} fuses {len(paths)} parameters but names no `split` axis")
-    if "{}" not in row.theirs:
-        yield _entry(row, shapes, row.theirs, None)
-        return
-    first = next(iter(paths))
-    block = first.split("/")[1]
-    numbered = block.isdigit()
-    blocks = len({path.split("/")[1] for path in shapes if path.startswith("layers/")}) if numbered else 1
-    index = int(block) if numbered else 0
-    for repeat in range(shapes[first][0]):
-        yield _entry(row, shapes, row.theirs.format(repeat * blocks + index), repeat)
+    first, layered = next(iter(paths)), "{}" in row.theirs
+    theirs, pattern, axis = row.theirs, row.pattern, 0
+    indices: Sequence[int | None] = (None,)
+    if row.each is not None:
+        left, right = row.pattern.split("->")
+        names = right.split()
+        axis = names.index(row.each)
+        pattern = f"{left}-> {' '.join(name for name in names if name != row.each)}"
+        indices = range(shapes[first][axis + layered])
+    repeats: Sequence[int | None] = range(shapes[first][0]) if layered else (None,)
+    for repeat in repeats:
+        number = repeat if row.numbers is None or repeat is None else row.numbers[repeat]
+        for index in indices:
+            key = theirs.replace("{}", str(number)).replace("{each}", str(index))
+            where: Where = () if repeat is None else (repeat,)
+            where = where if index is None else (*where, *(slice(None),) * axis, index)
+            inner = [_inner(shapes[path], where) for path in paths]
+            found = [_invert(pattern, shape, path, len(paths)) for shape, path in zip(inner, paths, strict=True)]
+            yield Entry(
+                key=key,
+                parts=tuple((path, where) for path in paths),
+                pattern=pattern,
+                sizes=tuple(sizes for sizes, _ in found),
+                shapes=tuple(shape for _, shape in found),
+                split=row.split if len(paths) > 1 else None,
+            )
 
 
-def _entry(row: Row, shapes: Mapping[str, tuple[int, ...]], key: str, repeat: int | None) -> Entry:
-    pieces = []
-    for path in _paths(row):
-        ours = shapes[path] if repeat is None else shapes[path][1:]
-        sizes, theirs = _invert(row.pattern, ours, path)
-        pieces.append(Piece(path=path, repeat=repeat, shape=theirs, pattern=row.pattern, sizes=sizes))
-    return Entry(key=key, pieces=tuple(pieces), split=row.split or 0)
+def _inner(shape: tuple[int, ...], where: Where) -> tuple[int, ...]:
+    """The shape of `x[where]` for an x of this shape."""
+    kept = [n for n, at in zip(shape, where, strict=False) if isinstance(at, slice)]
+    return (*kept, *shape[len(where) :])
 
 
-def _invert(pattern: str, shape: tuple[int, ...], path: str) -> tuple[dict[str, int], tuple[int, ...]]:
+def _invert(pattern: str, shape: tuple[int, ...], path: str, count: int) -> tuple[dict[str, int], tuple[int, ...]]:
     """`(h k) d -> d h k` and our shape -> the size of each axis, and the shape of theirs."""
     left, right = pattern.split("->")
     names = right.split()
+    shape = (count, *shape) if names[:1] == ["n"] else shape
     if len(names) != len(shape) or not all(name.isidentifier() for name in names):
         raise UserError(f"table: pattern {pattern!r} does not fit {path} of shape {list(shape)}")
     sizes = dict(zip(names, shape, strict=True))
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", left)]
-    return sizes, tuple(math.prod(sizes[name] for name in group) for group in groups)
+    return sizes, tuple(math.prod(1 if name == "1" else sizes[name] for name in group) for group in groups)
 
 
 def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -189,7 +202,7 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     Raises:
         StorageError: a key is missing.
     """
-    prefix = next((e.key.split(".")[0] + "." for e in table if e.pieces[0].repeat is not None), "")
+    prefix = next((e.key.split(".")[0] + "." for e in table if "layers" in e.parts[0][0].split("/")[0]), "")
     bare = not any(key.startswith(prefix) for key in tensors)
     stored = {e.key: e.key.removeprefix(prefix) if bare else e.key for e in table}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
@@ -202,8 +215,8 @@ def _repeats_embedding(
     table: Sequence[Entry], stored: Mapping[str, str], tensors: Mapping[str, np.ndarray], key: str
 ) -> bool:
     """Whether an unexpected key is the output head of a tied model, stored a second time."""
-    embedding = next((e for e in table if e.pieces[0].path == "embed/table"), None)
-    untied = any(e.pieces[0].path == "unembed/table" for e in table)
+    embedding = next((e for e in table if e.parts[0][0] == "embed/table"), None)
+    untied = any(e.parts[0][0] == "unembed/table" for e in table)
     if embedding is None or untied or key not in ("lm_head.weight", "embed_out.weight"):
         return False
     return np.array_equal(tensors[key], tensors[stored[embedding.key]])

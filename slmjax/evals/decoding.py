@@ -126,20 +126,23 @@ def _into(empty: jax.Array, old: jax.Array) -> jax.Array:
 
 def unrolled(decoder: Decoder) -> Decoder:
     """The same function with each layer's parameters in arrays of their own: `layers/0/...`, `layers/1/...`."""
-    return replace(decoder, pattern=decoder.pattern * decoder.repeats, repeats=1)
+    return replace(decoder, pattern=decoder.blocks(), repeats=1, tail=())
 
 
 def unroll(decoder: Decoder, params: Params) -> Params:
     """Parameters of `decoder` -> those of `unrolled(decoder)`."""
-    if decoder.repeats == 1:
+    if decoder.repeats == 1 and not decoder.tail:
         return params
-    blocks = (
-        [params["layers"]]
-        if len(decoder.pattern) == 1
-        else [params["layers"][str(i)] for i in range(len(decoder.pattern))]
-    )
-    layers = [jax.tree.map(lambda x, i=i: x[i : i + 1], block) for i in range(decoder.repeats) for block in blocks]
-    return {**params, "layers": {str(i): layer for i, layer in enumerate(layers)}}
+    layers: dict[str, Any] = {}
+    for place in decoder.places():
+        stacked = params
+        for name in place.path.split("/"):
+            stacked = stacked[name]
+        layers |= {
+            str(number): jax.tree.map(lambda x, i=i: x[i : i + 1], stacked) for i, number in enumerate(place.numbers)
+        }
+    rest = {name: value for name, value in params.items() if not name.startswith("layers")}
+    return {**rest, "layers": layers["0"] if len(layers) == 1 else layers}
 
 
 def prepare(decoder: Decoder, compute: Compute, params: Params) -> dict[str, Params]:
@@ -149,7 +152,7 @@ def prepare(decoder: Decoder, compute: Compute, params: Params) -> dict[str, Par
     """
 
     def cast(path: str, x: Any) -> jax.Array:
-        matrix = path.startswith("layers/") and x.ndim > 2 and not path.endswith("bias")
+        matrix = path.startswith("layers") and x.ndim > 2 and not path.endswith(("bias", "scale"))
         return jnp.asarray(x, compute.dtype if matrix else None)
 
     apply = unroll(decoder, tree.map_with_path(cast, params))

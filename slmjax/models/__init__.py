@@ -4,3 +4,6 @@ from slmjax.models import gpt2, llama
 
 FAMILIES = (llama.FAMILY, gpt2.FAMILY)
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
+
+SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}
+"""Published sizes by name: functions that return a decoder"""

@@ -24,7 +24,7 @@ class Flops(NamedTuple):
     head: int
     """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not"""
     attention: int
-    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T"""
+    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; fewer where a window hides keys"""
     total: int
     """(iv) 6 * N: every parameter, a tied table once. Hoffmann et al. 2022"""
 
@@ -42,13 +42,13 @@ def nonembedding_count(decoder: Decoder) -> int:
 def flops_per_token(decoder: Decoder, length: int) -> Flops:
     """Training FLOPs a token in sequences of `length` tokens, under the four conventions."""
     inside = 6 * nonembedding_count(decoder)
-    head = inside + 6 * decoder.vocab * decoder.width
-    # Scores and weighted values: 2 * 2 * T * H * K forward, three times that with backward, half of it masked.
-    widths = sum(block.mixer.attended_width for block in decoder.pattern)
+    head = inside + 6 * decoder.vocab * (decoder.table_width or decoder.width)
+    # Scores and weighted values: 2 * 2 * H * K a key forward, three times that with backward.
+    scores = sum(block.mixer.attended_width * block.mixer.attended_keys(length) for block in decoder.blocks())
     return Flops(
         nonembedding=inside,
         head=head,
-        attention=head + 6 * length * widths * decoder.repeats,
+        attention=head + round(12 * scores),
         total=6 * parameter_count(decoder),
     )
 

@@ -100,7 +100,7 @@ HF = (
 
 def rows(decoder: Decoder) -> tuple[Row, ...]:
     """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder.paths())
+    return present(HF, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -161,4 +161,16 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     return replace(decoder, initial=Initial(std=std))
 
 
-FAMILY = Family(name="GPT-2", model_type="gpt2", rows=rows, to_config=to_config, from_config=from_config)
+FAMILY = Family(
+    name="GPT-2",
+    model_type="gpt2",
+    rows=rows,
+    to_config=to_config,
+    from_config=from_config,
+    sizes={
+        "gpt2/small": gpt2_small,
+        "gpt2/medium": gpt2_medium,
+        "gpt2/large": gpt2_large,
+        "gpt2/xl": gpt2_xl,
+    },
+)

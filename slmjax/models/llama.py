@@ -13,12 +13,14 @@ from typing import Any
 from slmjax.errors import UserError
 from slmjax.models.decoder import Block, Decoder
 from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.hf_rope import both_versions, rope_from_config
 from slmjax.models.table import Family, Row, present
 from slmjax.nn.attention import Attention
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import GatedMLP, silu
 from slmjax.nn.norm import RMSNorm
-from slmjax.nn.position import Llama3Scaling, Rope
+from slmjax.nn.position import Rope
+from slmjax.nn.rope_scaling import Llama3Scaling, RopeScaling
 
 
 def llama(
@@ -32,7 +34,7 @@ def llama(
     context: int = 2048,
     tied: bool = True,
     theta: float = 1e4,
-    scaling: Llama3Scaling | None = None,
+    scaling: RopeScaling | None = None,
     head_dim: int | None = None,
     eps: float = 1e-5,
     activation: Callable = silu,
@@ -126,7 +128,7 @@ HF = (
 
 def rows(decoder: Decoder) -> tuple[Row, ...]:
     """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder.paths())
+    return present(HF, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -139,7 +141,6 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     # LlamaConfig itself refuses a width that the heads do not divide.
     if not isinstance(position, Rope) or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
         return None
-    scaling = _scaling_to_config(position.scaling)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -158,9 +159,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "attention_bias": mixer.qkv_bias,
         "attention_dropout": 0.0,
         "mlp_bias": mlp.bias,
-        "rope_theta": position.theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": position.theta, **(scaling or {"rope_type": "default"})},
+        **both_versions(position),
         "use_cache": True,
     }
     return config if replace(from_config(config), initial=decoder.initial) == decoder else None
@@ -175,7 +174,10 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     fields = Fields(config)
     heads = fields.take("num_attention_heads", int, 32)
     width = fields.take("hidden_size", int, 4096)
-    theta, scaling = _rope_from_config(fields)
+    context = fields.take("max_position_embeddings", int, 2048)
+    rope = rope_from_config(fields, context=context)
+    if rope.fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor = {rope.fraction} is not supported; only 1.0 is")
     fields.expect("pretraining_tp", 1)
     decoder = llama(
         layers=fields.take("num_hidden_layers", int, 32),
@@ -186,10 +188,10 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         hidden=fields.take("intermediate_size", int, 11008),
         activation=fields.activation("hidden_act", "silu"),
         vocab=fields.take("vocab_size", int, 32000),
-        context=fields.take("max_position_embeddings", int, 2048),
+        context=context,
         tied=fields.take("tie_word_embeddings", bool, False),
-        theta=theta,
-        scaling=scaling,
+        theta=rope.theta,
+        scaling=rope.scaling,
         eps=fields.take("rms_norm_eps", (float, int), 1e-6),
         attention_bias=fields.take("attention_bias", bool, False),
         mlp_bias=fields.take("mlp_bias", bool, False),
@@ -199,39 +201,18 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     return replace(decoder, initial=Initial(std=std))
 
 
-def _scaling_to_config(scaling: Llama3Scaling | None) -> dict[str, Any] | None:
-    return scaling and {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original_context,
-    }
-
-
-def _rope_from_config(fields: Fields) -> tuple[float, Llama3Scaling | None]:
-    """`rope_parameters` of transformers 5, else `rope_theta` and `rope_scaling` of 4."""
-    old_theta = fields.take("rope_theta", (float, int), 1e4)
-    old = fields.take("rope_scaling", Mapping, {})
-    rope = dict(fields.take("rope_parameters", Mapping, {}) or old)
-    theta = rope.pop("rope_theta", old_theta)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    fields.expect("partial_rotary_factor", 1.0)
-    rope = Fields(rope)
-    rope.expect("partial_rotary_factor", 1.0)
-    if kind == "default":
-        scaling = None
-    elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=float(rope.take("factor", (float, int))),
-            low=float(rope.take("low_freq_factor", (float, int))),
-            high=float(rope.take("high_freq_factor", (float, int))),
-            original_context=rope.take("original_max_position_embeddings", int),
-        )
-    else:
-        raise UserError(f"config.json: rope_type = {kind!r} is not supported; there are default, llama3")
-    rope.close()
-    return float(theta), scaling
-
-
-FAMILY = Family(name="Llama", model_type="llama", rows=rows, to_config=to_config, from_config=from_config)
+FAMILY = Family(
+    name="Llama",
+    model_type="llama",
+    rows=rows,
+    to_config=to_config,
+    from_config=from_config,
+    sizes={
+        "llama/smollm2-135m": smollm2_135m,
+        "llama/smollm2-360m": smollm2_360m,
+        "llama/smollm2-1.7b": smollm2_1_7b,
+        "llama/tinyllama-1.1b": tinyllama_1_1b,
+        "llama/llama-3.2-1b": llama_3_2_1b,
+        "llama/llama-3.2-3b": llama_3_2_3b,
+    },
+)

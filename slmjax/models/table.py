@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -11,13 +11,18 @@ class Row(NamedTuple):
     """Ours <-> theirs, for one layer: the leading layer axis of ours is left out of `pattern`."""
 
     ours: str | tuple[str, ...]
-    """Path(s) of ours. Several lie one after another along axis `split` of theirs."""
+    """Path(s) of ours. Several lie one after another along axis `split` of theirs, or are its axis `n`."""
     theirs: str
-    """Their key; `{}` stands for the layer number"""
+    """Their key; `{}` stands for the layer number, `{each}` for the index on the axis `each`"""
     pattern: str
-    """einops, theirs -> ours; export swaps the sides"""
+    """einops, theirs -> ours; export swaps the sides. Where several of ours lie interleaved in theirs, the first axis
+    of the right side is `n`, which counts them: "(h n k) d -> n d h k" """
     split: int | None = None
     """Axis of theirs along which several of ours are concatenated"""
+    each: str | None = None
+    """An axis of ours for each index of which theirs has a tensor of its own; the left side lacks it"""
+    numbers: tuple[int, ...] | None = None
+    """Number of their layer for each of ours; None: 0, 1, ... `present` sets it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,22 @@ class Family:
     """decoder -> config.json, or None where this class cannot express the decoder exactly"""
     from_config: Callable[[Mapping[str, Any]], Any]
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
+    sizes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    """Published sizes by the name that `slmjax inspect` takes: "llama/smollm2-135m" """
 
 
-def present(rows: tuple[Row, ...], paths: Collection[str]) -> tuple[Row, ...]:
-    """The rows whose parameters exist: a family's table lists what it can have, a decoder has some of it."""
-    return tuple(row for row in rows if (row.ours if isinstance(row.ours, str) else row.ours[0]) in paths)
+def present(rows: tuple[Row, ...], decoder: Any) -> tuple[Row, ...]:
+    """The rows whose parameters exist, written out for each place of the decoder: a family's table is written for one
+    block, `layers/...`, and lists all that it can have."""
+    paths, found = frozenset(decoder.paths()), []
+    for row in rows:
+        ours = (row.ours,) if isinstance(row.ours, str) else row.ours
+        if not ours[0].startswith("layers/"):
+            found += [row] if ours[0] in paths else []
+            continue
+        for place in decoder.places():
+            moved = tuple(path.replace("layers", place.path, 1) for path in ours)
+            if moved[0] in paths:
+                placed = moved[0] if isinstance(row.ours, str) else moved
+                found.append(row._replace(ours=placed, numbers=place.numbers))
+    return tuple(found)

@@ -1,7 +1,8 @@
-"""Grouped-query self-attention with a key-value cache."""
+"""Grouped-query self-attention with a key-value cache, and attention to keys and values of an earlier layer."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,15 +10,30 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
-from slmjax.nn.attention_kernels import Mask
+from slmjax.nn.attention_kernels import Scores
 from slmjax.nn.layer import Layer
-from slmjax.nn.parts import Mixer
-from slmjax.nn.position import NoPosition, Rope
+from slmjax.nn.parts import Flow, Mixer, Norm
+from slmjax.nn.position import Position, Rope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Mixer):
-    """`heads` queries share `kv_heads` keys and values. Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245."""
+class QKNorm:
+    """Norm of queries and of keys before positions enter. Dehghani et al. 2023, arXiv:2302.05442; Henry et al. 2020."""
+
+    norm: Norm
+    gain_per_head: bool = False
+    """One gain [H, K] a head; else one [K] for all"""
+    whole: bool = False
+    """Statistics over all heads together, with `gain_per_head`; else over each head"""
+
+    def __call__(self, layer: Layer, name: str, x: jax.Array, heads: str) -> jax.Array:  # [B, T, H, K]
+        axes = (heads, "head_dim") if self.gain_per_head or self.whole else ("head_dim",)
+        return layer.child(name, self.norm)(x, axes, 2 if self.whole else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries(Mixer):
+    """What every kind of attention is about: its queries, and how they look at keys."""
 
     label: ClassVar[str] = "attn"
 
@@ -26,52 +42,133 @@ class Attention(Mixer):
     head_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
-    position: Rope | NoPosition
+    position: Position
+    qk_norm: QKNorm | None = None
     scale: float | None = None
     """Factor on q·k; None: head_dim^-1/2"""
+    softcap: float | None = None
+    """Bound on the scores, c * tanh(score / c)"""
+    window: int | None = None
+    """Keys that a query sees: itself and those before it"""
+    causal: bool = True
+    """False: every token of a segment sees every other, for encoders"""
 
     def __post_init__(self):
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UserError(f"kv_heads: {self.kv_heads} does not divide heads = {self.heads}")
-        if isinstance(self.position, Rope) and self.head_dim % 2:
-            raise UserError(f"head_dim: {self.head_dim} is odd, and rotary positions pair its channels")
+        if isinstance(self.position, Rope) and self.position.rotated(self.head_dim) % 2:
+            raise UserError(
+                f"head_dim: {self.position.rotated(self.head_dim)} of {self.head_dim} channels are rotated; an even "
+                "number is needed, for rotary positions pair them"
+            )
+        for name in ("window", "softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}: {value} is not positive; None for none")
 
     @property
     def attended_width(self) -> int:
         """heads * head_dim"""
         return self.heads * self.head_dim
 
+    def attended_keys(self, length: int) -> float:
+        """Half of the sequence if causal; fewer in a window."""
+        if not self.causal:
+            return length
+        seen = length if self.window is None else min(self.window, length)
+        return seen - seen**2 / (2 * length)
+
+    @property
+    def rule(self) -> Scores:
+        """How scores become weights."""
+        return Scores(
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            window=self.window,
+            slopes=self.position.slopes(self.heads),
+            causal=self.causal,
+        )
+
+    @property
+    def table_key(self) -> Hashable:
+        return self.position, self.head_dim
+
     def table(self, positions: jax.Array) -> Any:
         """What `position` needs of positions [B, T]: sines and cosines for `Rope`."""
         return self.position.table(positions, self.head_dim)
+
+    def projected(self, layer: Layer, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        """x [B, T, D] -> q, k or v [B, T, H, K], before norm and position."""
+        weight = layer.matrix(name, (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim"))
+        bias = layer.bias(f"{name}_bias", (heads, self.head_dim), (axis, "head_dim")) if self.qkv_bias else None
+        return layer.linear("btd,dhk->bthk", x, weight, bias)
+
+    def placed(self, layer: Layer, name: str, x: jax.Array, axis: str, table: Any) -> jax.Array:
+        """Queries or keys [B, T, H, K] with norm and position."""
+        x = x if self.qk_norm is None else self.qk_norm(layer, f"{name}_norm", x, axis)
+        return self.position.rotate(x, table)
+
+    def attended(self, layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array, flow: Flow, width: int) -> jax.Array:
+        """q [B, T, H, K], k and v [B, S, G, K] -> [B, T, D]."""
+        y = layer.compute.attention(q, k, v, flow.mask, self.rule)
+        o = layer.matrix("o", (self.heads, self.head_dim, width), ("heads", "head_dim", "embed"), residual=True)
+        bias = layer.bias("o_bias", (width,), ("embed",)) if self.o_bias else None
+        return layer.linear("bthk,hkd->btd", y, o, bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Queries):
+    """`heads` queries share `kv_heads` keys and values. Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245."""
+
+    shares: str | None = None
+    """A name under which later layers find these keys and values (`SharedAttention.source`)"""
 
     def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
         """Room for the keys and values of `length` tokens, k and v [B, length, G, K]."""
         shape = (batch, length, self.kv_heads, self.head_dim)
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
-    def __call__(
-        self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: dict[str, jax.Array] | None, depth: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x [B, T, D] -> [B, T, D], and the cache with these T tokens written in layer `depth`, slot `mask.start`."""
-        width = x.shape[-1]
-        q = self._project(layer, "q", x, self.heads, "heads")
-        k = self._project(layer, "k", x, self.kv_heads, "kv_heads")
-        v = self._project(layer, "v", x, self.kv_heads, "kv_heads")
-        q, k = self.position.rotate(q, table), self.position.rotate(k, table)
-        if cache is not None:
-            cache = {name: _write(cache[name], new, depth, mask.start) for name, new in (("k", k), ("v", v))}
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], depth, keepdims=False) for name in ("k", "v"))
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        y = layer.compute.attention(q, k, v, mask, scale)
-        o = layer.matrix("o", (self.heads, self.head_dim, width), ("heads", "head_dim", "embed"), residual=True)
-        bias = layer.bias("o_bias", (width,), ("embed",)) if self.o_bias else None
-        return layer.linear("bthk,hkd->btd", y, o, bias), cache
+    def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
+        return {} if self.shares is None else {self.shares: self.init_cache(batch, length, dtype)}
 
-    def _project(self, layer: Layer, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
-        weight = layer.matrix(name, (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim"))
-        bias = layer.bias(f"{name}_bias", (heads, self.head_dim), (axis, "head_dim")) if self.qkv_bias else None
-        return layer.linear("btd,dhk->bthk", x, weight, bias)
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """x [B, T, D] -> [B, T, D], and the cache with these T tokens written in layer `depth`, slot `mask.start`."""
+        q = self.projected(layer, "q", x, self.heads, "heads")
+        k = self.projected(layer, "k", x, self.kv_heads, "kv_heads")
+        v = self.projected(layer, "v", x, self.kv_heads, "kv_heads")
+        q = self.placed(layer, "q", q, "heads", flow.table)
+        k = self.placed(layer, "k", k, "kv_heads", flow.table)
+        if flow.cache is not None:
+            start, depth = flow.mask.start, flow.depth
+            cache = {name: _write(flow.cache[name], new, depth, start) for name, new in (("k", k), ("v", v))}
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], depth, keepdims=False) for name in ("k", "v"))
+            flow = flow._replace(cache=cache)
+        if self.shares is not None:
+            flow = flow._replace(shared={**flow.shared, self.shares: {"k": k, "v": v}})
+        return self.attended(layer, q, k, v, flow, x.shape[-1]), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedAttention(Queries):
+    """Queries of its own on the keys and values of an earlier layer: no K and V parameters, no cache.
+
+    Brandon et al. 2024, arXiv:2405.12981; Apple 2025, arXiv:2507.13575, section 2.1.
+    """
+
+    source: str
+    """`Attention.shares` of the layer whose keys and values are used; of several, the last before this one"""
+
+    def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
+        return {}
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """x [B, T, D] -> [B, T, D]."""
+        if self.source not in flow.shared:
+            raise UserError(f"source: no earlier layer shares {self.source!r}; there are: {', '.join(flow.shared)}")
+        q = self.projected(layer, "q", x, self.heads, "heads")
+        q = self.placed(layer, "q", q, "heads", flow.table)
+        kv = flow.shared[self.source]
+        return self.attended(layer, q, kv["k"], kv["v"], flow, x.shape[-1]), flow
 
 
 def _write(stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:

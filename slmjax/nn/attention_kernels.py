@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How the weight of a key follows from its product with a query; the same for all tokens."""
+
+    scale: float
+    """Factor on q·k"""
+    softcap: float | None = None
+    """Scores are squeezed into (-c, c): c * tanh(score / c). Gemma 2, arXiv:2408.00118, section 2"""
+    window: int | None = None
+    """Keys a query sees, itself and those before it; None: all. Beltagy et al. 2020, arXiv:2004.05150"""
+    slopes: tuple[float, ...] | None = None
+    """A head's penalty for each token of distance. Press et al. 2021 (ALiBi), arXiv:2108.12409"""
+    causal: bool = True
+    """Whether later keys are hidden"""
+
+    def squeezed(self, scores: jax.Array) -> jax.Array:
+        """The scores under the soft cap."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def sees(self, distance: jax.Array) -> jax.Array:
+        """distance int [...], slots from the key up to the query -> bool [...]."""
+        seen = distance >= 0 if self.causal else jnp.ones_like(distance, bool)
+        return seen if self.window is None else seen & (distance < self.window)
+
+    def bias(self, distance: jax.Array) -> jax.Array | None:
+        """distance [T, S] -> float32 [H, T, S], added to the scores; None without slopes."""
+        if self.slopes is None:
+            return None
+        return distance.astype(jnp.float32) * -jnp.asarray(self.slopes, jnp.float32)[:, None, None]
+
+
 class Mask(NamedTuple):
-    """Which keys a query sees: those of its own segment that are not later than itself."""
+    """Which keys a query may see: those of its own segment. `Scores` may hide more of them."""
 
     query_segments: Any  # int32 [B, T]
     key_segments: Any  # int32 [B, S]
     start: Any = None  # int32 []: the slot of query 0 among the keys; None: queries and keys are the same tokens
 
-    def dense(self) -> jax.Array:
-        """Bool [B, T, S]. Every query sees itself, padding too, so no softmax is over nothing."""
+    def distance(self) -> jax.Array:
+        """int32 [T, S]: slots from the key up to the query; inside a segment, tokens."""
         queries = jnp.arange(self.query_segments.shape[1]) + (0 if self.start is None else self.start)
-        causal = jnp.arange(self.key_segments.shape[1])[None, :] <= queries[:, None]
-        return causal & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+        return queries[:, None] - jnp.arange(self.key_segments.shape[1])[None, :]
+
+    def dense(self, rule: Scores) -> jax.Array:
+        """Bool [B, T, S]. Every query sees itself, padding too, so no softmax is over nothing."""
+        return rule.sees(self.distance()) & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
 
 
-def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
     """softmax(scale * q k^T) v as it is written, scores and softmax in float32. Vaswani et al. 2017, arXiv:1706.03762.
 
     q [B, T, H, K]; k, v [B, S, G, K], G dividing H (Ainslie et al. 2023, arXiv:2305.13245) -> [B, T, H, K]
@@ -30,20 +65,38 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sc
     b, t, h, e = q.shape
     groups = k.shape[2]
     q = q.reshape(b, t, groups, h // groups, e)
-    scores = jnp.einsum("btgre,bsge->bgrts", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("btgre,bsge->bgrts", q, k, preferred_element_type=jnp.float32) * rule.scale
+    scores = rule.squeezed(scores)
+    bias = rule.bias(mask.distance())
+    if bias is not None:
+        scores = scores + bias.reshape(groups, h // groups, *bias.shape[1:])
+    scores = jnp.where(mask.dense(rule)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bsge->btgre", weights, v).reshape(b, t, h, e)
 
 
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
     """`jax.nn.dot_product_attention` as XLA compiles it: any device, any dtype. Shapes as `reference_attention`."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None], scale=scale, implementation="xla")
+    return _library(q, k, v, mask, rule, "xla")
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
     """cuDNN's fused attention on a GPU in half precision, else XLA's. Shapes as `reference_attention`."""
     # cuDNN 9 takes half precision, head widths in multiples of 8 up to 128, and wants more than one query.
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1
-    fused = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None], scale=scale, implementation=fused)
+    return _library(q, k, v, mask, rule, "cudnn" if fits and jax.default_backend() == "gpu" else "xla")
+
+
+def _library(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores, implementation: Any) -> jax.Array:
+    if rule.softcap is not None:  # which the library's function cannot express
+        return reference_attention(q, k, v, mask, rule)
+    bias = rule.bias(mask.distance())
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        bias=None if bias is None else bias[None].astype(q.dtype),
+        mask=mask.dense(rule)[:, None],
+        scale=rule.scale,
+        implementation=implementation,
+    )

@@ -9,24 +9,33 @@ import jax.numpy as jnp
 
 from slmjax.nn.compute import Compute
 from slmjax.nn.layer import Layer
+from slmjax.nn.parts import Norm
 from slmjax.nn.position import Learned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """A table of token vectors, plus learned positions if there are any."""
+    """A table of token vectors, scaled, projected, plus learned positions, normed: as far as a model has these."""
 
     vocab: int
     width: int
     context: int
     position: Learned | None = None
+    scale: float = 1.0
+    norm: Norm | None = None
+    table_width: int | None = None
 
     def __call__(self, layer: Layer, tokens: jax.Array, positions: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         # Rows are taken before the cast, so that the gradients of a frequent token add up in float32.
-        x = jnp.take(layer.matrix("table", (self.vocab, self.width), ("vocab", "embed")), tokens, axis=0)
+        table = layer.matrix("table", (self.vocab, self.table_width or self.width), ("vocab", "embed"))
+        x = jnp.take(table, tokens, axis=0)
+        x = x if self.scale == 1.0 else x * self.scale
+        if self.table_width is not None:
+            weight = layer.matrix("project", (self.table_width, self.width), (None, "embed"))
+            x = layer.linear("btp,pd->btd", x, weight)
         if self.position is not None:
             x = x + self.position(layer, positions, self.width, self.context)
-        return layer.cast(x)
+        return layer.cast(x) if self.norm is None else layer.child("norm", self.norm)(layer.cast(x))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,29 @@ class Unembedding:
         return layer.matrix("table", (self.vocab, self.width), ("vocab", "embed"))
 
 
-def logits(table: jax.Array, hidden: jax.Array, compute: Compute) -> jax.Array:
-    """table [V, D], hidden [..., D] -> float32 [..., V]."""
-    table, hidden = table.astype(compute.dtype), hidden.astype(compute.dtype)
-    return compute.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """From the width of the blocks to that of the table that logits are read from."""
+
+    width: int
+
+    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, width]
+        weight = layer.matrix("weight", (x.shape[-1], self.width), ("embed", None))
+        return layer.linear("btd,dp->btp", x, weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """What becomes of the product of hidden vectors and table."""
+
+    scale: float = 1.0
+    """Factor"""
+    softcap: float | None = None
+    """Logits are squeezed into (-c, c): c * tanh(logit / c). Gemma 2, arXiv:2408.00118, section 2"""
+
+    def __call__(self, table: jax.Array, hidden: jax.Array, compute: Compute) -> jax.Array:
+        """table [V, D], hidden [..., D] -> float32 [..., V]."""
+        table, hidden = table.astype(compute.dtype), hidden.astype(compute.dtype)
+        y = compute.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
+        y = y if self.scale == 1.0 else y * self.scale
+        return y if self.softcap is None else self.softcap * jnp.tanh(y / self.softcap)

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, in float32."""
+"""Normalisation over the last axis or axes, in float32."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from slmjax.nn.parts import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNorm(Norm):
-    """x / rms(x) * scale. Zhang & Sennrich 2019, arXiv:1910.07467. Cast before the gain, as Llama does."""
+    """x / rms(x) * (offset + scale). Zhang & Sennrich 2019, arXiv:1910.07467."""
 
     eps: float = 1e-5
+    offset: float = 0.0
+    """1 for Gemma, whose `scale` is the difference from 1 and starts at 0"""
+    round_first: bool = True
+    """Whether x / rms(x) is rounded to the compute dtype before the gain, as Llama does, or after it, as Gemma does"""
 
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    def __call__(self, layer: Layer, x: jax.Array, axes: tuple[str, ...] = ("embed",), over: int = 1) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = wide * jax.lax.rsqrt(_mean(jnp.square(wide), over) + self.eps)
         # The gain is applied in float32 so that its gradient, a sum over all tokens, is too.
-        rounded = layer.cast(wide).astype(jnp.float32)
-        return layer.cast(rounded * layer.gain("scale", x.shape[-1:], ("embed",)))
+        wide = layer.cast(wide).astype(jnp.float32) if self.round_first else wide
+        declare = layer.bias if self.offset else layer.gain
+        scale = declare("scale", x.shape[-len(axes) :], axes)
+        return layer.cast(wide * (self.offset + scale if self.offset else scale))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +37,18 @@ class LayerNorm(Norm):
 
     eps: float = 1e-5
     bias: bool = True
+    gain: bool = True
+    """Whether there is a `scale`"""
 
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    def __call__(self, layer: Layer, x: jax.Array, axes: tuple[str, ...] = ("embed",), over: int = 1) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        wide = wide * layer.gain("scale", x.shape[-1:], ("embed",))
-        return layer.cast(wide + layer.bias("bias", x.shape[-1:], ("embed",)) if self.bias else wide)
+        wide = wide - _mean(wide, over)
+        wide = wide * jax.lax.rsqrt(_mean(jnp.square(wide), over) + self.eps)
+        shape = x.shape[-len(axes) :]
+        wide = wide * layer.gain("scale", shape, axes) if self.gain else wide
+        return layer.cast(wide + layer.bias("bias", shape, axes) if self.bias else wide)
+
+
+def _mean(x: jax.Array, over: int) -> jax.Array:
+    """Over the last `over` axes, which stay as axes of size 1."""
+    return jnp.mean(x, axis=tuple(range(-over, 0)), keepdims=True)

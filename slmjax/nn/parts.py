@@ -1,12 +1,13 @@
 """What a block is made of. A part is a frozen dataclass whose `__call__(layer, x, ...)` is its computation.
 
-A new kind of part is a subclass in a file of its own: `Block` takes it, and nothing else has to know it.
+A new kind of part is a subclass in a file of its own: a block takes it, and nothing else has to know it.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -18,8 +19,13 @@ class Norm(abc.ABC):
     """Normalises each token."""
 
     @abc.abstractmethod
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]"""
+    def __call__(self, layer: Layer, x: jax.Array, axes: tuple[str, ...] = ("embed",), over: int = 1) -> jax.Array:
+        """[..., D] -> [..., D]
+
+        Args:
+            axes: logical axes of the gain, which has the shape of as many last axes of x.
+            over: of how many last axes the statistics are taken together.
+        """
 
 
 class FeedForward(abc.ABC):
@@ -30,8 +36,23 @@ class FeedForward(abc.ABC):
         """[B, T, D] -> [B, T, D]"""
 
 
+class Flow(NamedTuple):
+    """What a mixer knows besides its input, and hands on changed."""
+
+    table: Any
+    """`Mixer.table` of these positions"""
+    mask: Mask
+    """What sees what; its `start` is the slot of the first of these tokens"""
+    cache: Any
+    """`Mixer.init_cache` stacked over the layers of a stage; None while training"""
+    depth: jax.Array
+    """Number of this layer in the stack, int32 []"""
+    shared: dict[str, Any]
+    """What earlier layers have left for later ones, by name: keys and values [B, S, G, K]"""
+
+
 class Mixer(abc.ABC):
-    """Moves information from earlier tokens to later ones of the same segment."""
+    """Moves information between the tokens of a segment."""
 
     label: ClassVar[str]
     """Its name in parameter paths"""
@@ -41,6 +62,15 @@ class Mixer(abc.ABC):
     def attended_width(self) -> int:
         """Channels of q·k and of the weighted values, over all heads, for counting FLOPs; 0 if it does not attend"""
 
+    def attended_keys(self, length: int) -> float:
+        """How many keys a query of a sequence of `length` tokens sees on average."""
+        return length / 2
+
+    @property
+    def table_key(self) -> Hashable:
+        """Mixers with equal keys share one table."""
+        return self
+
     @abc.abstractmethod
     def table(self, positions: jax.Array) -> Any:
         """What every layer of this kind needs of positions [B, T], computed once a forward pass."""
@@ -49,13 +79,10 @@ class Mixer(abc.ABC):
     def init_cache(self, batch: int, length: int, dtype: str) -> Any:
         """What one layer has to remember of `length` tokens to go on from there, still empty."""
 
-    @abc.abstractmethod
-    def __call__(
-        self, layer: Layer, x: jax.Array, table: Any, mask: Mask, cache: Any, depth: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> [B, T, D], and the cache after these T tokens.
+    def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
+        """What this layer will leave in `Flow.shared`, still zeros."""
+        return {}
 
-        Args:
-            cache: `init_cache` stacked over layers, of which this layer is number `depth`; None while training.
-            mask: what sees what; its `start` is the slot of the first of these tokens.
-        """
+    @abc.abstractmethod
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """x [B, T, D] -> [B, T, D], and `flow` with the cache (and what is shared) after these T tokens."""

@@ -1,84 +1,107 @@
-"""Where a token stands: added to the embedding (`Learned`), or rotated into queries and keys (`Rope`)."""
+"""Where a token stands: added to the embedding (`Learned`), rotated into queries and keys (`Rope`), or a penalty on
+distance (`Alibi`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slmjax.nn.layer import Layer
+from slmjax.nn.rope_scaling import RopeScaling
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoPosition:
-    """Order is known only through the causal mask (or through positions added to the embedding)."""
+class Position:
+    """How attention knows of positions. As it is: not at all."""
 
-    def table(self, positions: jax.Array, head_dim: int) -> None:
+    def table(self, positions: jax.Array, head_dim: int) -> Any:
+        """positions [B, T] -> what `rotate` needs, computed once for all layers."""
         return None
 
-    def rotate(self, x: jax.Array, table: None) -> jax.Array:
+    def rotate(self, x: jax.Array, table: Any) -> jax.Array:
+        """Queries or keys [B, T, H, K] -> the same shape."""
         return x
 
+    def slopes(self, heads: int) -> tuple[float, ...] | None:
+        """What a head subtracts from a score for each token of distance."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Stretches the slow rotations so that a model trained at `original_context` reaches further. Llama 3.1, 2024.
+class NoPosition(Position):
+    """Order is known only through the causal mask (or through positions added to the embedding)."""
 
-    A wavelength (in tokens) above original_context/low is divided in frequency by `factor`, one below
-    original_context/high is kept, and those between are blended.
+
+@dataclass(frozen=True, kw_only=True)
+class Alibi(Position):
+    """A score loses `slope` for each token of distance. Press et al. 2021, arXiv:2108.12409.
+
+    Slopes are 2^(-8i/n), i = 1 ... n, for n heads if n is a power of 2; else those of the next smaller power, and then
+    every second one of the next larger.
     """
 
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    original_context: int = 8192
-
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:  # float32 [K/2] -> float32 [K/2]
-        wavelength = np.float32(2 * math.pi) / frequencies
-        blend = (np.float32(self.original_context) / wavelength - np.float32(self.low)) / np.float32(
-            self.high - self.low
-        )
-        blend = np.clip(blend, 0, 1)
-        return ((1 - blend) * frequencies / np.float32(self.factor) + blend * frequencies).astype(np.float32)
+    def slopes(self, heads: int) -> tuple[float, ...]:
+        power = 2 ** math.floor(math.log2(heads))
+        # In float32, as transformers computes them: base ** (1 ... n).
+        base, extra = (np.float32(2 ** (-(2 ** -(math.log2(n) - 3)))) for n in (power, 2 * power))
+        found = [base**i for i in range(1, power + 1)]
+        return tuple(float(x) for x in found + [extra**i for i in range(1, 2 * (heads - power), 2)])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
+class Rope(Position):
     """Rotary positions: channel i is paired with i + K/2 (rotate-half). Su et al. 2021, arXiv:2104.09864.
 
     In float32 over the full width: bfloat16 cannot count positions beyond 256.
     """
 
     theta: float = 10000.0
-    scaling: Llama3Scaling | None = None
+    scaling: RopeScaling | None = None
+    fraction: float = 1.0
+    """Share of each head's channels that is rotated, the first of them; the others know no position"""
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
+    def rotated(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.fraction)
+
+    def frequencies(self, head_dim: int, positions: Any = 0) -> Any:
         """Radians a token, float32 [K/2]."""
         # Rounded where transformers rounds: at position 8000 one unit in the last place is already 5e-4 radians.
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1) / np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
-        return frequencies if self.scaling is None else self.scaling(frequencies)
+        width = self.rotated(head_dim)
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        powers = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
+        return np.float32(1) / powers if self.scaling is None else self.scaling.frequencies(powers, positions)
 
     def table(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """positions [B, T] -> cosines and sines, float32 [B, T, 1, K]. One table serves all layers."""
-        angles = positions[..., None, None].astype(jnp.float32) * self.frequencies(head_dim)
+        angles = positions[..., None, None].astype(jnp.float32) * self.frequencies(head_dim, positions)
         angles = jnp.concatenate([angles, angles], axis=-1)
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
         # Held apart, or XLA would compute them again in every layer, for queries and keys, forward and backward.
-        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        return jax.lax.optimization_barrier((cos, sin))
 
     def rotate(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:  # [B, T, H, K]
         cos, sin = table
-        wide = x.astype(jnp.float32)
+        width = cos.shape[-1]
+        wide = x[..., :width].astype(jnp.float32)
         first, second = jnp.split(wide, 2, axis=-1)
-        return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+        turned = (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+        return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
     """A vector for each position, added to the token's embedding."""
 
+    offset: int = 0
+    """Rows of the table before that of position 0, never read (2 in OPT)"""
+
     def __call__(self, layer: Layer, positions: jax.Array, width: int, context: int) -> jax.Array:  # [B,T] -> [B,T,D]
-        return jnp.take(layer.matrix("positions", (context, width), ("context", "embed")), positions, axis=0)
+        table = layer.matrix("positions", (context + self.offset, width), ("context", "embed"))
+        return jnp.take(table, positions + self.offset if self.offset else positions, axis=0)

@@ -34,3 +34,13 @@ def test_length_changes_attention_alone(tiny):
     changed = [a for a, b in zip(short.splitlines(), long.splitlines(), strict=True) if a != b]
     assert len(changed) == 2
     assert "attention" in changed[1]
+
+
+def test_published_sizes_are_inspected_without_being_made():
+    done = slmjax("inspect", "llama/smollm2-135m")
+    assert done.code == 0, done.err
+    assert "134,515,008 parameters" in done.out
+    assert "from slmjax.models.llama import smollm2_135m" in done.out
+    typo = slmjax("inspect", "llama/smollm-135m")
+    assert typo.code == 2
+    assert "did you mean llama/smollm2-135m?" in typo.err

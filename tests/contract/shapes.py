@@ -9,7 +9,7 @@ import numpy as np
 from slmjax.models.gpt2 import gpt2
 from slmjax.models.llama import llama
 from slmjax.nn.mlp import gelu
-from slmjax.nn.position import Llama3Scaling
+from slmjax.nn.rope_scaling import Llama3Scaling
 from slmjax.tree import map_with_path
 
 SMALL = {"layers": 2, "width": 32, "vocab": 97}

@@ -1,13 +1,18 @@
 """The interpreter of rows on small made-up trees: both directions, fused rows, patterns of blocks, and mistakes."""
 
+from dataclasses import replace
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from models.tiny import tiny_llama
 
 from slmjax.convert.table import entries, to_ours, to_theirs
 from slmjax.errors import StorageError, UserError
-from slmjax.models.table import Row
+from slmjax.models.decoder import Stage
+from slmjax.models.table import Row, present
+from slmjax.nn.mlp import MLP
 from slmjax.tree import flatten, unflatten
 
 pytestmark = pytest.mark.fast
@@ -69,11 +74,42 @@ def test_jax_arrays_and_half_precision_files():
     same(to_ours(ROWS, half, abstract(params)), rounded)
 
 
+def test_interleaved_and_enumerated_tensors():
+    """q, k, v a head (Pythia); a tensor a head (StableLM); by hand, without einops."""
+    qkv = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
+    rows = (
+        Row(qkv, "h.{}.qkv.weight", "(h n k) d -> n d h k"),
+        Row("layers/attn/q_norm/scale", "h.{}.norms.{each}.weight", "k -> h k", each="h"),
+    )
+    params = make({**dict.fromkeys(qkv, (2, 6, 3, 4)), "layers/attn/q_norm/scale": (2, 3, 4)})
+    theirs = dict(to_theirs(rows, params))
+    assert set(theirs) == {f"h.{i}.{k}.weight" for i in range(2) for k in ("qkv", "norms.0", "norms.1", "norms.2")}
+    attn = params["layers"]["attn"]
+    for i, h in np.ndindex(2, 3):
+        for n, name in enumerate("qkv"):
+            np.testing.assert_array_equal(theirs[f"h.{i}.qkv.weight"].reshape(3, 3, 4, 6)[h, n], attn[name][i, :, h].T)
+        np.testing.assert_array_equal(theirs[f"h.{i}.norms.{h}.weight"], attn["q_norm"]["scale"][i, h])
+    same(to_ours(rows, theirs, abstract(params)), params)
+
+
+def test_rows_are_written_out_for_each_place_of_a_decoder():
+    one = tiny_llama().pattern[0]
+    two = replace(one, mlp=MLP(hidden=9))
+    decoder = replace(tiny_llama(), pattern=(one, two), repeats=2, tail=(Stage(pattern=(one,), repeats=3),))
+    rows = present(
+        (Row("layers/mlp/gate", "h.{}.gate", "f d -> d f"), Row("layers/mlp/x", "h.{}.x", "i -> i")), decoder
+    )
+    assert [(row.ours, row.numbers) for row in rows] == [
+        ("layers/0/mlp/gate", (0, 2)),
+        ("layers_1/mlp/gate", (4, 5, 6)),
+    ]
+
+
 def test_a_pattern_of_blocks_counts_layers_across_blocks():
     rows = (
-        Row("layers/0/w", "h.{}.a", "i j -> j i"),
-        Row("layers/1/w", "h.{}.b", "i j -> i j"),
-        Row("layers/2/w", "h.{}.a", "i j -> i j"),
+        Row("layers/0/w", "h.{}.a", "i j -> j i", numbers=(0, 3)),
+        Row("layers/1/w", "h.{}.b", "i j -> i j", numbers=(1, 4)),
+        Row("layers/2/w", "h.{}.a", "i j -> i j", numbers=(2, 5)),
     )
     params = make({f"layers/{i}/w": (2, 3, 4) for i in range(3)})
     theirs = dict(to_theirs(rows, params))

@@ -16,7 +16,8 @@ from slmjax.nn.compute import Compute, Remat, for_backend
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import MLP, gelu
 from slmjax.nn.norm import LayerNorm, RMSNorm
-from slmjax.nn.position import Learned, Llama3Scaling, NoPosition, Rope
+from slmjax.nn.position import Learned, NoPosition, Rope
+from slmjax.nn.rope_scaling import Llama3Scaling
 from slmjax.objectives import NextToken
 from slmjax.tree import flatten
 

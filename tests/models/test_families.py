@@ -12,7 +12,8 @@ from slmjax.models.table import Row
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import gelu, gelu_tanh, relu
 from slmjax.nn.norm import LayerNorm
-from slmjax.nn.position import Learned, Llama3Scaling, NoPosition
+from slmjax.nn.position import Learned, NoPosition
+from slmjax.nn.rope_scaling import Llama3Scaling
 
 pytestmark = pytest.mark.fast
 
@@ -197,7 +198,8 @@ def test_defaults_are_those_of_the_configuration_classes():
     ("family", "change", "names"),
     [
         (llama, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
-        (llama, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        (llama, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        (llama, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_theta = 100000 but"),
         (llama, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (llama, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         (llama, {"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),

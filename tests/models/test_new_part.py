@@ -31,11 +31,13 @@ class Shift(Mixer):
     def init_cache(self, batch, length, dtype):
         return jnp.zeros((batch, 32), dtype)
 
-    def __call__(self, layer, x, table, mask, cache, depth):
+    def __call__(self, layer, x, flow):
+        table, cache, depth = flow.table, flow.cache, flow.depth
         last = jnp.zeros_like(x[:, :1]) if cache is None else cache[depth][:, None]
         before = jnp.where(table, jnp.concatenate([last, x[:, :-1]], axis=1), 0)
         weight = layer.matrix("share", (x.shape[-1], x.shape[-1]), ("embed", None), residual=True)
-        return layer.linear("btd,de->bte", before, weight), None if cache is None else cache.at[depth].set(x[:, -1])
+        after = None if cache is None else cache.at[depth].set(x[:, -1])
+        return layer.linear("btd,de->bte", before, weight), flow._replace(cache=after)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from slmjax.nn.attention import Attention
-from slmjax.nn.attention_kernels import Mask, cudnn_attention, reference_attention, xla_attention
+from slmjax.nn.attention_kernels import Mask, Scores, cudnn_attention, reference_attention, xla_attention
 from slmjax.nn.compute import Compute, einsum
 from slmjax.nn.layer import Initial, Layer
 from slmjax.nn.mlp import MLP, GatedMLP, SwiGLU, gelu, gelu_tanh, relu, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
-from slmjax.nn.position import Llama3Scaling, NoPosition, Rope
+from slmjax.nn.parts import Flow
+from slmjax.nn.position import NoPosition, Rope
+from slmjax.nn.rope_scaling import Llama3Scaling
 
 pytestmark = pytest.mark.fast
 
@@ -158,8 +160,8 @@ def test_attention_functions(attention, kv_heads):
     q, k, v = normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
     seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(8, dtype=bool)
     mask = Mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
-    assert np.array_equal(mask.dense(), seen)
-    y = attention(f32(q), f32(k), f32(v), mask, 0.7)
+    assert np.array_equal(mask.dense(Scores(scale=1.0)), seen)
+    y = attention(f32(q), f32(k), f32(v), mask, Scores(scale=0.7))
     np.testing.assert_allclose(y, exact_attention(q, k, v, seen, 0.7), atol=2e-6)
 
 
@@ -173,8 +175,8 @@ def test_attention_with_a_cache_starts_at_its_slot(attention):
     slots = np.arange(8)[None, None]
     seen = (queries[:, :, None] == keys[:, None]) & (slots <= np.asarray([3, 4])[None, :, None])
     mask = Mask(jnp.asarray(queries), jnp.asarray(keys), jnp.int32(3))
-    assert np.array_equal(mask.dense(), seen)
-    y = attention(f32(q), f32(k), f32(v), mask, 1.0)
+    assert np.array_equal(mask.dense(Scores(scale=1.0)), seen)
+    y = attention(f32(q), f32(k), f32(v), mask, Scores(scale=1.0))
     np.testing.assert_allclose(y, exact_attention(q, k, v, seen, 1.0), atol=2e-6)
 
 
@@ -190,7 +192,7 @@ def test_every_contraction_with_a_parameter_goes_through_einsum():
     mixer = Attention(heads=2, kv_heads=1, head_dim=4, position=Rope())
     ids = jnp.ones((1, 2), jnp.int32)
     for spec, args in (
-        (mixer, (mixer.table(ids), Mask(ids, ids), None, jnp.int32(0))),
+        (mixer, (Flow(mixer.table(ids), Mask(ids, ids), None, jnp.int32(0), {}),)),
         (GatedMLP(hidden=6), ()),
         (MLP(hidden=6), ()),
     ):

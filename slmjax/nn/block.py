@@ -1,0 +1,105 @@
+"""How a mixer, a feed-forward layer and norms are wired to the residual stream: a kind of block each."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import jax
+
+from slmjax.nn.layer import Layer
+from slmjax.nn.parts import FeedForward, Flow, Mixer, Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyBlock(abc.ABC):
+    """One layer of a model. A subclass is one wiring."""
+
+    mixer: Mixer
+    mlp: FeedForward
+    norm: Norm
+    branch_scale: float = 1.0
+    """Factor on what a branch adds to the residual stream"""
+
+    @abc.abstractmethod
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """x [B, T, D] -> [B, T, D], and `flow` after these tokens."""
+
+    def mixed(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """What the mixer makes of x."""
+        return layer.child(self.mixer.label, self.mixer)(x, flow)
+
+    def fed(self, layer: Layer, x: jax.Array) -> jax.Array:
+        """What the feed-forward layer makes of x."""
+        return layer.child("mlp", self.mlp)(x)
+
+    def normed(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
+        """x under the norm of this name."""
+        return layer.child(name, self.norm)(x)
+
+    def added(self, x: jax.Array, *branches: jax.Array) -> jax.Array:
+        """x + branch_scale * branch, for each."""
+        for y in branches:
+            x = x + (y if self.branch_scale == 1.0 else y * self.branch_scale)
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(AnyBlock):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm. Xiong et al. 2020, arXiv:2002.04745."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        y, flow = self.mixed(layer, self.normed(layer, f"{self.mixer.label}_norm", x), flow)
+        x = self.added(x, y)
+        return self.added(x, self.fed(layer, self.normed(layer, "mlp_norm", x))), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostNorm(AnyBlock):
+    """norm(x + mixer(x)), then norm(x + mlp(x)). Vaswani et al. 2017, arXiv:1706.03762."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        y, flow = self.mixed(layer, x, flow)
+        x = self.normed(layer, f"{self.mixer.label}_norm", self.added(x, y))
+        return self.normed(layer, "mlp_norm", self.added(x, self.fed(layer, x))), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandwich(AnyBlock):
+    """x + norm(mixer(norm(x))), then the same with the mlp. Ding et al. 2021, arXiv:2105.13290; Gemma 2."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        label = self.mixer.label
+        y, flow = self.mixed(layer, self.normed(layer, f"{label}_norm", x), flow)
+        x = self.added(x, self.normed(layer, f"{label}_post_norm", y))
+        y = self.fed(layer, self.normed(layer, "mlp_norm", x))
+        return self.added(x, self.normed(layer, "mlp_post_norm", y)), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostBranch(AnyBlock):
+    """x + norm(mixer(x)), then x + norm(mlp(x)). OLMo 2, arXiv:2501.00656, section 2.1."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        y, flow = self.mixed(layer, x, flow)
+        x = self.added(x, self.normed(layer, f"{self.mixer.label}_post_norm", y))
+        return self.added(x, self.normed(layer, "mlp_post_norm", self.fed(layer, x))), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(AnyBlock):
+    """x + mixer(norm(x)) + mlp(norm'(x)). Wang & Komatsuzaki 2021 (GPT-J); two norms as in GPT-NeoX."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        y, flow = self.mixed(layer, self.normed(layer, f"{self.mixer.label}_norm", x), flow)
+        return self.added(x, y, self.fed(layer, self.normed(layer, "mlp_norm", x))), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelShared(AnyBlock):
+    """x + mixer(norm(x)) + mlp(norm(x)), with one norm for both. Wang & Komatsuzaki 2021 (GPT-J)."""
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        read = self.normed(layer, f"{self.mixer.label}_norm", x)
+        y, flow = self.mixed(layer, read, flow)
+        return self.added(x, y, self.fed(layer, read)), flow
