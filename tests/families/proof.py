@@ -1,15 +1,30 @@
 """How a family is proved right, on one configuration in the words of transformers."""
 
+import pathlib
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from contract.shapes import padded
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from reference.client import positions_of
 
 from slmjax.convert.gate import Probe, greedy
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.nn.compute import Compute
+
+FEW = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+"""An example takes seconds: few of them, the same in each run, none of them shrunk"""
 
 NOTHING = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
@@ -82,7 +97,7 @@ def same_greedy(reference, folder, imported, tokens, *, seed=0, prompt=8):
 
 def decodes_as_it_computes(imported, length=20, seed=0):
     """Prefill and single tokens from the cache equal the full forward pass, with left padding."""
-    decoder, params = imported.decoder, imported.params
+    decoder, params = imported.decoder, jax.tree.map(jnp.asarray, imported.params)
     model = decoder.build(Compute(dtype="float32"))
     x, mask = padded(decoder, rows=2, length=length, seed=seed)
     positions = positions_of(mask)
@@ -100,3 +115,15 @@ def moves(right, wrong, params, *, length=24, seed=0):
     x, mask = padded(right, rows=2, length=length, seed=seed)
     a, b = (logits(d, params, x, mask)[mask == 1] for d in (right, wrong))
     return float(np.abs(a - b).max()) > 1e-3
+
+
+def prove_any(reference, configs, **options):
+    """`prove` and `decodes_as_it_computes` over a Hypothesis strategy of configurations."""
+
+    @FEW
+    @given(configs, st.integers(0, 9))
+    def run(config, seed):
+        with tempfile.TemporaryDirectory() as folder:
+            decodes_as_it_computes(prove(reference, pathlib.Path(folder), config, seed=seed, **options), seed=seed)
+
+    run()

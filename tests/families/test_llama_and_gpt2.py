@@ -1,11 +1,7 @@
 """Llama and GPT-2 over the space of their configurations."""
 
-import pathlib
-import tempfile
-
 import pytest
-from families.proof import decodes_as_it_computes, prove
-from hypothesis import HealthCheck, given, settings
+from families.proof import prove_any
 from hypothesis import strategies as st
 
 ROPE = st.sampled_from(
@@ -67,17 +63,6 @@ def gpt2s(draw):
     }
 
 
-SETTINGS = settings(
-    max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-
-
 @pytest.mark.parametrize("configs", [llamas(), gpt2s()], ids=["llama", "gpt2"])
 def test_any_configuration(reference, configs):
-    @SETTINGS
-    @given(configs, st.integers(0, 9))
-    def run(config, seed):
-        with tempfile.TemporaryDirectory() as folder:
-            decodes_as_it_computes(prove(reference, pathlib.Path(folder), config, seed=seed))
-
-    run()
+    prove_any(reference, configs)
