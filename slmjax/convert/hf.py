@@ -61,16 +61,18 @@ def write_hf(
     dtype: str = "float32",
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
+    family: Family | None = None,
 ) -> None:
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
-    `export.export_hf` does that atomically and checks the result; this is the bare writing.
+    `export.export_hf` does that atomically and checks the result; this is the bare writing. `family` is the class to
+    write for, where several compute the same; None: the first of `FAMILIES` that does.
 
     Raises:
         UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
         StorageError: the disk is full or not writable.
     """
-    family = family_of(decoder)
+    family = family_of(decoder) if family is None else family
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:

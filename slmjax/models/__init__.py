@@ -1,8 +1,16 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, llama
+from slmjax.models import gpt2, llama, mistral, olmo2, qwen2, qwen3, smollm3
 
-FAMILIES = (llama.FAMILY, gpt2.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    gpt2.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    olmo2.FAMILY,
+    smollm3.FAMILY,
+)
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
 SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}

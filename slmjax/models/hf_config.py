@@ -24,12 +24,14 @@ HARMLESS = frozenset(
         "attn_pdrop",
         "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
         "dtype",
         "embd_pdrop",
         "eos_token_id",
         "finetuning_task",
         "gradient_checkpointing",
+        "hidden_dropout",
         "id2label",
         "is_decoder",
         "is_llama_config",
@@ -89,6 +91,12 @@ class Fields:
             raise UserError(f"config.json: {key} = {value!r} is not {' or '.join(k.__name__ for k in kinds)}")
         return value
 
+    def nullable(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """`take` where null is a value of its own, None: no window, no bound."""
+        if key in self._left and self._left[key] is None:
+            return self._left.pop(key)
+        return self.take(key, kind, default)
+
     def expect(self, key: str, value: Any) -> None:
         """Refuse any value of a field but this one (or its absence).
 
@@ -98,6 +106,11 @@ class Fields:
         found = self._left.pop(key, None)
         if found is not None and found != value:
             raise UserError(f"config.json: {key} = {found!r} is not supported; only {value!r} is")
+
+    def ignore(self, *keys: str) -> None:
+        """Drop fields of which this class makes no use, though its published files hold them."""
+        for key in keys:
+            self._left.pop(key, None)
 
     def activation(self, key: str, default: str) -> Callable:
         """The activation function that a field names.

@@ -1,23 +1,21 @@
 """Llama, and the small models of its shape. Touvron et al. 2023, arXiv:2302.13971.
 
-Sizes: SmolLM2 (Allal et al. 2025, arXiv:2502.02737), TinyLlama (Zhang et al. 2024, arXiv:2401.02385),
-Llama 3.2 (Meta 2024).
+Sizes: SmolLM2 (Allal et al. 2025, arXiv:2502.02737), TinyLlama (Zhang et al. 2024, arXiv:2401.02385), Llama 3.1 and 3.2
+(Meta 2024, arXiv:2407.21783), MobileLLaMA (Chu et al. 2023, arXiv:2312.16886), MobileLLM (Liu et al. 2024,
+arXiv:2402.14905).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from slmjax.errors import UserError
-from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields, activation_name
-from slmjax.models.hf_rope import both_versions, rope_from_config
+from slmjax.models.decoder import Decoder
+from slmjax.models.hf_config import Fields
+from slmjax.models.hf_rope import both_versions
+from slmjax.models.llama_like import LLAMA, Sizes, common_config, exact, finished, sizes_from, whole_rope
 from slmjax.models.table import Family, Row, present
-from slmjax.nn.attention import Attention
-from slmjax.nn.layer import Initial
-from slmjax.nn.mlp import GatedMLP, silu
+from slmjax.nn.mlp import silu
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
 from slmjax.nn.rope_scaling import Llama3Scaling, RopeScaling
@@ -42,19 +40,25 @@ def llama(
     mlp_bias: bool = False,
 ) -> Decoder:
     """Pre-norm RMSNorm, grouped-query attention, rotary positions, SwiGLU; no biases unless asked for."""
-    mixer = Attention(
+    sizes = Sizes(
+        layers=layers,
+        width=width,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=width // heads if head_dim is None else head_dim,
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        position=Rope(theta=theta, scaling=scaling),
+        hidden=hidden,
+        vocab=vocab,
+        context=context,
+        tied=tied,
+        head_dim=head_dim,
+        eps=eps,
+        activation=activation,
     )
-    norm = RMSNorm(eps=eps)
-    block = Block(mixer=mixer, mlp=GatedMLP(hidden=hidden, activation=activation, bias=mlp_bias), norm=norm)
-    return Decoder(
-        vocab=vocab, width=width, pattern=(block,), repeats=layers, context=context, tied=tied, final_norm=norm
-    )
+    return _llama(sizes, Rope(theta=theta, scaling=scaling), attention_bias, mlp_bias)
+
+
+def _llama(sizes: Sizes, position: Rope, attention_bias: bool, mlp_bias: bool) -> Decoder:
+    biases: dict[str, Any] = {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
+    return sizes.decoder([sizes.block(position, RMSNorm(eps=sizes.eps), **biases)] * sizes.layers)
 
 
 def smollm2_135m() -> Decoder:
@@ -101,68 +105,59 @@ def llama_3_2_3b() -> Decoder:
     )  # fmt: skip
 
 
-_ATTENTION, _MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
-HF = (
-    Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
-    Row("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight", "d -> d"),
-    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/o", f"{_ATTENTION}.o_proj.weight", "d (h k) -> h k d"),
-    Row("layers/attn/q_bias", f"{_ATTENTION}.q_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/k_bias", f"{_ATTENTION}.k_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/v_bias", f"{_ATTENTION}.v_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/o_bias", f"{_ATTENTION}.o_proj.bias", "d -> d"),
-    Row("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "d -> d"),
-    Row("layers/mlp/gate", f"{_MLP}.gate_proj.weight", "f d -> d f"),
-    Row("layers/mlp/up", f"{_MLP}.up_proj.weight", "f d -> d f"),
-    Row("layers/mlp/down", f"{_MLP}.down_proj.weight", "d f -> f d"),
-    Row("layers/mlp/gate_bias", f"{_MLP}.gate_proj.bias", "f -> f"),
-    Row("layers/mlp/up_bias", f"{_MLP}.up_proj.bias", "f -> f"),
-    Row("layers/mlp/down_bias", f"{_MLP}.down_proj.bias", "d -> d"),
-    Row("final_norm/scale", "model.norm.weight", "d -> d"),
-    Row("unembed/table", "lm_head.weight", "v d -> v d"),
-)
-"""Parameters as LlamaForCausalLM saves them"""
+def llama_3_1_8b() -> Decoder:
+    """8,030,261,248 parameters."""
+    return llama(
+        layers=32, width=4096, heads=32, kv_heads=8, hidden=14336, vocab=128256, context=131072, tied=False, theta=5e5,
+        scaling=Llama3Scaling(factor=8.0),
+    )  # fmt: skip
+
+
+def mobilellama_1_4b() -> Decoder:
+    """1,364,297,728 parameters."""
+    return llama(
+        layers=24, width=2048, heads=16, kv_heads=16, hidden=5632, vocab=32000, context=2048, tied=False, eps=1e-6
+    )
+
+
+def mobilellama_2_7b() -> Decoder:
+    """2,701,560,320 parameters."""
+    return llama(
+        layers=32, width=2560, heads=32, kv_heads=32, hidden=6912, vocab=32000, context=2048, tied=False, eps=1e-6
+    )
+
+
+def mobilellm_125m() -> Decoder:
+    """124,635,456 parameters."""
+    return llama(layers=30, width=576, heads=9, kv_heads=3, hidden=1536, vocab=32000, context=2048, tied=True)
+
+
+def mobilellm_350m() -> Decoder:
+    """345,355,200 parameters."""
+    return llama(layers=32, width=960, heads=15, kv_heads=5, hidden=2560, vocab=32000, context=2048, tied=True)
 
 
 def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
+    """The rows whose parameters this decoder has."""
+    return present(LLAMA, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The LlamaConfig of this decoder, with the keys of transformers 4 beside those of 5; None if there is none."""
-    block = decoder.pattern[0]
-    mixer, mlp, norm = block.mixer, block.mlp, block.norm
-    if not (isinstance(mixer, Attention) and isinstance(mlp, GatedMLP) and isinstance(norm, RMSNorm)):
-        return None
-    position = mixer.position
+    common = common_config(decoder, "LlamaForCausalLM", "llama")
     # LlamaConfig itself refuses a width that the heads do not divide.
-    if not isinstance(position, Rope) or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
+    if common is None or decoder.width % common.mixers[0].heads:
         return None
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": mlp.hidden,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": mixer.heads,
-        "num_key_value_heads": mixer.kv_heads,
-        "head_dim": mixer.head_dim,
-        "hidden_act": activation_name(mlp.activation),
-        "max_position_embeddings": decoder.context,
-        "initializer_range": decoder.initial.std,
-        "rms_norm_eps": norm.eps,
-        "tie_word_embeddings": decoder.tied,
-        "attention_bias": mixer.qkv_bias,
-        "attention_dropout": 0.0,
-        "mlp_bias": mlp.bias,
-        **both_versions(position),
-        "use_cache": True,
+        **common.config,
+        **both_versions(common.rope),
+        "attention_bias": common.mixers[0].qkv_bias,
+        "mlp_bias": common.mlp.bias,
     }
-    return config if replace(from_config(config), initial=decoder.initial) == decoder else None
+    return exact(config, from_config, decoder)
+
+
+DEFAULTS = Sizes(layers=32, width=4096, heads=32, hidden=11008, vocab=32000, context=2048, eps=1e-6)
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
@@ -172,33 +167,15 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field that has no counterpart here, by name.
     """
     fields = Fields(config)
-    heads = fields.take("num_attention_heads", int, 32)
-    width = fields.take("hidden_size", int, 4096)
-    context = fields.take("max_position_embeddings", int, 2048)
-    rope = rope_from_config(fields, context=context)
-    if rope.fraction != 1.0:
-        raise UserError(f"config.json: partial_rotary_factor = {rope.fraction} is not supported; only 1.0 is")
+    sizes = sizes_from(fields, DEFAULTS)
     fields.expect("pretraining_tp", 1)
-    decoder = llama(
-        layers=fields.take("num_hidden_layers", int, 32),
-        width=width,
-        heads=heads,
-        kv_heads=fields.take("num_key_value_heads", int, heads),
-        head_dim=fields.take("head_dim", int, width // heads),
-        hidden=fields.take("intermediate_size", int, 11008),
-        activation=fields.activation("hidden_act", "silu"),
-        vocab=fields.take("vocab_size", int, 32000),
-        context=context,
-        tied=fields.take("tie_word_embeddings", bool, False),
-        theta=rope.theta,
-        scaling=rope.scaling,
-        eps=fields.take("rms_norm_eps", (float, int), 1e-6),
+    decoder = _llama(
+        sizes,
+        whole_rope(fields, sizes.context),
         attention_bias=fields.take("attention_bias", bool, False),
         mlp_bias=fields.take("mlp_bias", bool, False),
     )
-    std = fields.take("initializer_range", (float, int), 0.02)
-    fields.close()
-    return replace(decoder, initial=Initial(std=std))
+    return finished(fields, decoder)
 
 
 FAMILY = Family(
@@ -214,5 +191,10 @@ FAMILY = Family(
         "llama/tinyllama-1.1b": tinyllama_1_1b,
         "llama/llama-3.2-1b": llama_3_2_1b,
         "llama/llama-3.2-3b": llama_3_2_3b,
+        "llama/llama-3.1-8b": llama_3_1_8b,
+        "llama/mobilellama-1.4b": mobilellama_1_4b,
+        "llama/mobilellama-2.7b": mobilellama_2_7b,
+        "llama/mobilellm-125m": mobilellm_125m,
+        "llama/mobilellm-350m": mobilellm_350m,
     },
 )

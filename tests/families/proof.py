@@ -72,7 +72,7 @@ def prove(reference, folder, config, *, seed=0, length=24, rows=2, tokens=0):
     assert_close(ours, theirs["logits"], mask)
 
     (folder / "ours").mkdir()
-    write_hf(folder / "ours", decoder, imported.params)
+    write_hf(folder / "ours", decoder, imported.params, family=family)
     saved, again = Tensors(folder / "theirs"), Tensors(folder / "ours")
     assert set(again) == set(saved)
     for key in saved:

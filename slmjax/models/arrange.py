@@ -1,0 +1,39 @@
+"""Layers in order -> stages that a scan can repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slmjax.models.decoder import Stage
+from slmjax.nn.block import AnyBlock
+
+
+def arranged(blocks: Sequence[AnyBlock]) -> tuple[Stage, ...]:
+    """The stages of these layers that compile fastest: the compiler sees each block of a pattern once, however often
+    it is repeated.
+
+    26 layers of which each sixth differs become a pattern of six, four times, and then one block, twice.
+    """
+    kinds = [blocks.index(block) for block in blocks]  # numbers compare faster than blocks
+    best: list[tuple[int, tuple[tuple[int, int], ...]]] = [(0, ())]  # cost, (length of pattern, repeats) of each stage
+    for first in reversed(range(len(kinds))):
+        rest = kinds[first:]
+        found = []
+        for n in range(1, len(rest) + 1):
+            repeats = _repeats(rest, n)
+            cost, stages = best[len(rest) - n * repeats]
+            found.append((cost + n + 1, ((n, repeats), *stages)))  # one more for the loop itself
+        best.append(min(found, key=lambda x: (x[0], len(x[1]), -x[1][0][0] * x[1][0][1])))
+    out, first = [], 0
+    for n, repeats in best[len(kinds)][1]:
+        out.append(Stage(pattern=tuple(blocks[first : first + n]), repeats=repeats))
+        first += n * repeats
+    return tuple(out)
+
+
+def _repeats(kinds: Sequence[int], n: int) -> int:
+    """How often the first n come in a row."""
+    repeats = 1
+    while kinds[repeats * n : (repeats + 1) * n] == kinds[:n]:
+        repeats += 1
+    return repeats

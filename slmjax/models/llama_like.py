@@ -1,0 +1,269 @@
+"""What Llama and the families of its shape have in common: sizes, a layer, rows, fields of config.json.
+
+Pre-norm or another wiring, grouped-query attention, rotary positions and a gated MLP. The file of a family says where
+it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from slmjax.errors import UserError
+from slmjax.models.arrange import arranged
+from slmjax.models.decoder import Block, Decoder
+from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.hf_rope import rope_from_config
+from slmjax.models.table import Row
+from slmjax.nn.attention import Attention
+from slmjax.nn.block import AnyBlock
+from slmjax.nn.layer import Initial
+from slmjax.nn.mlp import GatedMLP, silu
+from slmjax.nn.norm import LayerNorm, RMSNorm
+from slmjax.nn.parts import Norm
+from slmjax.nn.position import Position, Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large a model of Llama's shape is."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    """None: as many as `heads`"""
+    hidden: int
+    """Width of the gated MLP"""
+    vocab: int
+    context: int
+    tied: bool = False
+    head_dim: int | None = None
+    """None: width / heads"""
+    eps: float = 1e-5
+    """Of all norms"""
+    activation: Callable = silu
+
+    def block(
+        self, position: Position, norm: Norm, *, kind: type[AnyBlock] = Block, mlp_bias: bool = False, **attention: Any
+    ) -> AnyBlock:
+        """One layer; `attention` are further fields of `Attention`."""
+        mixer = Attention(
+            heads=self.heads,
+            kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
+            head_dim=self.width // self.heads if self.head_dim is None else self.head_dim,
+            position=position,
+            **attention,
+        )
+        mlp = GatedMLP(hidden=self.hidden, activation=self.activation, bias=mlp_bias)
+        return kind(mixer=mixer, mlp=mlp, norm=norm)
+
+    def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
+        """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
+        first, *tail = arranged(blocks)
+        return Decoder(
+            vocab=self.vocab,
+            width=self.width,
+            pattern=first.pattern,
+            repeats=first.repeats,
+            tail=tuple(tail),
+            context=self.context,
+            tied=self.tied,
+            final_norm=blocks[0].norm,
+            **options,
+        )
+
+
+_LAYER = "model.layers.{}"
+_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
+
+
+def norm_rows(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Gain and bias of a norm."""
+    return (Row(f"{ours}/scale", f"{theirs}.weight", "d -> d"), Row(f"{ours}/bias", f"{theirs}.bias", "d -> d"))
+
+
+TABLES = (
+    Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
+    *norm_rows("final_norm", "model.norm"),
+    Row("unembed/table", "lm_head.weight", "v d -> v d"),
+)
+PRE_NORMS = (
+    *norm_rows("layers/attn_norm", f"{_LAYER}.input_layernorm"),
+    *norm_rows("layers/mlp_norm", f"{_LAYER}.post_attention_layernorm"),
+)
+SANDWICH_NORMS = (
+    *norm_rows("layers/attn_norm", f"{_LAYER}.input_layernorm"),
+    *norm_rows("layers/attn_post_norm", f"{_LAYER}.post_attention_layernorm"),
+    *norm_rows("layers/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
+    *norm_rows("layers/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
+)
+"""Of which a block that norms only after its branches has the second and the fourth"""
+ATTENTION = (
+    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
+    Row("layers/attn/o", f"{_ATTENTION}.o_proj.weight", "d (h k) -> h k d"),
+    Row("layers/attn/q_bias", f"{_ATTENTION}.q_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/k_bias", f"{_ATTENTION}.k_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/v_bias", f"{_ATTENTION}.v_proj.bias", "(h k) -> h k"),
+    Row("layers/attn/o_bias", f"{_ATTENTION}.o_proj.bias", "d -> d"),
+)
+QK_NORMS = (
+    Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_norm.weight", "k -> k"),
+    Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_norm.weight", "k -> k"),
+)
+"""One gain for all heads"""
+MLP = (
+    Row("layers/mlp/gate", f"{_MLP}.gate_proj.weight", "f d -> d f"),
+    Row("layers/mlp/up", f"{_MLP}.up_proj.weight", "f d -> d f"),
+    Row("layers/mlp/down", f"{_MLP}.down_proj.weight", "d f -> f d"),
+    Row("layers/mlp/gate_bias", f"{_MLP}.gate_proj.bias", "f -> f"),
+    Row("layers/mlp/up_bias", f"{_MLP}.up_proj.bias", "f -> f"),
+    Row("layers/mlp/down_bias", f"{_MLP}.down_proj.bias", "d -> d"),
+)
+LLAMA = (*TABLES, *PRE_NORMS, *ATTENTION, *MLP)
+"""Parameters as LlamaForCausalLM saves them"""
+
+
+class Common(NamedTuple):
+    """A decoder of Llama's shape in the words of transformers, as far as all these families use the same."""
+
+    config: dict[str, Any]
+    mixers: tuple[Attention, ...]
+    """Of each layer"""
+    mlp: GatedMLP
+    """Of the first layer"""
+    rope: Rope
+    """Of the first layer that has rotary positions"""
+
+
+def common_config(
+    decoder: Decoder,
+    architecture: str,
+    model_type: str,
+    *,
+    eps: str = "rms_norm_eps",
+    activation: str = "hidden_act",
+    head_dim: bool = True,
+) -> Common | None:
+    """What `sizes_from` reads, or None if a layer has another kind of part. Whether the decoder is then exactly the one
+    that these fields describe, `exact` says.
+
+    Args:
+        eps, activation: the names of these fields.
+        head_dim: whether the class has that field.
+    """
+    mixers = tuple(block.mixer for block in decoder.blocks() if isinstance(block.mixer, Attention))
+    ropes = [mixer.position for mixer in mixers if isinstance(mixer.position, Rope)]
+    mlp, norm = decoder.pattern[0].mlp, decoder.pattern[0].norm
+    if len(mixers) < decoder.layers or not ropes or not isinstance(mlp, GatedMLP):
+        return None
+    if not isinstance(norm, (RMSNorm, LayerNorm)) or activation_name(mlp.activation) is None:
+        return None
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "intermediate_size": mlp.hidden,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": mixers[0].heads,
+        "num_key_value_heads": mixers[0].kv_heads,
+        **({"head_dim": mixers[0].head_dim} if head_dim else {}),
+        activation: activation_name(mlp.activation),
+        "max_position_embeddings": decoder.context,
+        "initializer_range": decoder.initial.std,
+        eps: norm.eps,
+        "tie_word_embeddings": decoder.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    return Common(config, mixers, mlp, ropes[0])
+
+
+def exact(
+    config: dict[str, Any], from_config: Callable[[Mapping[str, Any]], Decoder], decoder: Decoder
+) -> dict[str, Any] | None:
+    """`config` if it is read as this very decoder, initial values aside; None if as another one, or not at all."""
+    try:
+        read = from_config(config)
+    except UserError:
+        return None
+    return config if replace(read, initial=decoder.initial) == decoder else None
+
+
+def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", activation: str = "hidden_act") -> Sizes:
+    """The fields that `common_config` writes; absent ones have the defaults of the class."""
+    return Sizes(
+        layers=fields.take("num_hidden_layers", int, defaults.layers),
+        width=fields.take("hidden_size", int, defaults.width),
+        heads=fields.take("num_attention_heads", int, defaults.heads),
+        kv_heads=fields.nullable("num_key_value_heads", int, defaults.kv_heads),
+        head_dim=fields.nullable("head_dim", int, defaults.head_dim),
+        hidden=fields.take("intermediate_size", int, defaults.hidden),
+        vocab=fields.take("vocab_size", int, defaults.vocab),
+        context=fields.take("max_position_embeddings", int, defaults.context),
+        tied=fields.take("tie_word_embeddings", bool, defaults.tied),
+        eps=fields.take(eps, (float, int), defaults.eps),
+        activation=fields.activation(activation, activation_name(defaults.activation) or ""),
+    )
+
+
+def divided(sizes: Sizes) -> Sizes:
+    """For classes whose heads share the width.
+
+    Raises:
+        UserError: head_dim is another number than width / heads.
+    """
+    if sizes.width % sizes.heads or sizes.head_dim not in (None, sizes.width // sizes.heads):
+        raise UserError(
+            f"config.json: hidden_size = {sizes.width} is not {sizes.heads} heads (num_attention_heads) of head_dim = "
+            f"{sizes.head_dim or sizes.width // sizes.heads}, as this model needs"
+        )
+    return sizes
+
+
+def whole_rope(fields: Fields, context: int, theta: float = 1e4) -> Rope:
+    """Rotary positions of whole heads.
+
+    Raises:
+        UserError: a part of each head only, or as `rope_from_config`.
+    """
+    rope = rope_from_config(fields, theta=theta, context=context)
+    if rope.fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor = {rope.fraction} is not supported; only 1.0 is")
+    return rope
+
+
+def layer_types(fields: Fields, default: Sequence[bool]) -> tuple[bool, ...]:
+    """Whether each layer attends in a sliding window only.
+
+    Raises:
+        UserError: the field does not name each layer, or names an unknown kind.
+    """
+    given = fields.take("layer_types", (list, tuple), None)
+    if given is None:
+        return tuple(default)
+    if len(given) != len(default):
+        raise UserError(f"config.json: layer_types names {len(given)} layers; num_hidden_layers = {len(default)}")
+    if unknown := [x for x in given if x not in ("sliding_attention", "full_attention")]:
+        raise UserError(f"config.json: layer_types has {unknown[0]!r}; there are sliding_attention and full_attention")
+    return tuple(x == "sliding_attention" for x in given)
+
+
+def layer_type_names(mixers: Sequence[Attention]) -> list[str]:
+    """`layer_types` of these layers."""
+    return ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers]
+
+
+def finished(fields: Fields, decoder: Decoder) -> Decoder:
+    """The decoder with its initial values, when every field has been taken.
+
+    Raises:
+        UserError: a field is left that may change what the model computes.
+    """
+    std = fields.take("initializer_range", (float, int), 0.02)
+    fields.close()
+    return replace(decoder, initial=Initial(std=std))

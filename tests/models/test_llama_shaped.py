@@ -1,0 +1,223 @@
+"""Families of Llama's shape: published sizes and configurations, defaults of the classes, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from slmjax.convert.hf import family_of
+from slmjax.errors import UserError
+from slmjax.models import FAMILIES, mistral, olmo2, qwen2, qwen3, smollm3
+from slmjax.models.flops import parameter_count
+from slmjax.nn.layer import Initial
+from slmjax.nn.position import NoPosition, Rope
+from slmjax.nn.rope_scaling import LinearScaling
+
+pytestmark = pytest.mark.fast
+
+# Parameters of the files on the Hugging Face hub, a tied table counted once.
+PUBLISHED = {
+    mistral.mistral_7b_v0_1: ("Mistral", 7_241_732_096),
+    mistral.mistral_7b_v0_3: ("Llama", 7_248_023_552),  # no window: a Llama
+    mistral.mistral_nemo_12b: ("Llama", 12_247_782_400),
+    qwen2.qwen2_0_5b: ("Qwen2", 494_032_768),
+    qwen2.qwen2_1_5b: ("Qwen2", 1_543_714_304),
+    qwen2.qwen2_5_0_5b: ("Qwen2", 494_032_768),
+    qwen2.qwen2_5_1_5b: ("Qwen2", 1_543_714_304),
+    qwen2.qwen2_5_3b: ("Qwen2", 3_085_938_688),
+    qwen2.qwen2_5_7b: ("Qwen2", 7_615_616_512),
+    qwen3.qwen3_0_6b: ("Qwen3", 596_049_920),
+    qwen3.qwen3_1_7b: ("Qwen3", 1_720_574_976),
+    qwen3.qwen3_4b: ("Qwen3", 4_022_468_096),
+    qwen3.qwen3_8b: ("Qwen3", 8_190_735_360),
+    olmo2.olmo2_1b: ("OLMo 2", 1_484_916_736),
+    olmo2.olmo2_7b: ("OLMo 2", 7_298_617_344),
+    smollm3.smollm3_3b: ("SmolLM3", 3_075_098_624),
+}
+FAMILY = {family.model_type: family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("size", PUBLISHED, ids=lambda f: f.__name__)
+def test_published_sizes(size):
+    family, parameters = PUBLISHED[size]
+    decoder = size()
+    assert parameter_count(decoder) == parameters
+    assert f"{parameters:,} parameters" in size.__doc__
+    assert family_of(decoder).name == family
+    own = next(f for f in FAMILIES if size in f.sizes.values())
+    assert own.from_config(own.to_config(decoder)) == decoder
+
+
+COMMON = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+COMMON |= {"transformers_version": "4.37.2", "use_cache": True, "initializer_range": 0.02}
+MISTRAL = {
+    **COMMON,
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+QWEN2 = {
+    **COMMON,
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3 = {
+    **COMMON,
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OLMO2 = {
+    **COMMON,
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}
+SMOLLM3 = {
+    **COMMON,
+    "model_type": "smollm3",
+    "attention_bias": False,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+CONFIGS = {
+    mistral.mistral_7b_v0_1: MISTRAL,
+    qwen2.qwen2_5_0_5b: QWEN2,
+    qwen3.qwen3_0_6b: QWEN3,
+    olmo2.olmo2_1b: OLMO2,
+    smollm3.smollm3_3b: SMOLLM3,
+}
+
+
+@pytest.mark.parametrize("size", CONFIGS, ids=lambda f: f.__name__)
+def test_published_configurations_are_the_published_sizes(size):
+    """As the files of transformers 4 say it, and in the words of 5."""
+    config = dict(CONFIGS[size])
+    read = FAMILY[config["model_type"]].from_config
+    assert read(config) == replace(size(), initial=Initial(std=0.02))
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    config.pop("rope_scaling", None)
+    assert read(config) == size()
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "olmo2"])
+def test_scaled_positions_of_both_versions(model_type):
+    read = FAMILY[model_type].from_config
+    old = {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    new = {"rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 4.0}}
+    assert read(old) == read(new)
+    assert read(old).pattern[0].mixer.position == Rope(theta=1e5, scaling=LinearScaling(factor=4.0))
+
+
+def test_defaults_are_those_of_the_configuration_classes():
+    assert mistral.from_config({}).pattern[0].mixer.window == 4096
+    assert mistral.from_config({"sliding_window": None}).pattern[0].mixer.window is None
+    assert mistral.from_config({"num_key_value_heads": None}).pattern[0].mixer.kv_heads == 32
+    assert qwen2.from_config({}).pattern[0].mixer.window is None
+    assert qwen3.from_config({}).pattern[0].mixer.head_dim == 128
+    assert olmo2.from_config({}).vocab == 50304
+    positions = [block.mixer.position for block in smollm3.from_config({}).blocks()]
+    assert positions == [NoPosition() if i % 4 == 3 else Rope(theta=2e6) for i in range(36)]
+
+
+def test_windows_from_the_layer_on_that_the_configuration_names():
+    config = {"num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 4}
+    for read in (qwen2.from_config, qwen3.from_config):
+        decoder = read(config)
+        assert [block.mixer.window for block in decoder.blocks()] == [None] * 4 + [7] * 2
+        assert [(len(s.pattern), s.repeats) for s in decoder.stages] == [(1, 4), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "names"),
+    [
+        (MISTRAL, {"sliding_window": "4096"}, "sliding_window = '4096' is not int"),
+        (MISTRAL, {"sliding_window": 0}, "window: 0"),
+        (MISTRAL, {"attention_bias": True}, "attention_bias"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 32}, "layer_types"),
+        (MISTRAL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (QWEN2, {"layer_types": ["full_attention"]}, "layer_types names 1 layers; num_hidden_layers = 24"),
+        (QWEN2, {"layer_types": ["chunked_attention"] * 24}, "chunked_attention"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 24}, "use_sliding_window is false"),
+        (QWEN2, {"use_mrope": True}, "use_mrope"),
+        (QWEN3, {"num_experts": 8}, "num_experts"),
+        (QWEN3, {"mlp_bias": True}, "mlp_bias"),
+        (OLMO2, {"clip_qkv": 8.0}, "clip_qkv"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers = .1, 0."),
+        (SMOLLM3, {"no_rope_layers": [2] * 36}, "no_rope_layers"),
+        (SMOLLM3, {"layer_types": ["sliding_attention"] * 36}, "use_sliding_window is false"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_by_name(config, change, names):
+    with pytest.raises(UserError, match=names):
+        FAMILY[config["model_type"]].from_config({**config, **change})
