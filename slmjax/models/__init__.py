@@ -1,8 +1,14 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, llama
+from slmjax.models import gpt2, granite, lfm2, llama
 
-FAMILIES = (llama.FAMILY, gpt2.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    gpt2.FAMILY,
+    granite.FAMILY,
+    granite.MINICPM,
+    lfm2.FAMILY,
+)
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
 SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}

@@ -91,10 +91,10 @@ def test_gpt2_configurations_round_trip(name):
 
 
 @pytest.mark.parametrize("size", PUBLISHED, ids=lambda f: f.__name__)
-def test_exactly_one_family_takes_each_published_size(size):
-    assert [f.name for f in FAMILIES if f.to_config(size())] == [
-        "GPT-2" if size.__module__.endswith("gpt2") else "Llama"
-    ]
+def test_the_most_common_class_takes_each_published_size(size):
+    """Classes that can express more than Llama come after it."""
+    first = next(f.name for f in FAMILIES if f.to_config(size()))
+    assert first == ("GPT-2" if size.__module__.endswith("gpt2") else "Llama")
 
 
 def _changed(decoder, **changes):
@@ -123,12 +123,12 @@ MIXER, GPT2_MIXER = tiny_llama().pattern[0].mixer, tiny_gpt2().pattern[0].mixer
         _changed(tiny_gpt2(), position=None),
     ],
 )
-def test_what_no_class_can_express_is_exported_as_none(decoder):
-    assert all(f.to_config(decoder) is None for f in FAMILIES)
+def test_what_a_class_cannot_express_it_leaves_to_others(decoder):
+    assert all(f.to_config(decoder) is None for f in (llama.FAMILY, gpt2.FAMILY))
 
 
 def test_tables_cover_each_parameter_once():
-    for family, decoders in zip(FAMILIES, (LLAMAS, GPT2S), strict=True):
+    for family, decoders in ((llama.FAMILY, LLAMAS), (gpt2.FAMILY, GPT2S)):
         for decoder in decoders.values():
             rows = family.rows(decoder)
             ours = [path for r in rows for path in ((r.ours,) if isinstance(r.ours, str) else r.ours)]
