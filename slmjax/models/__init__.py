@@ -1,6 +1,6 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from slmjax.models import gpt2, granite, lfm2, llama, mistral, olmo2, qwen2, qwen3, smollm3
 
 FAMILIES = (
     llama.FAMILY,
@@ -10,6 +10,9 @@ FAMILIES = (
     qwen3.FAMILY,
     olmo2.FAMILY,
     smollm3.FAMILY,
+    granite.FAMILY,
+    granite.MINICPM,
+    lfm2.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 

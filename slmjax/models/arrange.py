@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from slmjax.models.decoder import Stage
 from slmjax.nn.block import AnyBlock
@@ -29,6 +30,12 @@ def arranged(blocks: Sequence[AnyBlock]) -> tuple[Stage, ...]:
         out.append(Stage(pattern=tuple(blocks[first : first + n]), repeats=repeats))
         first += n * repeats
     return tuple(out)
+
+
+def layers_of(blocks: Sequence[AnyBlock]) -> dict[str, Any]:
+    """`arranged(blocks)` as the fields `pattern`, `repeats` and `tail` of a Decoder."""
+    first, *tail = arranged(blocks)
+    return {"pattern": first.pattern, "repeats": first.repeats, "tail": tuple(tail)}
 
 
 def _repeats(kinds: Sequence[int], n: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
-from slmjax.models.arrange import arranged
+from slmjax.models.arrange import layers_of
 from slmjax.models.decoder import Block, Decoder
 from slmjax.models.hf_config import Fields, activation_name
 from slmjax.models.hf_rope import rope_from_config
@@ -61,16 +61,13 @@ class Sizes:
 
     def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
         """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
-        first, *tail = arranged(blocks)
         return Decoder(
             vocab=self.vocab,
             width=self.width,
-            pattern=first.pattern,
-            repeats=first.repeats,
-            tail=tuple(tail),
             context=self.context,
             tied=self.tied,
             final_norm=blocks[0].norm,
+            **layers_of(blocks),
             **options,
         )
 

@@ -79,6 +79,19 @@ class Reference:
         """{key: shape} of what save_pretrained writes for the config.json in the folder."""
         return {k: tuple(v) for k, v in self._call("saved_keys", folder=folder)["shapes"].items()}
 
+    def make_paper(self, kind: str, folder: pathlib.Path, config: Mapping[str, Any], seed: int = 0) -> None:
+        """Writes a model of paper_models.py with random weights: config.json and model.safetensors."""
+        self._call("make_paper", kind=kind, folder=folder, config=dict(config), seed=seed)
+
+    def paper_logits(
+        self, kind: str, folder: pathlib.Path, tokens: np.ndarray, mask: np.ndarray, new_tokens: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(logits [B, T, V], greedy continuation [B, new_tokens]) of a model of paper_models.py."""
+        out = self._path()
+        batch = self._save(tokens=tokens, mask=mask, positions=positions_of(mask))
+        answer = self._call("paper_logits", kind=kind, folder=folder, tensors=batch, out=out, new_tokens=new_tokens)
+        return load_file(out)["logits"], np.array(answer["tokens"])
+
     def train(
         self, folder: pathlib.Path, arrays: Mapping[str, np.ndarray], **options: Any
     ) -> tuple[dict[str, list[float]], dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -12,6 +12,7 @@ import traceback
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # whatever a library prints must not get between the answers
 
+import paper_models  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
@@ -92,6 +93,31 @@ def saved_keys(folder):
         return {"shapes": {k: list(v.shape) for k, v in load_file(f"{d}/model.safetensors").items()}}
 
 
+def make_paper(kind, folder, config, seed):
+    """A model of paper_models.py with random weights: config.json and model.safetensors."""
+    os.makedirs(folder)
+    save_file(paper_models.draw(kind, config, seed), f"{folder}/model.safetensors")
+    with open(f"{folder}/config.json", "w") as f:
+        json.dump(config, f)
+    return {}
+
+
+def paper_logits(kind, folder, tensors, out, new_tokens=0):
+    """tensors: tokens, mask, positions [B, T] -> logits [B, T, V]; and a greedy continuation, each token anew."""
+    weights, x = load_file(f"{folder}/model.safetensors"), load_file(tensors)
+    with open(f"{folder}/config.json") as f:
+        config = json.load(f)
+    tokens, mask, positions = (x[name].long() for name in ("tokens", "mask", "positions"))
+    model = paper_models.MODELS[kind]
+    save_file({"logits": model.logits(config, weights, tokens, mask, positions).contiguous()}, out)
+    for _ in range(new_tokens):
+        best = model.logits(config, weights, tokens, mask, positions)[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, best], 1)
+        mask = torch.cat([mask, torch.ones_like(best)], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+    return {"tokens": tokens[:, x["tokens"].shape[1] :].tolist()}
+
+
 def train(folder, tensors, out, steps, lr, betas, eps, weight_decay, clip_norm, no_decay=()):
     """AdamW steps on the weighted mean of the cross-entropy; parameters whose name ends so are not decayed.
 
@@ -141,7 +167,7 @@ def tokenize(folder, texts):
     }
 
 
-CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, train, tokenize)}
+CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize)}
 
 for line in sys.stdin:
     request = json.loads(line)
