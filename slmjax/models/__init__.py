@@ -1,9 +1,18 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, llama
+from slmjax.models import bloom, cerebras_gpt, gpt2, gpt_neox, llama, opt
 
-FAMILIES = (llama.FAMILY, gpt2.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+    bloom.FAMILY,
+    opt.FAMILY,
+)
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
-SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}
+SIZES = {
+    **{name: size for family in FAMILIES for name, size in family.sizes.items()},
+    **cerebras_gpt.SIZES,
+}
 """Published sizes by name: functions that return a decoder"""

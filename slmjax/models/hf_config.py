@@ -19,22 +19,27 @@ ACTIVATIONS: Mapping[str, Callable] = {
 
 HARMLESS = frozenset(
     (
+        "activation_dropout",
         "architectures",
         "attention_dropout",
         "attn_pdrop",
         "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "classifier_dropout",
+        "dropout",
         "dtype",
         "embd_pdrop",
         "eos_token_id",
         "finetuning_task",
         "gradient_checkpointing",
+        "hidden_dropout",
         "id2label",
         "is_decoder",
         "is_llama_config",
         "keys_to_ignore_at_inference",
         "label2id",
+        "layerdrop",
         "model_type",
         "n_ctx",
         "name_or_path",
@@ -88,6 +93,19 @@ class Fields:
         if value is not default and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             raise UserError(f"config.json: {key} = {value!r} is not {' or '.join(k.__name__ for k in kinds)}")
         return value
+
+    def either(self, *keys: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """The value of a field that has several names.
+
+        Raises:
+            UserError: two of them have different values, or a value is of another kind.
+        """
+        found = {key: self.take(key, kind, None) for key in keys}
+        given = {key: value for key, value in found.items() if value is not None}
+        if len(set(given.values())) > 1:
+            said = " but ".join(f"{key} = {value!r}" for key, value in given.items())
+            raise UserError(f"config.json: {said}; remove one of them")
+        return next(iter(given.values()), default)
 
     def expect(self, key: str, value: Any) -> None:
         """Refuse any value of a field but this one (or its absence).
