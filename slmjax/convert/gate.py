@@ -56,7 +56,7 @@ class Forward(NamedTuple):
     """What a model computes for tokens [B, T], as numpy."""
 
     logits: np.ndarray  # [B, T, V]
-    stages: np.ndarray  # [L + 1, B, T, D]: what each block reads, then what the unembedding reads
+    stages: tuple[np.ndarray, ...]  # L + 1 of [B, T, D]: what each block reads, then what the unembedding reads
 
 
 class Probe(NamedTuple):
@@ -84,18 +84,19 @@ def forward(decoder: Decoder, params: Params, probe: Probe) -> Forward:
     """Logits and the input of each stage, in float32 throughout."""
     run = _program(replace(decoder, initial=Initial()))  # initial values do not matter: one program, compiled once
     with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for float32
-        logits, stages = run(params, probe.tokens, probe.positions, probe.mask)
-    return Forward(np.asarray(logits), np.asarray(stages))
+        logits, blocks, hidden = run(params, probe.tokens, probe.positions, probe.mask)
+    # The unembedding may read another width than the blocks do (OPT-350m).
+    return Forward(np.asarray(logits), (*np.asarray(blocks), np.asarray(hidden)))
 
 
 @functools.lru_cache(maxsize=1)
-def _program(decoder: Decoder) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _program(decoder: Decoder) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     model = decoder.build(Compute(dtype="float32"))
 
     @jax.jit
-    def run(params: Any, tokens: Any, positions: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
+    def run(params: Any, tokens: Any, positions: Any, segments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         out = model.apply(params, tokens, positions, segments, collect=True)
-        return model.unembed(params, out.hidden), jnp.concatenate([out.blocks[:-1], out.hidden[None]])
+        return model.unembed(params, out.hidden), out.blocks[:-1], out.hidden
 
     return run
 
@@ -196,7 +197,8 @@ def check_stock(
         passed=not bad,
     )
     ours = forward(imported.decoder, imported.params, probe)
-    checks = [loads, compare(f"{name}: logits", ours, Forward(tensors["logits"], tensors["hidden"]), probe)]
+    hidden = tuple(tensors[f"hidden.{i}"] for i in range(len(ours.stages)))
+    checks = [loads, compare(f"{name}: logits", ours, Forward(tensors["logits"], hidden), probe)]
     checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:
         wanted = [tokenizer.encode(text, bos=True) for text in texts]

@@ -40,6 +40,8 @@ class Entry(NamedTuple):
     """Shape of theirs as each part alone would have it"""
     split: int | None
     """Axis of theirs along which the parts are concatenated; None: they are one array, with the axis `n` if several"""
+    alias: str | None = None
+    """Another key under which a file may hold it"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -175,6 +177,7 @@ def _expand(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
                 sizes=tuple(sizes for sizes, _ in found),
                 shapes=tuple(shape for _, shape in found),
                 split=row.split if len(paths) > 1 else None,
+                alias=row.alias,
             )
 
 
@@ -205,6 +208,7 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     prefix = next((e.key.split(".")[0] + "." for e in table if "layers" in e.parts[0][0].split("/")[0]), "")
     bare = not any(key.startswith(prefix) for key in tensors)
     stored = {e.key: e.key.removeprefix(prefix) if bare else e.key for e in table}
+    stored |= {e.key: e.alias for e in table if e.alias in tensors and stored[e.key] not in tensors}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}")

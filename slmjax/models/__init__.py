@@ -1,6 +1,20 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, granite, lfm2, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from slmjax.models import (
+    bloom,
+    cerebras_gpt,
+    gpt2,
+    gpt_neox,
+    granite,
+    lfm2,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 
 FAMILIES = (
     llama.FAMILY,
@@ -13,8 +27,14 @@ FAMILIES = (
     granite.FAMILY,
     granite.MINICPM,
     lfm2.FAMILY,
+    gpt_neox.FAMILY,
+    bloom.FAMILY,
+    opt.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
-SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}
+SIZES = {
+    **{name: size for family in FAMILIES for name, size in family.sizes.items()},
+    **cerebras_gpt.SIZES,
+}
 """Published sizes by name: functions that return a decoder"""

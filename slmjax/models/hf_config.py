@@ -19,6 +19,7 @@ ACTIVATIONS: Mapping[str, Callable] = {
 
 HARMLESS = frozenset(
     (
+        "activation_dropout",
         "architectures",
         "attention_dropout",
         "attn_pdrop",
@@ -26,6 +27,8 @@ HARMLESS = frozenset(
         "bos_token_id",
         "cache_implementation",
         "chunk_size_feed_forward",
+        "classifier_dropout",
+        "dropout",
         "dtype",
         "embd_pdrop",
         "eos_token_id",
@@ -37,6 +40,7 @@ HARMLESS = frozenset(
         "is_llama_config",
         "keys_to_ignore_at_inference",
         "label2id",
+        "layerdrop",
         "model_type",
         "n_ctx",
         "name_or_path",
@@ -96,6 +100,19 @@ class Fields:
         if key in self._left and self._left[key] is None:
             return self._left.pop(key)
         return self.take(key, kind, default)
+
+    def either(self, *keys: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """The value of a field that has several names.
+
+        Raises:
+            UserError: two of them have different values, or a value is of another kind.
+        """
+        found = {key: self.take(key, kind, None) for key in keys}
+        given = {key: value for key, value in found.items() if value is not None}
+        if len(set(given.values())) > 1:
+            said = " but ".join(f"{key} = {value!r}" for key, value in given.items())
+            raise UserError(f"config.json: {said}; remove one of them")
+        return next(iter(given.values()), default)
 
     def expect(self, key: str, value: Any) -> None:
         """Refuse any value of a field but this one (or its absence).

@@ -19,21 +19,23 @@ def rope_from_config(
     theta: float = 1e4,
     fraction: float = 1.0,
     fraction_keys: tuple[str, ...] = ("partial_rotary_factor",),
+    theta_keys: tuple[str, ...] = ("rope_theta",),
     context: int = 0,
 ) -> Rope:
     """The rotary positions that a config describes; takes every field that speaks of them.
 
     Args:
         theta, fraction: defaults of the class.
-        fraction_keys: what it calls the rotated share of a head at the top level.
+        fraction_keys, theta_keys: what it calls the rotated share of a head, and theta, at the top level.
         context: longest sequence, for scalings that leave out their own factor.
 
     Raises:
         UserError: the keys of versions 4 and 5 contradict each other, or a kind of scaling is not known.
     """
-    old = {"rope_theta": fields.take("rope_theta", NUMBER, None)}
-    for key in fraction_keys:
-        old["partial_rotary_factor"] = fields.take(key, NUMBER, old.get("partial_rotary_factor"))
+    old = {
+        "rope_theta": fields.either(*theta_keys, kind=NUMBER, default=None),
+        "partial_rotary_factor": fields.either(*fraction_keys, kind=NUMBER, default=None),
+    }
     original = fields.take("original_max_position_embeddings", int, None)
     new = dict(fields.take("rope_parameters", Mapping, {}))
     scaling = dict(fields.take("rope_scaling", Mapping, {}))

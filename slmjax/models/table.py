@@ -23,6 +23,8 @@ class Row(NamedTuple):
     """An axis of ours for each index of which theirs has a tensor of its own; the left side lacks it"""
     numbers: tuple[int, ...] | None = None
     """Number of their layer for each of ours; None: 0, 1, ... `present` sets it"""
+    alias: str | None = None
+    """Another key under which files hold it; read, never written"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,10 @@ class Learned:
 
     offset: int = 0
     """Rows of the table before that of position 0, never read (2 in OPT)"""
+    scale: float = 1.0
+    """Factor on the vectors (muP)"""
 
     def __call__(self, layer: Layer, positions: jax.Array, width: int, context: int) -> jax.Array:  # [B,T] -> [B,T,D]
         table = layer.matrix("positions", (context + self.offset, width), ("context", "embed"))
-        return jnp.take(table, positions + self.offset if self.offset else positions, axis=0)
+        x = jnp.take(table, positions + self.offset if self.offset else positions, axis=0)
+        return x if self.scale == 1.0 else x * self.scale
