@@ -19,6 +19,7 @@ from slmjax.optim.schedules import Schedule
 from slmjax.serialise import to_json
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.guard import Guard, Skip
+from slmjax.train.processes import Distributed, Local
 from slmjax.train.sharding import Mesh
 from slmjax.views import Identity, View
 
@@ -110,6 +111,8 @@ class Runtime:
     """Of activations and matrix products; auto: what `compute` says"""
     compute: Compute | None = None
     """Precision and kernels; None: the fastest known ones of this platform"""
+    distributed: Distributed = field(default_factory=Local)
+    """Which processes train together: local (this one), cluster, or processes"""
     mesh: Mesh = field(default_factory=Mesh)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     tracking: Tracking = field(default_factory=Tracking)

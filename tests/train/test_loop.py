@@ -16,7 +16,7 @@ import pytest
 from train import toy
 
 from slmjax.errors import Preempted
-from slmjax.train import loop
+from slmjax.train import consensus, loop
 from slmjax.train.checkpoint import Checkpoints, extra, steps
 from slmjax.train.guard import Rollback, Skip
 from slmjax.train.hooks import Evaluate, Profile, Sample
@@ -241,3 +241,18 @@ def test_the_final_checkpoint_is_an_artifact(tmp_path):
     ((path, kind, metadata),) = tracker.artifacts
     assert (path, kind, metadata) == (tmp_path / "checkpoints" / "3", "checkpoint", {"step": 3})
     assert json.loads((Path(path) / "extra" / "metadata").read_text())["tracker"] == {"id": "toy"}
+
+
+def test_the_hash_of_a_batch_is_the_sum_of_those_of_its_parts():
+    batch = toy.batch(0)
+    half = len(batch.tokens) // 2
+    parts = [jax.tree.map(lambda x: x[:half], batch), jax.tree.map(lambda x: x[half:], batch)]
+    whole = loop.batch_hash(batch)
+    assert whole == sum(loop.batch_hash(part, i * half) for i, part in enumerate(parts)) % 2**48
+    assert whole != loop.batch_hash(batch._replace(tokens=batch.tokens[::-1]))  # rows in another order
+
+
+def test_numbers_survive_the_consensus():
+    agree = consensus.make_consensus(toy.program().mesh)
+    for flags, number in (((True, False), 2**48 - 1), ((False, True), 1 << 24)):
+        assert consensus.read(agree(flags, number)) == (flags, number)
