@@ -97,6 +97,16 @@ class Tracking:
     tags: tuple[str, ...] = ()
     artifacts: bool = False
     """Upload checkpoints and exports as W&B artifacts"""
+    pue: float = 1.0
+    """Power usage effectiveness: kWh that the building takes for each kWh of its computers"""
+    country: str = ""
+    """Whose grid the emissions are estimated with: three letters, ISO 3166 (FRA); empty: the world's average"""
+
+    def __post_init__(self) -> None:
+        if self.pue < 1:
+            raise UserError(f"runtime.tracking.pue is {self.pue}; expected at least 1, what the computers take alone")
+        if self.country and not (len(self.country) == 3 and self.country.isalpha()):
+            raise UserError(f"runtime.tracking.country is {self.country!r}; expected three letters, such as FRA")
 
 
 @dataclass(frozen=True, kw_only=True)

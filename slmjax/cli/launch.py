@@ -188,6 +188,8 @@ def _open_trackers(
         group=tracking.group,
         tags=tracking.tags,
         artifacts=tracking.artifacts,
+        pue=tracking.pue,
+        country=tracking.country,
     )
     trackers.restore(extra(folder / "checkpoints").get("tracker", {}))
     for change in changed:
