@@ -19,6 +19,7 @@ from slmjax.optim.schedules import Schedule
 from slmjax.serialise import to_json
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.guard import Guard, Skip
+from slmjax.train.processes import Distributed, Local
 from slmjax.train.sharding import Mesh
 from slmjax.views import Identity, View
 
@@ -96,6 +97,16 @@ class Tracking:
     tags: tuple[str, ...] = ()
     artifacts: bool = False
     """Upload checkpoints and exports as W&B artifacts"""
+    pue: float = 1.0
+    """Power usage effectiveness: kWh that the building takes for each kWh of its computers"""
+    country: str = ""
+    """Whose grid the emissions are estimated with: three letters, ISO 3166 (FRA); empty: the world's average"""
+
+    def __post_init__(self) -> None:
+        if self.pue < 1:
+            raise UserError(f"runtime.tracking.pue is {self.pue}; expected at least 1, what the computers take alone")
+        if self.country and not (len(self.country) == 3 and self.country.isalpha()):
+            raise UserError(f"runtime.tracking.country is {self.country!r}; expected three letters, such as FRA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +121,8 @@ class Runtime:
     """Of activations and matrix products; auto: what `compute` says"""
     compute: Compute | None = None
     """Precision and kernels; None: the fastest known ones of this platform"""
+    distributed: Distributed = field(default_factory=Local)
+    """Which processes train together: local (this one), cluster, or processes"""
     mesh: Mesh = field(default_factory=Mesh)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     tracking: Tracking = field(default_factory=Tracking)

@@ -33,3 +33,9 @@ class Preempted(Exception):
     """The process was told to stop (SIGTERM, SIGUSR1) and has saved: run the same command again."""
 
     code = 75
+
+
+class Lost(UserError):
+    """Another process of the run is gone: start all of them again."""
+
+    code = 75

@@ -52,7 +52,7 @@ def configure(environ: MutableMapping[str, str] = os.environ) -> None:
     switch = environ.get(SWITCH, "")
     if switch != "off":
         flags = FLAGS + (ONEDNN if switch == "onednn" else ())
-        environ["XLA_FLAGS"] = xla_flags(environ.get("XLA_FLAGS", ""), _jaxlib(), flags)
+        environ["XLA_FLAGS"] = xla_flags(environ.get("XLA_FLAGS", ""), jaxlib_version(), flags)
 
 
 def use_huge_pages(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -73,6 +73,6 @@ def xla_flags(given: str, version: tuple[int, ...], flags: tuple[Flag, ...]) -> 
     return " ".join([*ours, *given.split()])
 
 
-def _jaxlib() -> tuple[int, ...]:
+def jaxlib_version() -> tuple[int, ...]:
     """(major, minor) of the installed jaxlib."""
     return tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])

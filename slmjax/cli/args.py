@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from slmjax.errors import UserError
@@ -42,6 +44,40 @@ def parse(args: type[T], argv: Sequence[str], *, prog: str, description: str, ex
         if stop.code in (0, None):
             raise
         raise UserError(f"{prog}: {one_line(stderr.getvalue())}; `{prog} --help` lists every field") from None
+
+
+def choose(flag: str, kinds: Mapping[str, type], argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Takes `flag NAME` off the command line: one of several dataclasses, whose fields the rest may set.
+
+    Returns:
+        What `parse` takes as the default value for that name (the first one if there is none), and the rest.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name, rest = next(iter(kinds)), list(argv)
+    for i, word in enumerate(argv):
+        if word == flag or word.startswith(f"{flag}="):
+            wide = 1 if "=" in word else 2
+            name = word.partition("=")[2] if wide == 1 else "".join(argv[i + 1 : i + 2])
+            del rest[i : i + wide]
+            break
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{flag} is {name!r}; expected one of: {', '.join(kinds)}{hint}")
+    return _unset(kinds[name]), rest
+
+
+def _unset(kind: type) -> Any:
+    """An instance whose fields without a default `parse` demands."""
+    import tyro
+
+    value = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(value, field.name, default)
+    return value
 
 
 def one_line(message: str) -> str:

@@ -87,14 +87,22 @@ def _hardware(environment: dict[str, Any]) -> str | None:
 
 
 def _results(run: Path, step: int) -> tuple[Result, ...]:
-    """The last validation loss up to this step. The loop logs no standard error; `slmjax eval` prints one."""
+    """The last validation loss up to this step, with its standard error where the run knows it."""
     rows = read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     known = [row for row in rows if row.get("step", 0) <= step and "validation/loss" in row]
     if not known:
         return ()
     row = known[-1]
     where = f"validation split, after step {row['step']}"
-    return (Result(metric="loss (nats a token)", value=float(row["validation/loss"]), data=where),)
+    error = row.get("validation/loss_se")
+    return (
+        Result(
+            metric="loss (nats a token)",
+            value=float(row["validation/loss"]),
+            standard_error=None if error is None else float(error),
+            data=where,
+        ),
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.cli import runs
@@ -28,6 +30,7 @@ from slmjax.train.hooks import Evaluate, Hook, Profile, Sample
 from slmjax.train.lock import lock
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
+from slmjax.train.processes import together
 from slmjax.train.step import Program, program
 from slmjax.types import Batch, Model, Objective, Params
 
@@ -87,33 +90,40 @@ def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> tuple[
 
 
 def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
-    """Trains, or goes on, or says that the work is done.
+    """Trains, or goes on, or says that the work is done; together with the other processes of `runtime.distributed`.
 
     Raises:
         UserError, DataError, StorageError, Diverged, Preempted: see `errors`.
     """
+    with together(runtime.distributed):
+        _train(experiment, runtime, source)
+    return 0
+
+
+def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> None:
+    """In one process, of one or several."""
     from slmjax.cli.data import show_progress
 
     folder = Path(runtime.workdir or f"runs/{experiment.name}")
     with show_progress() as progress:
         stores, held_out = open_data(experiment, runtime, progress)
     config = runs.describe(experiment, runtime, [*stores, *held_out])
+    _check_agreement(config["fingerprint"])
     first = jax.process_index() == 0
     changed = []
     if first:
         changed = runs.open_folder(folder, config, source, accept_changes=runtime.overwrite_changed)
-    _barrier("folder")
     done = latest_step(folder / "checkpoints") or 0
-    if done >= experiment.steps and not changed:
-        print(f"{folder}: complete, {done} steps; nothing to do")
-        print(_next_steps(folder))
-        return 0
+    if _says_the_first(done >= experiment.steps and not changed):
+        if first:
+            print(f"{folder}: complete, {done} steps; nothing to do")
+            print(_next_steps(folder))
+        return
     with lock(folder) if first else contextlib.nullcontext():
         _run(experiment, runtime, folder, config, changed, stores, held_out)
     if first:
         print(f"done: {folder}")
         print(_next_steps(folder))
-    return 0
 
 
 def _run(
@@ -178,6 +188,8 @@ def _open_trackers(
         group=tracking.group,
         tags=tracking.tags,
         artifacts=tracking.artifacts,
+        pue=tracking.pue,
+        country=tracking.country,
     )
     trackers.restore(extra(folder / "checkpoints").get("tracker", {}))
     for change in changed:
@@ -253,9 +265,28 @@ def _copy_tokenizer(store: TokenStore, folder: Path) -> None:
 
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
+
+
+def _check_agreement(fingerprint: str) -> None:
+    """
+    Raises:
+        UserError: this process was given another experiment than the first.
+    """
+    if jax.process_count() > 1:
+        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+        if (multihost_utils.broadcast_one_to_all(mine) != mine).any():
+            raise UserError(
+                f"process {jax.process_index()} has another experiment, or other data, than process 0 (fingerprint "
+                f"{fingerprint[:12]}); give all of them the same command but for --runtime.distributed.index"
+            )
+
+
+def _says_the_first(answer: bool) -> bool:
+    """The answer of the first process, in all of them."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer, np.int32)))
 
 
 def _next_steps(folder: Path) -> str:

@@ -15,7 +15,12 @@ ABOUT = """Trains an experiment. If the run folder holds a run of the same exper
 if it holds another, the differing fields are named and nothing is touched.
 
 EXPERIMENT is a Python file with `def experiment() -> Experiment`, file.py:function, module:function, or a run's
-config.json. Each of its fields can be overridden: `slmjax train EXPERIMENT --help` lists them."""
+config.json. Each of its fields can be overridden: `slmjax train EXPERIMENT --help` lists them.
+
+Several processes train together with --runtime.distributed cluster (under SLURM, Open MPI, GKE, on TPU pods), or with
+--runtime.distributed processes --runtime.distributed.coordinator 10.0.0.1:1234 --runtime.distributed.count 2
+--runtime.distributed.index 0 (in the other process: 1); their fields are listed by
+`slmjax train EXPERIMENT --runtime.distributed processes --help`. All need the same run folder and data folder."""
 
 
 def main(argv: list[str]) -> int:
@@ -33,9 +38,11 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
     """
     import tyro
 
+    from slmjax.cli.args import choose
     from slmjax.cli.args import parse as parse_args
     from slmjax.config import Experiment, Runtime
     from slmjax.experiment_file import load_experiment
+    from slmjax.train.processes import Cluster, Local, Processes
 
     if not argv or argv[0].startswith("-"):
         if not {"-h", "--help"} & set(argv):
@@ -55,6 +62,8 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
         runtime: Runtime
 
-    default = Launch(experiment=experiment, runtime=Runtime())
+    kinds = {"local": Local, "cluster": Cluster, "processes": Processes}
+    distributed, rest = choose("--runtime.distributed", kinds, rest)
+    default = Launch(experiment=experiment, runtime=Runtime(distributed=distributed))
     launch = parse_args(Launch, rest, prog=f"{prog} {ref}", description=about, example=example, default=default)
     return launch.experiment, launch.runtime, source

@@ -188,6 +188,7 @@ def _arrays(checkpoint: Path) -> dict[str, bytes]:
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
+    from etils import epath
 
     from slmjax.tree import flatten
 
@@ -195,9 +196,8 @@ def _arrays(checkpoint: Path) -> dict[str, bytes]:
     for item in ("params", "train"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             at = checkpoint.absolute() / item
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata
-            )
+            described = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
             leaves = flatten(reader.restore(at, args=ocp.args.PyTreeRestore(restore_args=dict(as_numpy))))
         out |= {f"{item}/{path}": f"{x.dtype}{x.shape}".encode() + x.tobytes() for path, x in leaves.items()}
     return out

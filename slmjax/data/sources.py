@@ -52,17 +52,23 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(Source):
+class Files(Source):
+    """Files that the glob `path` matches, relative to the recipe file."""
+
+    path: str
+
+    def files(self, root: Path) -> list[Path]:
+        return expand(self.path, root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Files):
     """Plain text files (.txt, .txt.gz, .txt.zst), UTF-8.
 
     `separator` ends a document: a blank line by default, "" makes each file one document.
     """
 
-    path: str
     separator: str = "\n\n"
-
-    def files(self, root: Path) -> list[Path]:
-        return expand(self.path, root)
 
     def stream(self, root: Path) -> Iterator[str]:
         for path in self.files(root):
@@ -71,14 +77,10 @@ class Text(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JSONL(Source):
+class JSONL(Files):
     r"""JSON lines (.jsonl, .jsonl.gz, .jsonl.zst). A line ends at "\n" only: U+2028 inside a string is text."""
 
-    path: str
     text_field: str = "text"
-
-    def files(self, root: Path) -> list[Path]:
-        return expand(self.path, root)
 
     def stream(self, root: Path) -> Iterator[str]:
         for path in self.files(root):
@@ -89,14 +91,10 @@ class JSONL(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parquet(Source):
+class Parquet(Files):
     """Parquet files, read one row group at a time."""
 
-    path: str
     text_field: str = "text"
-
-    def files(self, root: Path) -> list[Path]:
-        return expand(self.path, root)
 
     def stream(self, root: Path) -> Iterator[str]:
         import pyarrow as pa

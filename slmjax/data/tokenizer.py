@@ -117,13 +117,10 @@ class Tokenizer:
             raw = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise DataError(f"{file}: not a tokenizer.json: {error}") from error
-        beside = file.with_name(FILES[1])
-        config = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        named = _special_tokens(file.with_name(FILES[1]))
         try:
             return cls(
-                raw,
-                bos=_content(config.get("bos_token")) if bos is None else bos,
-                eos=_content(config.get("eos_token")) if eos is None else eos,
+                raw, bos=named["bos_token"] if bos is None else bos, eos=named["eos_token"] if eos is None else eos
             )
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
@@ -205,6 +202,23 @@ def _letters_of_bytes() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(shifted)) for byte in range(256)]
 
 
-def _content(token: Any) -> str | None:
-    """tokenizer_config.json writes a special token as text or as an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+def _special_tokens(file: Path) -> dict[str, str | None]:
+    """The names of BOS and EOS in a tokenizer_config.json, which writes a token as text or as an object with `content`.
+
+    Raises:
+        DataError: it is something else than that. A file that is not there names none.
+    """
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: expected a JSON object, found a {type(config).__name__}")
+    named = {}
+    for field in ("bos_token", "eos_token"):
+        token = config.get(field)
+        name = token.get("content") if isinstance(token, dict) else token
+        if not (name is None or isinstance(name, str)) or (isinstance(token, dict) and name is None):
+            raise DataError(f"{file}: {field} is {token!r}; expected a string, an object with `content`, or null")
+        named[field] = name
+    return named

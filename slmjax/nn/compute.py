@@ -17,6 +17,7 @@ from slmjax.errors import UserError
 from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.attention_kernels import cudnn_attention, reference_attention
 from slmjax.nn.einsum_cpu import cpu_einsum
+from slmjax.platform import jaxlib_version
 
 
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -70,10 +71,16 @@ class Compute:
             raise UserError(f"compute.unroll: {self.unroll} is not a positive number of layers, or None for all")
 
 
+def cpu_dtype(jaxlib: tuple[int, ...]) -> str:
+    """Of a CPU, by (major, minor) of jaxlib. Before 0.12 a bfloat16 product is converted on the way, and training runs
+    at 0.56 times the speed of float32 (docs/performance.md)."""
+    return "bfloat16" if jaxlib >= (0, 12) else "float32"
+
+
 def for_backend(backend: str) -> Compute:
     """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
     return {
-        "cpu": Compute(dtype="bfloat16", attention=cpu_attention, einsum=cpu_einsum, unroll=8),
+        "cpu": Compute(dtype=cpu_dtype(jaxlib_version()), attention=cpu_attention, einsum=cpu_einsum, unroll=8),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),
     }.get(backend, Compute())

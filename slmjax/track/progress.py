@@ -17,8 +17,7 @@ REFRESH = 0.25
 """Seconds between two redraws of the bar"""
 LINE = 10.0
 """Seconds between two plain lines"""
-LOSSES = {"loss": "loss", "validation/loss": "validation"}
-"""Metric -> how it is called in a line"""
+VALIDATION = "validation/loss"
 
 
 @runtime_checkable
@@ -44,7 +43,7 @@ class Progress(Tracker):
         self._lock = threading.RLock()
         self._interval = line
         self._metrics: dict[str, float] = {}
-        self._step = 0
+        self._step = self._evaluated = 0
         self._first: tuple[float, int] | None = None
         self._drawn = self._lined = -math.inf
         self._live: Any = None
@@ -68,21 +67,28 @@ class Progress(Tracker):
         self._metrics.update(metrics)
         if self._first is None or step < self._first[1]:
             self._first = (now, step)
-        evaluated = any(name.startswith("validation/") for name in metrics)
+        evaluated = VALIDATION in metrics
+        if evaluated:
+            self._evaluated = step
         line_due = evaluated or now - self._lined >= self._interval or step == self.steps
         if self._live is None and not line_due and not self._log:
             return
         if self._live is not None and now - self._drawn >= REFRESH:
             self._drawn = now
             with self._lock:
-                self._live.update(self._task, completed=step, say=describe(self._metrics), eta=self._eta(now))
+                self._live.update(self._task, completed=step, say=self._latest(), eta=self._eta(now))
         if line_due:
             self._lined = now
-            text = f"step {step}/{self.steps}  {describe(self._metrics)}  {self._eta(now)}".rstrip()
+            new = {name: x for name, x in self._metrics.items() if evaluated or name != VALIDATION}
+            text = f"step {step}/{self.steps}  {describe(new)}  {self._eta(now)}".rstrip()
             with self._lock:
                 if self._live is None:
                     print(text, file=self._stream, flush=True)
                 self._write(text)
+
+    def _latest(self) -> str:
+        """For the bar, which keeps the last validation loss in sight: it says of which step that is."""
+        return describe(self._metrics, self._evaluated)
 
     def _eta(self, now: float) -> str:
         first_time, first_step = self._first or (now, self._step)
@@ -100,7 +106,7 @@ class Progress(Tracker):
         """Leaves the last state of the bar standing. Further lines still go to the stream."""
         with self._lock:
             if self._live is not None:
-                self._live.update(self._task, completed=self._step, say=describe(self._metrics), eta=status)
+                self._live.update(self._task, completed=self._step, say=self._latest(), eta=status)
                 self._live.stop()
                 self._live = None
             if self._log:
@@ -124,9 +130,12 @@ def _bar(steps: int, stream: Any):
     return bar, bar.add_task("", total=steps, say="compiling", eta="")
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """The metrics that a person watches, in one line."""
-    parts = [f"{said} {metrics[name]:.4f}" for name, said in LOSSES.items() if name in metrics]
+def describe(metrics: Mapping[str, float], evaluated: int | None = None) -> str:
+    """The metrics that a person watches, in one line; `evaluated` is the step of the validation loss, if it is said."""
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    if VALIDATION in metrics:
+        of = "" if evaluated is None else f" (step {evaluated})"
+        parts.append(f"validation {metrics[VALIDATION]:.4f}{of}")
     if "tokens_per_second" in metrics:
         parts.append(f"{si(metrics['tokens_per_second'])}tok/s")
     if "mfu" in metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -91,9 +91,12 @@ class Evaluate:
 
     def __call__(self, at: At) -> Mapping[str, float]:
         measured = [at.program.evaluate(at.state, at.frozen, at.program.put(b)) for b in self.batches()]
-        means = weighted_mean(jax.device_get(measured))
-        out = {f"{self.name}/{name}": x for name, x in means.items()}
-        return {**out, f"{self.name}/perplexity": math.exp(min(means["loss"], 700.0))}
+        rows = jax.device_get(measured)
+        means = weighted_mean(rows)
+        error = standard_error(rows, means["loss"])
+        means |= {"perplexity": math.exp(min(means["loss"], 700.0))}
+        means |= {} if error is None else {"loss_se": error}
+        return {f"{self.name}/{name}": x for name, x in means.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +151,15 @@ def weighted_mean(metrics: Iterable[Metrics]) -> dict[str, float]:
     names = [name for name in rows[0] if name != "weight"]
     means = {name: math.fsum(row[name] * row["weight"] for row in rows if row["weight"]) / total for name in names}
     return {**means, "weight": total}
+
+
+def standard_error(metrics: Sequence[Metrics], mean: float) -> float | None:
+    """Of the mean loss over all tokens, with the batches as the units that were drawn: the ratio estimator of Cochran
+    1977, section 6.3. None below two batches."""
+    rows = [(float(row["loss"]), float(row["weight"])) for row in metrics if float(row["weight"])]
+    n = len(rows)
+    if n < 2:
+        return None
+    total = math.fsum(weight for _, weight in rows)
+    squares = math.fsum((weight * (loss - mean)) ** 2 for loss, weight in rows)
+    return math.sqrt(n / (n - 1) * squares) / total

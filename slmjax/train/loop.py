@@ -18,7 +18,7 @@ import xxhash
 
 from slmjax.errors import Diverged, Preempted
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
-from slmjax.train.consensus import make_consensus
+from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
 from slmjax.train.hooks import At, Data, Hook, Tracker
 from slmjax.train.lock import Locked
@@ -47,8 +47,8 @@ class Pending(NamedTuple):
     position: dict[str, Any]
     """Of the data, after this batch"""
     metrics: Metrics
-    flags: Any
-    """bool [2]: whether any process wants to stop, and to save"""
+    agreed: Any
+    """What the processes make of it together: see `consensus`"""
 
 
 class Settled(NamedTuple):
@@ -78,7 +78,7 @@ def train(
     """Trains to `steps`, from the newest good checkpoint in `workdir/checkpoints` if there is one.
 
     A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` where the
-    data tell it, `batch` (48 bits of xxh3 of this process's tokens), `step_seconds`, `tokens_per_second`, `mfu` (given
+    data tell it, `batch` (a hash of the tokens of all processes), `step_seconds`, `tokens_per_second`, `mfu` (given
     `speed`) and `memory_bytes`. Time spent in hooks and saves is in none of them.
 
     Args:
@@ -148,8 +148,9 @@ class _Run:
             state, metrics = self.program.step(state, self.frozen, self.program.put(batch))
             step += 1
             overdue = 0 < policy.seconds <= time.monotonic() - last_save
-            flags = consensus((self.signals.received is not None, overdue))
-            late, pending = pending, Pending(step, batch, self.data.state(), metrics, flags)
+            rows = batch_hash(batch, jax.process_index() * len(batch.tokens))
+            agreed = consensus((self.signals.received is not None, overdue), rows)
+            late, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed)
 
             stop = save = False
             if late is not None:  # while the device computes this step, read the one before
@@ -228,16 +229,17 @@ class _Run:
                 so_far = f"{row['consecutive']:.0f} bad steps in a row, {self.rollbacks} rollbacks"
                 fix = f"look at {where}, then lower the learning rate or change the guard"
                 raise Diverged(f"{what}: {type(self.guard).__name__} gives up after {so_far}; {fix}")
-        return Settled(self.row(pending, row, seconds), then, *map(bool, np.asarray(pending.flags)))
+        (stop, save), seen = read(pending.agreed)
+        return Settled(self.row(pending, row, seconds, seen), then, stop, save)
 
-    def row(self, pending: Pending, metrics: dict[str, float], seconds: float) -> dict[str, float]:
+    def row(self, pending: Pending, metrics: dict[str, float], seconds: float, seen: int) -> dict[str, float]:
         """The metrics of a step, as they are logged."""
         per_step = pending.batch.tokens.size * jax.process_count()
         out = {name: x for name, x in metrics.items() if name not in ("good", "consecutive")}
         out["tokens"] = per_step * pending.step
         if "epoch" in pending.position:
             out["epoch"] = pending.position["epoch"]
-        out["batch"] = batch_hash(pending.batch)
+        out["batch"] = seen
         out["step_seconds"] = seconds
         out["tokens_per_second"] = per_step / seconds
         if self.speed is not None:
@@ -262,9 +264,12 @@ class _Run:
         return at
 
 
-def batch_hash(batch: Batch) -> int:
-    """48 bits (exact in a float64) of xxh3 of the tokens."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(batch.tokens)) >> 16
+def batch_hash(batch: Batch, first: int = 0) -> int:
+    """The sum of 48 bits of xxh3 of each row of tokens, seeded with its number, modulo 2^48 (exact in a float64).
+
+    `first` is the number of the first row, so that the hash of a batch is the sum of those of its parts."""
+    rows = np.ascontiguousarray(batch.tokens)
+    return sum(xxhash.xxh3_64_intdigest(row, seed=first + i) >> 16 for i, row in enumerate(rows)) % 2**48
 
 
 def memory_bytes() -> int:

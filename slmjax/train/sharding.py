@@ -146,4 +146,10 @@ def put(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    here = {str(index) for index in sharding.addressable_devices_indices_map((rows,)).values()}
+    if len(here) * jax.process_count() != ways:  # two processes would feed the same rows, each with its own data
+        raise UserError(
+            f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']} splits rows over "
+            f"{ways} of {mesh.size} devices in {jax.process_count()} processes; keep tensor within a process"
+        )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

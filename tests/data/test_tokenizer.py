@@ -115,3 +115,24 @@ def test_errors(tmp_path):
         File(path="tokenizer.json", eos="</s>").make([], tmp_path)
     with pytest.raises(DataError, match=r"BPE.vocab is 100; it needs at least 258"):
         BPE(vocab=100)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        ("[]", "expected a JSON object, found a list"),
+        ('{"bos_token": 1}', "bos_token is 1; expected a string"),
+        ('{"eos_token": {"lstrip": false}}', "eos_token is {'lstrip': False}; expected a string"),
+        ('{"eos_token": {"content": ["x"]}}', "eos_token is"),
+    ],
+)
+def test_a_malformed_tokenizer_config_is_named(tmp_path, text, words):
+    bytes_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as error:
+        Tokenizer.load(tmp_path)
+    assert "tokenizer_config.json: " in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import pytest
 from running import slmjax
 
 from slmjax.cli.loading import load
+from slmjax.track.jsonl import read
 from slmjax.tree import flatten
 
 
@@ -31,6 +32,9 @@ def test_the_card_tells_what_the_run_wrote_down(tiny_run, exported):
         "| Moby-Dick | public domain |", "FLOPs: ", config["fingerprint"], "| loss (nats a token) | ", "after step 12",
     ):  # fmt: skip
         assert said in card, said
+    last = read(tiny_run / "metrics.jsonl")[-1]
+    figures = f"{last['validation/loss']:.4f} | {last['validation/loss_se']:.4f}"
+    assert f"| loss (nats a token) | {figures} | validation split, after step 12 |" in card
     assert "/" + "tmp" not in card
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from running import runtime, slmjax
 
 from slmjax.cli.verify import CLOCK
@@ -80,12 +81,23 @@ def test_an_override_is_another_experiment(tiny_run, tiny):
     assert sorted(p.name for p in tiny_run.rglob("*")) == before
 
 
-def test_samples_and_a_profile_are_hooks(tiny, tmp_path):
+def test_samples_a_profile_and_a_grid_as_asked_for(tiny, tmp_path):
     done = slmjax(
         "train", tiny.file, *runtime(tiny, tmp_path / "run"), "--runtime.samples.every", "6",
         "--runtime.samples.prompts", "Call me", "The whale", "--runtime.samples.tokens", "8", "--runtime.profile",
+        "--runtime.tracking.pue", "1.25", "--runtime.tracking.country", "FRA",
     )  # fmt: skip
     assert done.code == 0, done.err
     texts = [(tmp_path / "run" / "samples" / f"step-{step}.txt").read_text() for step in (6, 12)]
     assert all(text.startswith("Call me") and "\n\nThe whale" in text for text in texts)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    energy = json.loads((tmp_path / "run" / "energy.json").read_text())
+    assert (energy["pue"], energy["grid"]["zone"]) == (1.25, "France")
+
+
+@pytest.mark.parametrize(("field", "value"), [("pue", "0.9"), ("country", "France")])
+def test_an_impossible_grid_is_refused(tiny, tmp_path, field, value):
+    refused = slmjax("train", tiny.file, *runtime(tiny, tmp_path / "run"), f"--runtime.tracking.{field}", value)
+    assert refused.code == 2
+    assert f"runtime.tracking.{field}" in refused.err
+    assert not (tmp_path / "run").exists()

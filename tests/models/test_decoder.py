@@ -12,13 +12,14 @@ from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
 from slmjax.nn.attention import Attention
 from slmjax.nn.attention_kernels import cudnn_attention, xla_attention
-from slmjax.nn.compute import Compute, Remat, for_backend
+from slmjax.nn.compute import Compute, Remat, cpu_dtype, for_backend
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import MLP, gelu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Learned, NoPosition, Rope
 from slmjax.nn.rope_scaling import Llama3Scaling
 from slmjax.objectives import NextToken
+from slmjax.platform import jaxlib_version
 from slmjax.tree import flatten
 
 pytestmark = pytest.mark.fast
@@ -217,7 +218,9 @@ def test_bfloat16_is_close_to_float32(decoder, model):
 
 
 def test_for_backend_is_a_value_for_every_backend():
-    assert for_backend("cpu").dtype == for_backend("gpu").dtype == for_backend("tpu").dtype == "bfloat16"
+    assert for_backend("gpu").dtype == for_backend("tpu").dtype == "bfloat16"
+    assert for_backend("cpu").dtype == cpu_dtype(jaxlib_version())
+    assert [cpu_dtype(version) for version in ((0, 10), (0, 11), (0, 12), (1, 0))] == ["float32"] * 2 + ["bfloat16"] * 2
     assert for_backend("gpu").attention is cudnn_attention
 
 

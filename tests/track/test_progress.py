@@ -52,6 +52,19 @@ def test_evaluations_and_the_last_step_are_always_said(clock):
     assert "validation 2.5000" in out.getvalue()
 
 
+def test_a_validation_loss_is_said_once_and_on_the_bar_with_its_step(clock):
+    lines, bar = io.StringIO(), Terminal()
+    for stream in (lines, bar):
+        shown = Progress(9, stream=stream, line=0.0)
+        shown.log(1, ROW)
+        shown.log(2, {**ROW, "validation/loss": 2.5})
+        clock[0] += 1.0
+        shown.log(3, ROW)
+        shown.finish("preempted")
+    assert ["validation" in line for line in lines.getvalue().splitlines()] == [False, True, False]
+    assert "validation 2.5000 (step 2)" in bar.getvalue()
+
+
 def test_the_time_left_counts_from_the_first_step_so_compilation_does_not(clock):
     out = io.StringIO()
     shown = Progress(100, stream=out, line=0.0)

@@ -16,10 +16,11 @@ import pytest
 from train import toy
 
 from slmjax.errors import Preempted
-from slmjax.train import loop
+from slmjax.evals.perplexity import summarise
+from slmjax.train import consensus, loop
 from slmjax.train.checkpoint import Checkpoints, extra, steps
 from slmjax.train.guard import Rollback, Skip
-from slmjax.train.hooks import Evaluate, Profile, Sample
+from slmjax.train.hooks import Evaluate, Profile, Sample, standard_error
 from slmjax.train.lock import Locked, lock
 from slmjax.train.signals import Interrupted, Signals
 
@@ -210,7 +211,20 @@ def test_evaluation_is_the_mean_over_all_tokens(tmp_path):
     expected, _ = toy.loss(jax.device_get(state.view), (), large, None)  # the view evaluates its average
     np.testing.assert_allclose(tracker.rows[6]["validation/loss"], expected, rtol=1e-5)
     assert tracker.rows[6]["validation/weight"] == large.weights.sum()
+    assert 0 < tracker.rows[6]["validation/loss_se"] < 1
     assert tracker.rows[6]["validation/perplexity"] == math.exp(tracker.rows[6]["validation/loss"])
+
+
+def test_the_standard_error_of_an_evaluation_is_that_of_a_ratio_of_sums():
+    """Against the estimator of `slmjax eval`, which is tested by itself, and the textbook's for equal weights."""
+    losses, weights = [3.0, 2.5, 4.0, 9.9], [10.0, 30.0, 20.0, 0.0]
+    rows = [{"loss": np.float32(x), "weight": np.float32(w)} for x, w in zip(losses, weights, strict=True)]
+    expected = summarise(np.array([[x * w, w, 1.0] for x, w in zip(losses, weights, strict=True)])).loss
+    np.testing.assert_allclose(standard_error(rows, expected.value), expected.se, rtol=1e-12)
+    equal = [{**row, "weight": np.float32(7.0)} for row in rows]
+    textbook = np.std(np.float32(losses), ddof=1) / np.sqrt(4)
+    np.testing.assert_allclose(standard_error(equal, float(np.mean(np.float32(losses)))), textbook, rtol=1e-6)
+    assert standard_error(rows[3:], 9.9) is None
 
 
 def test_evaluation_changes_nothing(tmp_path):
@@ -241,3 +255,18 @@ def test_the_final_checkpoint_is_an_artifact(tmp_path):
     ((path, kind, metadata),) = tracker.artifacts
     assert (path, kind, metadata) == (tmp_path / "checkpoints" / "3", "checkpoint", {"step": 3})
     assert json.loads((Path(path) / "extra" / "metadata").read_text())["tracker"] == {"id": "toy"}
+
+
+def test_the_hash_of_a_batch_is_the_sum_of_those_of_its_parts():
+    batch = toy.batch(0)
+    half = len(batch.tokens) // 2
+    parts = [jax.tree.map(lambda x: x[:half], batch), jax.tree.map(lambda x: x[half:], batch)]
+    whole = loop.batch_hash(batch)
+    assert whole == sum(loop.batch_hash(part, i * half) for i, part in enumerate(parts)) % 2**48
+    assert whole != loop.batch_hash(batch._replace(tokens=batch.tokens[::-1]))  # rows in another order
+
+
+def test_numbers_survive_the_consensus():
+    agree = consensus.make_consensus(toy.program().mesh)
+    for flags, number in (((True, False), 2**48 - 1), ((False, True), 1 << 24)):
+        assert consensus.read(agree(flags, number)) == (flags, number)
