@@ -14,7 +14,7 @@ import workload as w
 
 from slmjax import platform
 
-platform.use_huge_pages()
+platform.tune_malloc()
 platform.configure()
 
 import jax  # noqa: E402
