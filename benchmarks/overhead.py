@@ -88,11 +88,12 @@ def built() -> tuple[Program, list[Batch]]:
         layers=b.layers, width=b.width, heads=b.heads, kv_heads=b.heads, hidden=b.hidden, vocab=b.vocab,
         context=b.length, tied=True,
     )  # fmt: skip
-    model = decoder.build(for_backend(jax.default_backend()))
+    compute = for_backend(jax.default_backend())
+    model = decoder.build(compute)
     schedule = Constant(peak_lr=PEAK_LR).build(1000)
     run = program(
         model.init, model.axes, NextToken().build(model), AdamW().build(schedule, model.axes), IDENTITY,
-        mesh=Mesh().build(), schedule=schedule,
+        mesh=Mesh().build(), micro_tokens=compute.micro_tokens, schedule=schedule,
     )  # fmt: skip
     positions = np.broadcast_to(np.arange(b.length, dtype=np.int32), (b.batch, b.length))
     weights, segments = np.ones(positions.shape, np.float32), np.ones(positions.shape, np.int32)

@@ -14,7 +14,7 @@ import workload as w
 
 from slmjax import platform
 
-platform.use_huge_pages()
+platform.tune_malloc()
 platform.configure()
 
 import jax  # noqa: E402
@@ -40,7 +40,8 @@ def decoder(work: w.Workload):
 
 def built(work: w.Workload, compute=None) -> Program:
     """The workload's training step, as `compute` says (default: what slmjax chooses here)."""
-    model = decoder(work).build(compute or for_backend(jax.default_backend()))
+    compute = compute or for_backend(jax.default_backend())
+    model = decoder(work).build(compute)
     schedule = Constant(peak_lr=w.PEAK_LR).build(10**6)
     optimizer = AdamW(weight_decay=w.WEIGHT_DECAY, b1=w.BETAS[0], b2=w.BETAS[1], eps=w.EPS, clip_norm=w.CLIP_NORM)
     return program(
@@ -50,6 +51,7 @@ def built(work: w.Workload, compute=None) -> Program:
         optimizer.build(schedule, model.axes),
         Identity().build(),
         mesh=Mesh().build(),
+        micro_tokens=compute.micro_tokens,
         schedule=schedule,
     )
 

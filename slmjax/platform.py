@@ -41,9 +41,13 @@ ONEDNN: tuple[Flag, ...] = (
     Flag(name="xla_cpu_experimental_onednn_fusion_type", value="dot", since=(0, 12), until=(0, 13)),
 )
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""glibc asks for transparent huge pages. XLA allocates all temporaries at the start of a step and frees them at its
-end, so that each step faults its pages in anew: by 4 KiB that takes a fifth of a step. See docs/performance.md"""
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=3145728:glibc.malloc.arena_max=1"
+"""How glibc is to serve XLA on a CPU. See docs/performance.md.
+
+hugetlb: transparent huge pages. XLA allocates all temporaries at the start of a step and frees them at its end, so that
+each step faults its pages in anew: by 4 KiB that takes a fifth of a step. mmap_threshold (bytes) and arena_max: what
+matrix products allocate and free goes back to the system, or to the one arena, instead of piling up in several.
+"""
 
 
 def configure(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -55,14 +59,14 @@ def configure(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["XLA_FLAGS"] = xla_flags(environ.get("XLA_FLAGS", ""), jaxlib_version(), flags)
 
 
-def use_huge_pages(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Starts this process again (same id, same arguments) with `HUGE_PAGES`, which glibc reads at start only.
+def tune_malloc(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Starts this process again (same id, same arguments) with `MALLOC`, which glibc reads at start only.
 
     Does nothing off Linux, where the user has tuned malloc, or where our settings are off.
     """
     if sys.platform.startswith("linux") and environ.get(SWITCH) != "off" and "GLIBC_TUNABLES" not in environ:
         sys.stdout.flush()
-        environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        environ["GLIBC_TUNABLES"] = MALLOC
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], dict(environ))
 
 

@@ -51,11 +51,11 @@ def test_flags_are_added_on_request():
 
 def test_malloc_is_tuned_by_starting_over_once():
     code = (
-        "import os, sys; from slmjax import platform; platform.use_huge_pages();"
+        "import os, sys; from slmjax import platform; platform.tune_malloc();"
         "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), *sys.argv[1:])"
     )
     clean = {k: v for k, v in os.environ.items() if k not in (platform.SWITCH, "GLIBC_TUNABLES")}
-    cases = (({}, platform.HUGE_PAGES), ({"GLIBC_TUNABLES": "mine"}, "mine"), ({platform.SWITCH: "off"}, None))
+    cases = (({}, platform.MALLOC), ({"GLIBC_TUNABLES": "mine"}, "mine"), ({platform.SWITCH: "off"}, None))
     for given, expected in cases:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "one two", "3"], env=clean | given, stdout=subprocess.PIPE, text=True

@@ -94,6 +94,7 @@ def _table(
 ) -> Any:
     from rich.table import Table
 
+    from slmjax.cli.estimate_memory import micro_batches
     from slmjax.models.flops import flops_per_token, nonembedding_count, parameter_count
     from slmjax.track.progress import duration, si
 
@@ -103,8 +104,9 @@ def _table(
     seconds = tokens / rate
     table = Table(title=experiment.name, show_header=False, title_justify="left")
     count, inside = parameter_count(experiment.model), nonembedding_count(experiment.model)
-    micro = f"in {experiment.accumulate} micro-batches of " if experiment.accumulate > 1 else ""
-    rows = experiment.data.batch // experiment.accumulate
+    pieces = micro_batches(experiment, compute, mesh)
+    micro = f"in {pieces} micro-batches of " if pieces > 1 else ""
+    rows = experiment.data.batch // pieces
     for name, value in (
         ("parameters", f"{count:,}, {inside:,} without tables"),
         ("training", f"{experiment.steps:,} steps, {micro}{rows} x {experiment.data.length}: {tokens:,} tokens"),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from slmjax import tree
 from slmjax.config import Experiment
 from slmjax.nn.compute import Compute
+from slmjax.train import micro, sharding
 from slmjax.train.sharding import RULES, is_axes
 from slmjax.types import Batch
 
@@ -62,7 +63,8 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
     axes = tree.flatten(model.axes, is_leaf=is_axes)
     whole = tree.nbytes(params)
     mine = sum(tree.nbytes(x) / ways(axes[path], x.shape, mesh) for path, x in tree.flatten(params).items())
-    rows = math.ceil(experiment.data.batch / experiment.accumulate / (mesh["data"] * mesh["fsdp"]))
+    pieces = micro_batches(experiment, compute, mesh)
+    rows = math.ceil(experiment.data.batch / pieces / sharding.ways(mesh))
     batch = batch_of(rows, experiment.data.length)
 
     def loss(params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
@@ -73,13 +75,20 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
     trace = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params, frozen, viewed, batch, key)
     working = peak(trace.jaxpr) - whole  # the trace's outputs are the gradients
     share = mine / whole
-    sums = 2 if experiment.accumulate > 1 else 1
+    sums = 2 if pieces > 1 else 1
     return Memory(
         params=mine + tree.nbytes(objective.frozen),
         optimizer=(tree.nbytes(opt) + tree.nbytes(viewed)) * share,
         gradients=sums * mine,
         activations=max(0.0, working) / mesh["tensor"] + tree.nbytes(batch),
     )
+
+
+def micro_batches(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) -> int:
+    """Micro-batches of a training step."""
+    data = experiment.data
+    least, tokens = experiment.accumulate, compute.micro_tokens
+    return micro.count(data.batch, data.length, ways=sharding.ways(mesh), least=least, tokens=tokens)
 
 
 def batch_of(rows: int, length: int) -> Batch:
@@ -148,7 +157,7 @@ def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]
     """
     from slmjax.nn.compute import Remat
 
-    devices = mesh["data"] * mesh["fsdp"]
+    devices = sharding.ways(mesh)
     batch, most = experiment.data.batch, experiment.data.batch // devices
     candidates: list[tuple[str, str, Experiment, Compute, Mapping[str, int]]] = [
         (f"--accumulate {n}", "same results, a little slower", replace(experiment, accumulate=n), compute, mesh)

@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
     from slmjax import platform
 
     if verb in TRAINING:
-        platform.use_huge_pages()
+        platform.tune_malloc()
     platform.configure()
     if code:
         from slmjax.experiment_file import load_module

@@ -64,11 +64,17 @@ class Compute:
     unroll: int | None = 1
     """Layers per iteration of the scan over layers; None: all of them, so no loop, longer to compile"""
 
+    micro_tokens: int | None = None
+    """A batch is computed in as many micro-batches as leave each device this many tokens (train/micro.py): less
+    memory, and faster where the working set then fits the cache; None: in as many as the experiment asks for"""
+
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"compute.dtype: {self.dtype!r} is not float32 or bfloat16")
         if self.unroll is not None and self.unroll < 1:
             raise UserError(f"compute.unroll: {self.unroll} is not a positive number of layers, or None for all")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise UserError(f"compute.micro_tokens: {self.micro_tokens} is not a positive number of tokens, or None")
 
 
 def cpu_dtype(jaxlib: tuple[int, ...]) -> str:
@@ -80,7 +86,13 @@ def cpu_dtype(jaxlib: tuple[int, ...]) -> str:
 def for_backend(backend: str) -> Compute:
     """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
     return {
-        "cpu": Compute(dtype=cpu_dtype(jaxlib_version()), attention=cpu_attention, einsum=cpu_einsum, unroll=8),
+        "cpu": Compute(
+            dtype=cpu_dtype(jaxlib_version()),
+            attention=cpu_attention,
+            einsum=cpu_einsum,
+            unroll=8,
+            micro_tokens=1024,
+        ),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),
     }.get(backend, Compute())

@@ -133,15 +133,19 @@ def gathered(params: Any, axes: Any, mesh: jax.sharding.Mesh, rules: Mapping[str
     return lambda effective: jax.lax.with_sharding_constraint(effective, mirror(effective, params, whole, mesh))
 
 
+def ways(mesh: Mapping[str, int]) -> int:
+    """Over how many devices a mesh of these sizes splits the rows of a batch."""
+    return mesh["data"] * mesh["fsdp"]
+
+
 def put(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """This process's rows of a batch [B / processes, T] -> the global batch [B, T] on the mesh.
 
     Raises:
         UserError: the rows cannot be split evenly.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch.tokens.shape[0] * jax.process_count()
-    if rows % ways:
+    if rows % ways(mesh.shape):
         raise UserError(f"batch {rows} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}")
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:

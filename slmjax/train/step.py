@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from slmjax.train import sharding
+from slmjax.train import micro, sharding
 from slmjax.train.guard import Guard, GuardState, Skip
 from slmjax.types import Batch, Frozen, Key, Metrics, Objective, Optimizer, Params, ParamView, TrainState
 
@@ -62,52 +63,19 @@ def evaluation_params(state: TrainState, optimizer: Optimizer, view: ParamView) 
     return view.evaluate(optimizer.evaluate(state.opt.optimizer, state.params), state.view)
 
 
-def _split(batch: Batch, n: int) -> Batch:
-    """[B, T] -> [n, B/n, T]. Micro-batch i takes rows i, i+n, ...: each device keeps the rows that it holds."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-LossAndGrads: TypeAlias = Callable[[Params, Batch, Key], tuple[Metrics, Params]]
-
-
-def accumulated(f: LossAndGrads, params: Params, batch: Batch, key: Key, n: int) -> tuple[Metrics, Params]:
-    """`f` over n micro-batches in turn, with the memory of one.
-
-    Each is the mean over its own tokens, so it counts by `metrics["weight"]`: the sum over the total is the mean of
-    the large batch, however the masked tokens fall.
-    """
-    if n == 1:
-        return f(params, batch, key)
-
-    def weighted(micro: Batch, i: Any) -> tuple[Metrics, Params]:
-        metrics, grads = f(params, micro, jax.random.fold_in(key, i))
-        weight = metrics["weight"]
-        return jax.tree.map(lambda x: x * weight, ({**metrics, "weight": 1.0}, grads))
-
-    def body(total: Any, xs: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, weighted(*xs)), None
-
-    xs = (_split(batch, n), jnp.arange(n))
-    shapes = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], xs[0]), 0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (metrics, grads), _ = jax.lax.scan(body, zeros, xs)
-    weight = metrics["weight"]
-    metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (metrics, grads))
-    return {**metrics, "weight": weight}, grads
-
-
 def make_step(
     objective: Objective,
     optimizer: Optimizer,
     view: ParamView,
     key: Key,
     *,
-    accumulate: int = 1,
+    pieces: Callable[[Batch], int] = lambda batch: 1,
     guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
-    """The pure step, to be jitted with its first argument donated. `gather`: see `sharding.gathered`.
+    """The pure step, to be jitted with its first argument donated. `pieces`: the number of micro-batches, known from a
+    batch's shape. `gather`: see `sharding.gathered`.
 
     Metrics, all float32 scalars: the objective's, `grad_norm` (before clipping), `param_norm`, `update_norm`,
     `lr` (where a schedule is given), `good` (1, or 0 where the guard refused the update), `skipped` (refused so far)
@@ -124,7 +92,7 @@ def make_step(
             return _float32({"loss": loss, **metrics}), grads
 
         now = jax.random.fold_in(key, state.step)
-        metrics, grads = accumulated(loss_and_grads, state.params, batch, now, accumulate)
+        metrics, grads = micro.accumulated(loss_and_grads, state.params, batch, now, pieces(batch))
         grad_norm = optax.tree.norm(grads)
         good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
 
@@ -155,14 +123,18 @@ def make_evaluate(
     view: ParamView,
     key: Key,
     *,
+    pieces: Callable[[Batch], int] = lambda batch: 1,
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], Metrics]:
-    """(state, frozen, batch) -> the objective's metrics under the evaluation parameters."""
+    """(state, frozen, batch) -> the objective's metrics under the evaluation parameters, in micro-batches too."""
 
     def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
+        def measured(params: Params, batch: Batch, key: Key) -> tuple[Metrics, tuple[()]]:
+            loss, metrics = objective.loss(params, frozen, batch, key)
+            return _float32({"loss": loss, **metrics}), ()
+
         effective = gather(evaluation_params(state, optimizer, view))
-        loss, metrics = objective.loss(effective, frozen, batch, key)
-        return _float32({"loss": loss, **metrics})
+        return micro.accumulated(measured, effective, batch, key, pieces(batch))[0]
 
     return evaluate_step
 
@@ -177,6 +149,7 @@ def program(
     seed: int = 0,
     mesh: jax.sharding.Mesh,
     accumulate: int = 1,
+    micro_tokens: int | None = None,
     guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Program:
@@ -185,7 +158,9 @@ def program(
     Args:
         init, axes: `Model.init` and `Model.axes`.
         seed: parameters are drawn from `fold_in(key(seed), 0)`, the steps' randomness from `fold_in(key(seed), 1)`.
-        accumulate: micro-batches a step; divides the rows of the batch.
+        accumulate: micro-batches a step, at least; divides the rows of the batch.
+        micro_tokens: `Compute.micro_tokens`: more micro-batches than that, while they stay this large. Evaluation
+            has as many as this alone asks for.
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
     root = jax.random.key(seed)
@@ -204,10 +179,14 @@ def program(
         view=sharding.mirror(shapes.view, shapes.params, params, mesh),
     )
     gather = sharding.gathered(shapes.params, axes, mesh)
-    step = make_step(
-        objective, optimizer, view, steps, accumulate=accumulate, guard=guard, schedule=schedule, gather=gather
-    )
-    evaluate = make_evaluate(objective, optimizer, view, evals, gather=gather)
+    ways = sharding.ways(mesh.shape)
+
+    def pieces(batch: Batch, least: int = 1) -> int:
+        return micro.count(*batch.tokens.shape, ways=ways, least=least, tokens=micro_tokens)
+
+    training = functools.partial(pieces, least=accumulate)
+    step = make_step(objective, optimizer, view, steps, pieces=training, guard=guard, schedule=schedule, gather=gather)
+    evaluate = make_evaluate(objective, optimizer, view, evals, pieces=pieces, gather=gather)
     return Program(
         init=jax.jit(fresh, out_shardings=placed),
         abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),

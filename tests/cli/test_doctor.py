@@ -48,6 +48,7 @@ def allocated(e: Experiment, compute: Compute) -> int:
         e.view.build(),
         mesh=Mesh(data=1).build(jax.devices()[:1]),
         accumulate=e.accumulate,
+        micro_tokens=compute.micro_tokens,
         guard=e.guard,
     )
     batch = batch_of(e.data.batch, e.data.length)
@@ -61,10 +62,11 @@ def allocated(e: Experiment, compute: Compute) -> int:
         (experiment(), Compute()),
         (experiment(), Compute(remat=Remat())),
         (experiment(accumulate=4), Compute()),
+        (experiment(), Compute(micro_tokens=experiment().data.length)),
         (experiment(GPT2), Compute(dtype="bfloat16")),
         (experiment(batch=16, length=64, objective=NextToken(chunk=16)), Compute(unroll=None)),
     ],
-    ids=["plain", "remat", "accumulate", "gpt2-bf16", "chunked-unrolled"],
+    ids=["plain", "remat", "accumulate", "micro", "gpt2-bf16", "chunked-unrolled"],
 )
 def test_memory_is_within_a_quarter_of_what_xla_allocates(e, compute):
     assert estimate(e, compute, ALONE).total == pytest.approx(allocated(e, compute), rel=0.25)
@@ -74,6 +76,8 @@ def test_what_saves_memory_is_seen_to_save_it():
     plain = estimate(experiment(), Compute(), ALONE)
     assert estimate(experiment(), Compute(remat=Remat()), ALONE).activations < 0.5 * plain.activations
     assert estimate(experiment(accumulate=4), Compute(), ALONE).activations < 0.4 * plain.activations
+    micro = Compute(micro_tokens=2 * experiment().data.length)
+    assert estimate(experiment(), micro, ALONE) == estimate(experiment(accumulate=4), Compute(), ALONE)
     assert estimate(experiment(), Compute(dtype="bfloat16"), ALONE).activations < 0.9 * plain.activations
     split = estimate(experiment(), Compute(), {"data": 1, "fsdp": 4, "tensor": 1})
     assert split.params < 0.3 * plain.params

@@ -35,13 +35,14 @@ def batch(i):
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, positions, segments)
 
 
-def train(decoder, recipe, mesh, devices, accumulate):
+def train(decoder, recipe, mesh, devices, accumulate, micro_tokens=None):
     model = decoder.build()
     schedule = Cosine(peak_lr=3e-3, warmup_steps=2).build(100)
     objective, optimizer = NextToken(z_loss=1e-4).build(model), recipe.build(schedule, model.axes)
     run = program(
         model.init, model.axes, objective, optimizer, EMA(decay=0.9).build(),
-        mesh=mesh.build(devices), accumulate=accumulate, guard=Skip(), schedule=schedule,
+        mesh=mesh.build(devices), accumulate=accumulate, micro_tokens=micro_tokens,
+        guard=Skip(), schedule=schedule,
     )  # fmt: skip
     state, rows = run.init(), []
     for i in range(STEPS):
@@ -57,20 +58,20 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    ("decoder", "recipe", "mesh", "accumulate"),
+    ("decoder", "recipe", "mesh", "accumulate", "micro_tokens"),
     [
-        (LLAMA, AdamW(), Mesh(data=8), 1),
-        (LLAMA, AdamW(), Mesh(data=2, fsdp=4), 1),
-        (LLAMA, AdamW(), Mesh(data=2, fsdp=2, tensor=2), 1),
-        (LLAMA, AdamW(), Mesh(data=1, tensor=8), 1),  # 4 heads over 8 devices: whole; the rest is split
-        (LLAMA, Muon(), Mesh(data=2, fsdp=2, tensor=2), 2),
-        (GPT2, AdamW(), Mesh(data=2, fsdp=2, tensor=2), 2),
+        (LLAMA, AdamW(), Mesh(data=8), 1, None),
+        (LLAMA, AdamW(), Mesh(data=2, fsdp=4), 1, None),
+        (LLAMA, AdamW(), Mesh(data=2, fsdp=2, tensor=2), 1, 16),
+        (LLAMA, AdamW(), Mesh(data=1, tensor=8), 1, None),  # 4 heads over 8 devices: whole; the rest is split
+        (LLAMA, Muon(), Mesh(data=2, fsdp=2, tensor=2), 2, None),
+        (GPT2, AdamW(), Mesh(data=2, fsdp=2, tensor=2), 2, None),
     ],
     ids=["data", "fsdp", "all", "tensor", "muon", "gpt2"],
 )
-def test_every_mesh_gives_the_loss_of_one_device(one_device, decoder, recipe, mesh, accumulate):
+def test_every_mesh_gives_the_loss_of_one_device(one_device, decoder, recipe, mesh, accumulate, micro_tokens):
     expected = one_device(decoder, recipe)
-    run, state, got = train(decoder, recipe, mesh, jax.devices(), accumulate)
+    run, state, got = train(decoder, recipe, mesh, jax.devices(), accumulate, micro_tokens)
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
         for name in b:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-6, err_msg=f"{name} of step {step}")

@@ -1,5 +1,6 @@
 """The step against plain gradients: accumulation, donation, metrics, meshes, randomness, views."""
 
+import itertools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from train import toy
 
 from slmjax import tree
+from slmjax.train import micro
 from slmjax.train.guard import Skip
 from slmjax.train.sharding import Mesh
 from slmjax.types import Objective, Optimizer, ParamView
@@ -90,6 +92,61 @@ def test_accumulation_on_a_mesh_keeps_rows_where_they_are():
     _, b = compiled(many.init(), (), many.put(toy.batch(0)))
     np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
     assert "all-to-all" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("kind", ["uneven", "one row"])
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_evaluation_in_micro_batches_measures_the_whole_batch(pieces, kind):
+    batch = masked(kind)
+    program = toy.program(micro_tokens=toy.B // pieces * toy.T, view=toy.EMA)
+    metrics = program.evaluate(program.init(), (), program.put(batch))
+    params = jax.device_get(program.params(program.init()))
+    _, expected = toy.loss(params, (), batch, None)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    assert metrics["weight"] == batch.weights.sum()
+    compiled = program.evaluate.lower(program.abstract, (), program.put(batch)).as_text()
+    assert ("stablehlo.while" in compiled) == (pieces > 1)  # not the whole batch at once under another name
+
+
+def test_evaluation_of_nothing_is_zero():
+    program = toy.program(micro_tokens=toy.T)
+    empty = toy.batch(0)._replace(weights=np.zeros((toy.B, toy.T), np.float32))
+    assert {name: float(x) for name, x in program.evaluate(program.init(), (), program.put(empty)).items()} == {
+        "loss": 0.0,
+        "weight": 0.0,
+    }
+
+
+def test_how_many_micro_batches():
+    """Against all that could be: whole rows on each device, at least so many tokens on each, and as many as can be."""
+    for rows, length, ways, tokens in itertools.product(
+        (1, 2, 6, 8, 12, 16, 24), (7, 64), (1, 2, 4), (1, 64, 100, 512)
+    ):
+        for least in (n for n in range(1, rows + 1) if rows % n == 0):
+            fine = {n for n in range(1, rows + 1) if rows % (n * ways) == 0 and rows * length >= tokens * n * ways}
+            expected = max({least} | fine)
+            assert micro.count(rows, length, ways=ways, least=least, tokens=tokens) == expected
+            assert micro.count(rows, length, ways=ways, least=least) == least
+    assert micro.count(8, 512, tokens=1024) == 4
+    assert micro.count(16, 256, ways=2, tokens=1024) == 2
+    assert micro.count(16, 256, least=8, tokens=1024) == 8
+
+
+def test_micro_batches_that_the_platform_asks_for_change_no_result():
+    one = toy.program()
+    many = toy.program(Mesh(data=2, fsdp=2), jax.devices()[:4], micro_tokens=toy.T)
+    put = many.put(toy.batch(0))
+    compiled = many.step.lower(many.abstract, (), put).compile()
+    assert "all-to-all" not in compiled.as_text()
+    assert "stablehlo.while" in many.step.lower(many.abstract, (), put).as_text()
+    a, b = one.init(), many.init()
+    for i in range(3):
+        a, ma = one.step(a, (), one.put(toy.batch(i)))
+        b, mb = many.step(b, (), many.put(toy.batch(i)))
+        for name in ma:
+            np.testing.assert_allclose(mb[name], ma[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    ea, eb = one.evaluate(a, (), one.put(toy.batch(9))), many.evaluate(b, (), many.put(toy.batch(9)))
+    np.testing.assert_allclose(eb["loss"], ea["loss"], rtol=1e-5)
 
 
 def test_the_state_is_donated_and_the_step_compiled_once():
