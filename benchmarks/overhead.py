@@ -93,7 +93,7 @@ def built() -> tuple[Program, list[Batch]]:
     schedule = Constant(peak_lr=PEAK_LR).build(1000)
     run = program(
         model.init, model.axes, NextToken().build(model), AdamW().build(schedule, model.axes), IDENTITY,
-        mesh=Mesh().build(), micro_tokens=compute.micro_tokens, schedule=schedule,
+        mesh=Mesh().build(), micro_tokens=compute.micro_tokens(b.width), schedule=schedule,
     )  # fmt: skip
     positions = np.broadcast_to(np.arange(b.length, dtype=np.int32), (b.batch, b.length))
     weights, segments = np.ones(positions.shape, np.float32), np.ones(positions.shape, np.int32)

@@ -51,7 +51,7 @@ def built(work: w.Workload, compute=None) -> Program:
         optimizer.build(schedule, model.axes),
         Identity().build(),
         mesh=Mesh().build(),
-        micro_tokens=compute.micro_tokens,
+        micro_tokens=compute.micro_tokens(work.width),
         schedule=schedule,
     )
 

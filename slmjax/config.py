@@ -66,7 +66,7 @@ class Experiment:
     """What is done about NaN and loss spikes"""
     evaluation: Evaluation = field(default_factory=Evaluation)
     accumulate: int = 1
-    """Micro-batches a step, at least: divides the memory of activations, changes no gradient. `Compute.micro_tokens`
+    """Micro-batches a step, at least: divides the memory of activations, changes no gradient. `Compute.micro_size`
     asks for more where a platform is the faster for it"""
     seed: int = 0
     """Of the parameters and the steps' randomness; the order of the data has `data.seed`"""

@@ -87,7 +87,7 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
 def micro_batches(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) -> int:
     """Micro-batches of a training step."""
     data = experiment.data
-    least, tokens = experiment.accumulate, compute.micro_tokens
+    least, tokens = experiment.accumulate, compute.micro_tokens(experiment.model.width)
     return micro.count(data.batch, data.length, ways=sharding.ways(mesh), least=least, tokens=tokens)
 
 

@@ -61,7 +61,7 @@ def build(experiment: Experiment, runtime: Runtime) -> Built:
         seed=experiment.seed,
         mesh=runtime.mesh.build(),
         accumulate=experiment.accumulate,
-        micro_tokens=compute.micro_tokens,
+        micro_tokens=compute.micro_tokens(experiment.model.width),
         guard=experiment.guard,
         schedule=schedule,
     )

@@ -5,6 +5,7 @@ Two `Compute` values give the same function up to rounding. Nothing here is part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,17 +65,21 @@ class Compute:
     unroll: int | None = 1
     """Layers per iteration of the scan over layers; None: all of them, so no loop, longer to compile"""
 
-    micro_tokens: int | None = None
-    """A batch is computed in as many micro-batches as leave each device this many tokens (train/micro.py): less
-    memory, and faster where the working set then fits the cache; None: in as many as the experiment asks for"""
+    micro_size: int | None = None
+    """Tokens times width: a batch is computed in as many micro-batches as leave each device this much (train/micro.py).
+    Less memory, and faster where the working set then fits the cache; None: in as many as the experiment asks for"""
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"compute.dtype: {self.dtype!r} is not float32 or bfloat16")
         if self.unroll is not None and self.unroll < 1:
             raise UserError(f"compute.unroll: {self.unroll} is not a positive number of layers, or None for all")
-        if self.micro_tokens is not None and self.micro_tokens < 1:
-            raise UserError(f"compute.micro_tokens: {self.micro_tokens} is not a positive number of tokens, or None")
+        if self.micro_size is not None and self.micro_size < 1:
+            raise UserError(f"compute.micro_size: {self.micro_size} is not a positive number, or None")
+
+    def micro_tokens(self, width: int) -> int | None:
+        """Tokens that a micro-batch has at least on each device, in a model of this width."""
+        return None if self.micro_size is None else math.ceil(self.micro_size / width)
 
 
 def cpu_dtype(jaxlib: tuple[int, ...]) -> str:
@@ -91,7 +96,7 @@ def for_backend(backend: str) -> Compute:
             attention=cpu_attention,
             einsum=cpu_einsum,
             unroll=8,
-            micro_tokens=1024,
+            micro_size=2**18,
         ),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),

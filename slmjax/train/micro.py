@@ -22,7 +22,7 @@ def count(rows: int, length: int, *, ways: int = 1, least: int = 1, tokens: int 
     Args:
         ways: devices over which the rows are split.
         least: what the experiment asks for. Divides `rows`.
-        tokens: `Compute.micro_tokens`.
+        tokens: `Compute.micro_tokens(width)`.
     """
     if tokens is None:
         return least

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from slmjax.platform import give_back
 from slmjax.train import micro, sharding
 from slmjax.train.guard import Guard, GuardState, Skip
 from slmjax.types import Batch, Frozen, Key, Metrics, Objective, Optimizer, Params, ParamView, TrainState
@@ -42,6 +43,22 @@ class Program(NamedTuple):
     put: Callable[[Batch], Batch]
     """This process's rows -> the global batch on the mesh"""
     mesh: jax.sharding.Mesh
+
+
+class Ahead:
+    """A jitted function that is compiled before its first call, not in it: in between, what the compiler took is given
+    back to the system, so that the peaks of compiling and of computing do not add up."""
+
+    def __init__(self, jitted: Any):
+        self.lower = jitted.lower
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        program = self._programs.get(batch.tokens.shape)
+        if program is None:
+            program = self._programs[batch.tokens.shape] = self.lower(state, frozen, batch).compile()
+            give_back()
+        return program(state, frozen, batch)
 
 
 def init_state(
@@ -159,7 +176,7 @@ def program(
         init, axes: `Model.init` and `Model.axes`.
         seed: parameters are drawn from `fold_in(key(seed), 0)`, the steps' randomness from `fold_in(key(seed), 1)`.
         accumulate: micro-batches a step, at least; divides the rows of the batch.
-        micro_tokens: `Compute.micro_tokens`: more micro-batches than that, while they stay this large. Evaluation
+        micro_tokens: `Compute.micro_tokens(width)`: more micro-batches than that, while they stay this large. Evaluation
             has as many as this alone asks for.
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
@@ -190,7 +207,7 @@ def program(
     return Program(
         init=jax.jit(fresh, out_shardings=placed),
         abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+        step=Ahead(jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
         params=jax.jit(lambda state: evaluation_params(state, optimizer, view)),
         put=lambda batch: sharding.put(batch, mesh),

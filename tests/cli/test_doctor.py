@@ -48,7 +48,7 @@ def allocated(e: Experiment, compute: Compute) -> int:
         e.view.build(),
         mesh=Mesh(data=1).build(jax.devices()[:1]),
         accumulate=e.accumulate,
-        micro_tokens=compute.micro_tokens,
+        micro_tokens=compute.micro_tokens(e.model.width),
         guard=e.guard,
     )
     batch = batch_of(e.data.batch, e.data.length)
@@ -62,7 +62,7 @@ def allocated(e: Experiment, compute: Compute) -> int:
         (experiment(), Compute()),
         (experiment(), Compute(remat=Remat())),
         (experiment(accumulate=4), Compute()),
-        (experiment(), Compute(micro_tokens=experiment().data.length)),
+        (experiment(), Compute(micro_size=experiment().data.length * experiment().model.width)),
         (experiment(GPT2), Compute(dtype="bfloat16")),
         (experiment(batch=16, length=64, objective=NextToken(chunk=16)), Compute(unroll=None)),
     ],
@@ -76,7 +76,7 @@ def test_what_saves_memory_is_seen_to_save_it():
     plain = estimate(experiment(), Compute(), ALONE)
     assert estimate(experiment(), Compute(remat=Remat()), ALONE).activations < 0.5 * plain.activations
     assert estimate(experiment(accumulate=4), Compute(), ALONE).activations < 0.4 * plain.activations
-    micro = Compute(micro_tokens=2 * experiment().data.length)
+    micro = Compute(micro_size=2 * experiment().data.length * experiment().model.width)
     assert estimate(experiment(), micro, ALONE) == estimate(experiment(accumulate=4), Compute(), ALONE)
     assert estimate(experiment(), Compute(dtype="bfloat16"), ALONE).activations < 0.9 * plain.activations
     split = estimate(experiment(), Compute(), {"data": 1, "fsdp": 4, "tensor": 1})

@@ -222,7 +222,8 @@ def test_for_backend_is_a_value_for_every_backend():
     assert for_backend("cpu").dtype == cpu_dtype(jaxlib_version())
     assert [cpu_dtype(version) for version in ((0, 10), (0, 11), (0, 12), (1, 0))] == ["float32"] * 2 + ["bfloat16"] * 2
     assert for_backend("gpu").attention is cudnn_attention
-    assert for_backend("gpu").micro_tokens is for_backend("tpu").micro_tokens is None
+    assert for_backend("gpu").micro_tokens(512) is for_backend("tpu").micro_tokens(512) is None
+    assert [for_backend("cpu").micro_tokens(width) for width in (256, 512, 3 * 2**17)] == [1024, 512, 1]
 
 
 def test_collect_returns_the_residual_stream(decoder, model, params):
@@ -353,7 +354,7 @@ def test_changes_of_position_alone_move_the_logits(model, params):
         (lambda: tiny_llama(layers=0), "model.repeats: 0"),
         (lambda: replace(tiny_llama(), pattern=()), "model.pattern"),
         (lambda: Compute(dtype="float16"), "compute.dtype: 'float16'"),
-        (lambda: Compute(micro_tokens=0), "compute.micro_tokens: 0"),
+        (lambda: Compute(micro_size=0), "compute.micro_size: 0"),
         (lambda: Compute(unroll=0), "compute.unroll: 0"),
         (lambda: NextToken(z_loss=-1.0), "objective.z_loss: -1.0"),
         (lambda: NextToken(chunk=0), "objective.chunk: 0"),
