@@ -1,6 +1,6 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
-from slmjax.models import gpt2, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from slmjax.models import gemma2, gemma3, gpt2, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3, stablelm
 
 FAMILIES = (
     llama.FAMILY,
@@ -10,6 +10,10 @@ FAMILIES = (
     qwen3.FAMILY,
     olmo2.FAMILY,
     smollm3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    stablelm.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
