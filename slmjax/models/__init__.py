@@ -3,6 +3,8 @@
 from slmjax.models import (
     bloom,
     cerebras_gpt,
+    gemma2,
+    gemma3,
     gpt2,
     gpt_neox,
     granite,
@@ -11,9 +13,11 @@ from slmjax.models import (
     mistral,
     olmo2,
     opt,
+    phi3,
     qwen2,
     qwen3,
     smollm3,
+    stablelm,
 )
 
 FAMILIES = (
@@ -30,6 +34,10 @@ FAMILIES = (
     gpt_neox.FAMILY,
     bloom.FAMILY,
     opt.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    stablelm.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 

@@ -21,6 +21,7 @@ def rope_from_config(
     fraction_keys: tuple[str, ...] = ("partial_rotary_factor",),
     theta_keys: tuple[str, ...] = ("rope_theta",),
     context: int = 0,
+    original: int | None = None,
 ) -> Rope:
     """The rotary positions that a config describes; takes every field that speaks of them.
 
@@ -28,6 +29,8 @@ def rope_from_config(
         theta, fraction: defaults of the class.
         fraction_keys, theta_keys: what it calls the rotated share of a head, and theta, at the top level.
         context: longest sequence, for scalings that leave out their own factor.
+        original: default of the class for `original_max_position_embeddings` at the top level, which transformers puts
+            above that of the scaling.
 
     Raises:
         UserError: the keys of versions 4 and 5 contradict each other, or a kind of scaling is not known.
@@ -36,7 +39,7 @@ def rope_from_config(
         "rope_theta": fields.either(*theta_keys, kind=NUMBER, default=None),
         "partial_rotary_factor": fields.either(*fraction_keys, kind=NUMBER, default=None),
     }
-    original = fields.take("original_max_position_embeddings", int, None)
+    original = fields.take("original_max_position_embeddings", int, original)
     new = dict(fields.take("rope_parameters", Mapping, {}))
     scaling = dict(fields.take("rope_scaling", Mapping, {}))
     if new and scaling:
@@ -86,7 +89,7 @@ def _rope(given: dict[str, Any], theta: float, fraction: float, original: int | 
 
 
 def _longrope(rope: Fields, original: int | None, context: int) -> LongRope:
-    """Phi-3 keeps the original context at the top level of its config, and leaves the factor to be computed."""
+    """Phi-3 keeps the original context at the top level of its config, and may leave the factor to be computed."""
     first = rope.take("original_max_position_embeddings", int, original)
     if first is None:
         raise UserError("config.json: rope_type = 'longrope' needs original_max_position_embeddings")
@@ -101,7 +104,7 @@ def _longrope(rope: Fields, original: int | None, context: int) -> LongRope:
         short=tuple(float(x) for x in rope.take("short_factor", (list, tuple))),
         long=tuple(float(x) for x in rope.take("long_factor", (list, tuple))),
         original_context=first,
-        factor=float(context / first if original is not None or factor is None else factor),
+        factor=float(context / first if factor is None else factor),
         attention_factor=None if growth is None else float(growth),
     )
 

@@ -234,25 +234,33 @@ def whole_rope(fields: Fields, context: int, theta: float = 1e4) -> Rope:
     return rope
 
 
-def layer_types(fields: Fields, default: Sequence[bool]) -> tuple[bool, ...]:
-    """Whether each layer attends in a sliding window only.
+def layer_windows(fields: Fields, length: int | None, default: Sequence[bool]) -> tuple[int | None, ...]:
+    """The window of each layer by `layer_types`: `length`, or None where it attends to all.
+
+    Args:
+        default: whether each layer has a window if the field is absent.
 
     Raises:
-        UserError: the field does not name each layer, or names an unknown kind.
+        UserError: the field does not name each layer, names an unknown kind, or a window without `length`.
     """
     given = fields.take("layer_types", (list, tuple), None)
-    if given is None:
-        return tuple(default)
-    if len(given) != len(default):
-        raise UserError(f"config.json: layer_types names {len(given)} layers; num_hidden_layers = {len(default)}")
-    if unknown := [x for x in given if x not in ("sliding_attention", "full_attention")]:
-        raise UserError(f"config.json: layer_types has {unknown[0]!r}; there are sliding_attention and full_attention")
-    return tuple(x == "sliding_attention" for x in given)
+    names = [_kind(slides) for slides in default] if given is None else given
+    if len(names) != len(default):
+        raise UserError(f"config.json: layer_types names {len(names)} layers; num_hidden_layers = {len(default)}")
+    if unknown := [x for x in names if x not in (_kind(True), _kind(False))]:
+        raise UserError(f"config.json: layer_types has {unknown[0]!r}; there are {_kind(True)} and {_kind(False)}")
+    if _kind(True) in names and length is None:
+        raise UserError(f"config.json: some layers are {_kind(True)!r}, but no sliding_window is in use")
+    return tuple(length if name == _kind(True) else None for name in names)
+
+
+def _kind(slides: bool) -> str:
+    return "sliding_attention" if slides else "full_attention"
 
 
 def layer_type_names(mixers: Sequence[Attention]) -> list[str]:
     """`layer_types` of these layers."""
-    return ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers]
+    return [_kind(mixer.window is not None) for mixer in mixers]
 
 
 def finished(fields: Fields, decoder: Decoder) -> Decoder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
 from slmjax.models.hf_config import Fields
 from slmjax.models.hf_rope import both_versions
@@ -19,7 +18,7 @@ from slmjax.models.llama_like import (
     exact,
     finished,
     layer_type_names,
-    layer_types,
+    layer_windows,
     sizes_from,
     whole_rope,
 )
@@ -118,12 +117,7 @@ def windows_from(fields: Fields, layers: int) -> tuple[int | None, ...]:
     length = fields.nullable("sliding_window", int, 4096)
     first = fields.take("max_window_layers", int, 28)
     length = length if used else None
-    slides = layer_types(fields, [length is not None and i >= first for i in range(layers)])
-    if any(slides) and length is None:
-        raise UserError(
-            "config.json: layer_types has 'sliding_attention', but use_sliding_window is false or sliding_window null"
-        )
-    return tuple(length if s else None for s in slides)
+    return layer_windows(fields, length, [length is not None and i >= first for i in range(layers)])
 
 
 DEFAULTS = Sizes(

@@ -16,7 +16,7 @@ from slmjax.models.llama_like import (
     exact,
     finished,
     layer_type_names,
-    layer_types,
+    layer_windows,
     sizes_from,
     whole_rope,
 )
@@ -124,12 +124,7 @@ def _windows_from(fields: Fields, rotary: Sequence[bool]) -> tuple[int | None, .
     used = fields.take("use_sliding_window", bool, False)
     length = fields.nullable("sliding_window", int, None)
     length = length if used else None
-    slides = layer_types(fields, [length is not None and not turns for turns in rotary])
-    if any(slides) and length is None:
-        raise UserError(
-            "config.json: layer_types has 'sliding_attention', but use_sliding_window is false or sliding_window null"
-        )
-    return tuple(length if s else None for s in slides)
+    return layer_windows(fields, length, [length is not None and not turns for turns in rotary])
 
 
 FAMILY = Family(

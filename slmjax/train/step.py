@@ -176,8 +176,8 @@ def program(
         init, axes: `Model.init` and `Model.axes`.
         seed: parameters are drawn from `fold_in(key(seed), 0)`, the steps' randomness from `fold_in(key(seed), 1)`.
         accumulate: micro-batches a step, at least; divides the rows of the batch.
-        micro_tokens: `Compute.micro_tokens(width)`: more micro-batches than that, while they stay this large. Evaluation
-            has as many as this alone asks for.
+        micro_tokens: `Compute.micro_tokens(width)`: more micro-batches than that, while they stay this large.
+            Evaluation has as many as this alone asks for.
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
     root = jax.random.key(seed)
