@@ -1,6 +1,7 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
 from slmjax.models import (
+    apple,
     bloom,
     cerebras_gpt,
     gpt2,
@@ -10,6 +11,8 @@ from slmjax.models import (
     llama,
     mistral,
     olmo2,
+    open_lm,
+    openelm,
     opt,
     qwen2,
     qwen3,
@@ -30,6 +33,9 @@ FAMILIES = (
     gpt_neox.FAMILY,
     bloom.FAMILY,
     opt.FAMILY,
+    openelm.FAMILY,
+    open_lm.FAMILY,
+    apple.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
