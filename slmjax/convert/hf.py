@@ -44,6 +44,9 @@ def family_of(decoder: Decoder) -> Family:
     for family in FAMILIES:
         if family.to_config(decoder) is not None:
             return family
+    for family in FAMILIES:
+        if reason := family.refusal(decoder):
+            raise UserError(reason)
     names = ", ".join(family.name for family in FAMILIES)
     raise UserError(f"no class of transformers computes exactly what this model does; known are: {names}")
 
@@ -92,7 +95,7 @@ def import_hf(folder: pathlib.Path) -> Imported:
         StorageError: a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder)
-    families = {family.model_type: family for family in FAMILIES}
+    families = {family.model_type: family for family in FAMILIES if family.model_type}
     kind = config.get("model_type")
     if kind not in families:
         raise UserError(

@@ -19,7 +19,7 @@ from slmjax.models.table import Row
 from slmjax.tree import flatten, unflatten
 
 # Masks and tables that old files store beside the parameters; they follow from the configuration.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+BUFFERS = re.compile(r"(^|\.)((rotary_emb|pos_embed)\.inv_freq|attn\.(masked_)?bias)$")
 
 
 Where: TypeAlias = tuple[int | slice, ...]
@@ -208,7 +208,7 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     prefix = next((e.key.split(".")[0] + "." for e in table if "layers" in e.parts[0][0].split("/")[0]), "")
     bare = not any(key.startswith(prefix) for key in tensors)
     stored = {e.key: e.key.removeprefix(prefix) if bare else e.key for e in table}
-    stored |= {e.key: e.alias for e in table if e.alias in tensors and stored[e.key] not in tensors}
+    stored |= {e.key: e.alias for e in table if e.alias and e.alias in tensors and stored[e.key] not in tensors}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}")
@@ -221,7 +221,7 @@ def _repeats_embedding(
     """Whether an unexpected key is the output head of a tied model, stored a second time."""
     embedding = next((e for e in table if e.parts[0][0] == "embed/table"), None)
     untied = any(e.parts[0][0] == "unembed/table" for e in table)
-    if embedding is None or untied or key not in ("lm_head.weight", "embed_out.weight"):
+    if embedding is None or untied or key not in ("lm_head.weight", "embed_out.weight", "model.output.weight"):
         return False
     return np.array_equal(tensors[key], tensors[stored[embedding.key]])
 

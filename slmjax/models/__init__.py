@@ -1,6 +1,7 @@
 """Decoders assembled from values, and the families of `transformers` that they can be."""
 
 from slmjax.models import (
+    apple,
     bloom,
     cerebras_gpt,
     gemma2,
@@ -12,6 +13,8 @@ from slmjax.models import (
     llama,
     mistral,
     olmo2,
+    open_lm,
+    openelm,
     opt,
     phi3,
     qwen2,
@@ -38,6 +41,9 @@ FAMILIES = (
     gemma3.FAMILY,
     phi3.FAMILY,
     stablelm.FAMILY,
+    openelm.FAMILY,
+    open_lm.FAMILY,
+    apple.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 

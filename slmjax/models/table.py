@@ -34,7 +34,7 @@ class Family:
     name: str
     """Human name, for messages and model cards"""
     model_type: str
-    """`model_type` in config.json"""
+    """`model_type` in config.json; empty if nobody has published one"""
     rows: Callable[[Any], tuple[Row, ...]]
     """decoder -> rows; each parameter of the decoder is covered exactly once"""
     to_config: Callable[[Any], dict[str, Any] | None]
@@ -43,6 +43,8 @@ class Family:
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
     sizes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     """Published sizes by the name that `slmjax inspect` takes: "llama/smollm2-135m" """
+    refusal: Callable[[Any], str | None] = lambda decoder: None
+    """decoder -> what of it no class of stock transformers has, if this family is known for it; else None"""
 
 
 def present(rows: tuple[Row, ...], decoder: Any) -> tuple[Row, ...]:
