@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from slmjax.convert import table
+from slmjax.convert.expressed import expressed
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, write
 from slmjax.convert.tokenizer_files import write_tokenizer
 from slmjax.data.tokenizer import Tokenizer
@@ -36,16 +37,12 @@ class Imported:
 
 
 def family_of(decoder: Decoder) -> Family:
-    """The class of `transformers` that computes the same.
+    """The class of `transformers` that computes the same, its scalars folded into the weights where it has none.
 
     Raises:
         UserError: there is none.
     """
-    for family in FAMILIES:
-        if family.to_config(decoder) is not None:
-            return family
-    names = ", ".join(family.name for family in FAMILIES)
-    raise UserError(f"no class of transformers computes exactly what this model does; known are: {names}")
+    return expressed(decoder).family
 
 
 def abstract(decoder: Decoder) -> Params:
@@ -64,13 +61,15 @@ def write_hf(
 ) -> None:
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
-    `export.export_hf` does that atomically and checks the result; this is the bare writing.
+    `export.export_hf` does that atomically and checks the result; this is the bare writing. Scalars that the class
+    lacks are folded into the weights (`fold.py`).
 
     Raises:
         UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
         StorageError: the disk is full or not writable.
     """
-    family = family_of(decoder)
+    family, folded = expressed(decoder)
+    decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:

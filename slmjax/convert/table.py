@@ -208,7 +208,8 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     prefix = next((e.key.split(".")[0] + "." for e in table if "layers" in e.parts[0][0].split("/")[0]), "")
     bare = not any(key.startswith(prefix) for key in tensors)
     stored = {e.key: e.key.removeprefix(prefix) if bare else e.key for e in table}
-    stored |= {e.key: e.alias for e in table if e.alias in tensors and stored[e.key] not in tensors}
+    aliases = {e.key: e.alias for e in table if e.alias is not None and stored[e.key] not in tensors}
+    stored |= {key: alias for key, alias in aliases.items() if alias in tensors}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}")
