@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
         overwrite=args.overwrite,
         reference_python=args.reference_python,
     )
+    if exported.folded:
+        print(f"folded into the weights, for no class of transformers has them: {', '.join(exported.folded)}")
     show(exported.checks)
     if loaded.experiment is not None:
         Ledger(loaded.source / "ledger.jsonl").append("exported", path=str(out), dtype=args.dtype, step=loaded.step)

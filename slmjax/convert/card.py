@@ -56,6 +56,8 @@ class Facts:
     """Tokens"""
     vocab: int | None = None
     dtype: str | None = None
+    folded: tuple[str, ...] = ()
+    """Scalars of the trained model that were multiplied into the weights"""
     licence: str | None = None
     """Of the weights, an identifier of the Hugging Face hub (`apache-2.0`)"""
     language: tuple[str, ...] = ()

@@ -12,8 +12,9 @@ import numpy as np
 from slmjax import __version__
 from slmjax.convert import gate
 from slmjax.convert.card import Facts, render
+from slmjax.convert.expressed import expressed
 from slmjax.convert.folder import MARK, Rejected, publish
-from slmjax.convert.hf import family_of, import_hf, write_hf
+from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import SHARD_BYTES
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ class Exported(NamedTuple):
 
     folder: pathlib.Path
     checks: list[gate.Check]
+    folded: tuple[str, ...] = ()
+    """Scalars that were folded into the weights, since the class has no such fields: "embed_scale = 12.0" """
 
 
 def export_hf(
@@ -50,6 +53,8 @@ def export_hf(
     """Writes a Hugging Face folder whose logits have been compared with the model's.
 
     The folder appears under its name only when every check has passed. It holds slmjax_export.json with the checks.
+    Where no class of transformers has a scalar of the decoder (muP, Granite, MiniCPM) it is folded into the weights;
+    the folded model's logits are compared with the model's own first.
 
     Args:
         params: float32 parameters as evaluation uses them.
@@ -65,7 +70,7 @@ def export_hf(
         Rejected: a check failed; the folder is kept under a name ending in `.failed`.
         StorageError: the disk is full or not writable; `out` is as it was.
     """
-    family = family_of(decoder)
+    family, folded = expressed(decoder)
     python = gate.find_python(reference_python)
     probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens, decoder.context)
     facts = facts or Facts(name=out.name)
@@ -77,8 +82,14 @@ def export_hf(
         vocab=decoder.vocab,
         dtype=dtype,
         tokenizer=tokenizer is not None,
+        folded=folded.scalars,
         version=__version__,
     )
+    checks = []
+    if folded.scalars:
+        weights = folded.apply(params)
+        checks.append(gate.check_fold((decoder, params), (folded.decoder, weights), probe))
+        decoder, params = folded.decoder, weights
     with publish(out, overwrite=overwrite) as folder:
         write_hf(folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes)
         (folder / "README.md").write_text(render(facts), "utf-8")
@@ -86,12 +97,13 @@ def export_hf(
             imported = import_hf(folder)
         except Exception as e:
             raise Rejected(f"the export cannot be read back: {e}") from e
-        checks = gate.check_reload(decoder, params, imported, dtype, probe)
+        checks += gate.check_reload(decoder, params, imported, dtype, probe)
         checks += gate.check_stock(imported, folder, python, probe, tokenizer)
-        record = {"slmjax": __version__, "dtype": dtype, "checks": [check.json() for check in checks]}
+        record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
+        record["checks"] = [check.json() for check in checks]
         (folder / MARK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
         gate.demand(checks)
-    return Exported(out, checks)
+    return Exported(out, checks, folded.scalars)
 
 
 def probe_tokens(tokenizer: Tokenizer | None, vocab: int) -> np.ndarray:

@@ -161,6 +161,19 @@ def check_reload(decoder: Decoder, params: Params, imported: Imported, dtype: st
     return [same, compare("reload: logits", ours, theirs, probe)]
 
 
+def check_fold(model: tuple[Decoder, Params], folded: tuple[Decoder, Params], probe: Probe) -> Check:
+    """The model with its scalars in the weights against the model as it is: the stages between differ by design."""
+    real = probe.mask.astype(bool)
+    ours, theirs = (forward(decoder, params, probe).logits[real] for decoder, params in (model, folded))
+    error, limit = _distance(ours, theirs)
+    return Check(
+        name="fold: logits of the folded and the unfolded model",
+        found=f"max|Δ| {error:.1e}",
+        expected=f"≤ {limit:.1e}",
+        passed=bool(error <= limit),
+    )
+
+
 def find_python(given: str | None) -> str | None:
     """The Python that has torch and transformers: as given, else $SLMJAX_REFERENCE_PYTHON, else this one if it has.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 
 from slmjax.convert import table
-from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, write
+from slmjax.convert.expressed import expressed
+from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
 from slmjax.convert.tokenizer_files import write_tokenizer
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
@@ -19,6 +21,15 @@ from slmjax.models import FAMILIES
 from slmjax.models.decoder import Decoder
 from slmjax.models.table import Family
 from slmjax.types import Params
+
+CONFIG_BYTES = 2**24
+LAYERS = ("num_hidden_layers", "n_layer", "num_transformer_layers")
+WIDTHS = (
+    "vocab_size", "hidden_size", "n_embd", "n_embed", "model_dim", "intermediate_size", "n_inner", "ffn_dim",
+    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "word_embed_proj_dim",
+)  # fmt: skip
+"""Fields of config.json that are sizes of weights"""
+CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +47,12 @@ class Imported:
 
 
 def family_of(decoder: Decoder) -> Family:
-    """The class of `transformers` that computes the same.
+    """The class of `transformers` that computes the same, its scalars folded into the weights where it has none.
 
     Raises:
         UserError: there is none.
     """
-    for family in FAMILIES:
-        if family.to_config(decoder) is not None:
-            return family
-    for family in FAMILIES:
-        if reason := family.refusal(decoder):
-            raise UserError(reason)
-    names = ", ".join(family.name for family in FAMILIES)
-    raise UserError(f"no class of transformers computes exactly what this model does; known are: {names}")
+    return expressed(decoder).family
 
 
 def abstract(decoder: Decoder) -> Params:
@@ -69,13 +73,16 @@ def write_hf(
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
     `export.export_hf` does that atomically and checks the result; this is the bare writing. `family` is the class to
-    write for, where several compute the same; None: the first of `FAMILIES` that does.
+    write for, where several compute the same; None: the first of `FAMILIES` that does, with scalars that it lacks folded
+    into the weights where that is exact (`fold.py`).
 
     Raises:
         UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
         StorageError: the disk is full or not writable.
     """
-    family = family_of(decoder) if family is None else family
+    if family is None:
+        family, folded = expressed(decoder)
+        decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
@@ -104,10 +111,11 @@ def import_hf(folder: pathlib.Path) -> Imported:
     if config.get("quantization_config"):
         raise UserError(f"{folder}/config.json: quantization_config: quantized weights cannot be imported")
     family = families[kind]
-    decoder = family.from_config(config)
     tensors = Tensors(folder)
+    _check_sizes(folder / "config.json", config, tensors)
+    decoder = family.from_config(config)
     try:
-        params = table.to_ours(family.rows(decoder), tensors, abstract(decoder))
+        params = table.to_ours(family.rows(decoder), tensors, abstract(decoder), tensors.shapes)
     except StorageError as e:
         raise StorageError(f"{folder}: {e}") from e
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
@@ -124,12 +132,31 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json; expected a folder written by save_pretrained or export")
     try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as e:
+        if file.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"it has {file.stat().st_size} bytes, more than any configuration")
+        config = json.loads(file.read_text("utf-8"), object_pairs_hook=unique, parse_constant=_not_json)
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file} is not valid JSON: {e}") from e
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
     return config
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    """Refuses sizes that the weights cannot have, before anything of such a size is made."""
+    weights = sum(math.prod(shape) for shape in tensors.shapes.values())
+    for key, most, what in (
+        *((key, len(tensors), "tensors in the file") for key in LAYERS),
+        *((key, weights, "weights in the file") for key in WIDTHS),
+        *((key, 2**31 - 1, "numbers of an int32 position") for key in CONTEXTS),
+    ):
+        value = config.get(key)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise StorageError(f"{file}: {key} = {value} cannot be: there are {most} {what}")
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

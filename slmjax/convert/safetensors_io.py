@@ -8,14 +8,15 @@ duplicate keys and values that are not finite: both are refused here.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from slmjax.errors import StorageError, UserError
 
@@ -23,12 +24,20 @@ SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+NAMES = {"float32": "F32", "bfloat16": "BF16"}
+READ: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+"""The format's names of what numpy can hold"""
 
 
 def write(
     folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], *, dtype: str, shard_bytes: int = SHARD_BYTES
 ) -> list[pathlib.Path]:
-    """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one shard in memory.
+    """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one tensor in memory.
 
     Args:
         dtype: "float32" or "bfloat16" (rounded to nearest even).
@@ -38,50 +47,66 @@ def write(
         The files written.
 
     Raises:
-        UserError: a tensor holds NaN or Inf, or overflows in `dtype`.
+        UserError: a tensor holds NaN or Inf, or overflows in `dtype`, or its key occurs twice.
         StorageError: the disk is full or not writable.
     """
-    shards: list[dict[str, int]] = []  # key -> bytes
-    shard: dict[str, np.ndarray] = {}
-    size = 0
+    shards: list[dict[str, tuple[int, ...]]] = []  # key -> shape
+    size, written = 0, set()
+    try:
+        for key, tensor in tensors:
+            # The library writes a whole shard at once and copies it twice. The format is simple: the data in order.
+            x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
+            if not np.isfinite(x).all():
+                raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
+            if key in written:
+                raise UserError(f"the tensor {key} would be written twice")
+            if not shards or (shards[-1] and size + x.nbytes > shard_bytes):
+                shards.append({})
+                size = 0
+            with (folder / f"shard-{len(shards) - 1}.data").open("ab") as data:
+                data.write(x.reshape(-1).view(np.uint8).data)
+            shards[-1][key] = np.shape(tensor)
+            written.add(key)
+            size += x.nbytes
+        names = (
+            [SINGLE]
+            if len(shards) <= 1
+            else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        )
+        for i, (name, shapes) in enumerate(zip(names, shards or [{}], strict=True)):
+            _complete(folder / name, folder / f"shard-{i}.data", shapes, dtype)
+    except OSError as e:
+        raise StorageError(f"cannot write {folder / SINGLE}: {e}") from e
 
-    def flush() -> None:
-        nonlocal shard, size
-        try:
-            # readers of the format key on this: transformers refuses a file without it
-            save_file(shard, folder / f"shard-{len(shards)}.part", metadata={"format": "pt"})
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"cannot write {folder / SINGLE}: {e}") from e
-        shards.append({key: x.nbytes for key, x in shard.items()})
-        shard, size = {}, 0
-
-    for key, tensor in tensors:
-        # the library writes the memory as it lies: a transposed view would be stored untransposed
-        x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
-        if not np.isfinite(x).all():
-            raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
-        if shard and size + x.nbytes > shard_bytes:
-            flush()
-        shard[key] = x
-        size += x.nbytes
-    flush()
-
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    for i, name in enumerate(names):
-        (folder / f"shard-{i}.part").rename(folder / name)
-    written = [folder / name for name in names]
+    files = [folder / name for name in names]
     if len(shards) > 1:
+        width = DTYPES[dtype].itemsize
         index = {
-            "metadata": {"total_size": sum(sum(s.values()) for s in shards)},
-            "weight_map": {key: name for name, s in zip(names, shards, strict=True) for key in s},
+            "metadata": {"total_size": sum(width * math.prod(x) for shapes in shards for x in shapes.values())},
+            "weight_map": {key: name for name, shapes in zip(names, shards, strict=True) for key in shapes},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        written.append(folder / INDEX)
-    return written
+        files.append(folder / INDEX)
+    return files
+
+
+def _complete(file: pathlib.Path, data: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Header and data as one file; the file with the data goes."""
+    # Readers of the format key on this entry: transformers refuses a file without it.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for key, shape in shapes.items():
+        end = at + DTYPES[dtype].itemsize * math.prod(shape)
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        if data.exists():
+            with data.open("rb") as source:
+                shutil.copyfileobj(source, out, 2**24)
+    data.unlink(missing_ok=True)
 
 
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -89,8 +114,19 @@ def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
         return x.astype(dtype, copy=False)
 
 
+class Described(NamedTuple):
+    """A tensor as the header of its file describes it."""
+
+    file: pathlib.Path
+    dtype: str
+    """The format's own name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Of its bytes in the file"""
+
+
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder, or of one file, by key. Memory-mapped: a tensor is read when it is asked for.
+    """The tensors of a folder, or of one file, by key. Each is read when it is asked for, and not kept.
 
     Raises:
         UserError: there is no safetensors file, only a pickle, or nothing.
@@ -98,8 +134,7 @@ class Tensors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: pathlib.Path):
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self.described: dict[str, Described] = {}
         folder = path if path.is_dir() else path.parent
         if path.is_file():
             self._add(path)
@@ -115,29 +150,42 @@ class Tensors(Mapping[str, np.ndarray]):
         else:
             raise _nothing_to_read(path)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape, without reading any tensor."""
+        return {key: x.shape for key, x in self.described.items()}
+
     def _add(self, file: pathlib.Path) -> set[str]:
-        self._files[file.name] = open_checked(file)
-        keys = set(self._files[file.name].keys())
-        self._where |= dict.fromkeys(keys, file.name)
-        return keys
+        open_checked(file)
+        header, first = _read_header(file)
+        found = {
+            key: Described(file, x["dtype"], tuple(x["shape"]), first + x["data_offsets"][0])
+            for key, x in header.items()
+            if key != "__metadata__"
+        }
+        self.described |= found
+        return set(found)
 
     def __getitem__(self, key: str) -> np.ndarray:
+        file, name, shape, start = self.described[key]
         try:
-            x = self._files[self._where[key]].get_tensor(key)
-        except (SafetensorError, TypeError, ValueError, AttributeError) as e:
-            raise StorageError(f"{self._where[key]}: tensor {_short(key)} cannot be read: {_line(e)}") from e
+            # Read, not mapped: pages of a mapped file count as memory of this process, and one that shrinks kills it.
+            x = np.fromfile(file, READ[name], math.prod(shape), offset=start).reshape(shape)
+        except (OSError, KeyError, ValueError, TypeError) as e:
+            why = f"its dtype {name!r} is not known" if name not in READ else _line(e)
+            raise StorageError(f"{file.name}: tensor {_short(key)} cannot be read: {why}") from e
         if x.dtype.kind in "fV" and not np.isfinite(x).all():
-            raise StorageError(f"{self._where[key]}: tensor {_short(key)} holds NaN or Inf")
+            raise StorageError(f"{file.name}: tensor {_short(key)} holds NaN or Inf")
         return x
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self.described)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self.described)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._where
+        return key in self.described
 
 
 def open_checked(file: pathlib.Path) -> Any:
@@ -150,18 +198,23 @@ def open_checked(file: pathlib.Path) -> Any:
         raise StorageError(f"{file} is missing")
     try:
         opened = safe_open(file, framework="numpy")
-        with file.open("rb") as f:  # the library has checked that the header lies within the file
-            header = f.read(int.from_bytes(f.read(8), "little"))
-        json.loads(header, object_pairs_hook=_unique)
+        _read_header(file)
     except (SafetensorError, OSError, ValueError) as e:
         raise StorageError(f"{file} is no valid safetensors file: {_line(e)}") from e
     return opened
 
 
+def _read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """The header of a file that the library has accepted, so that it lies within it; and where the data begin."""
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return json.loads(f.read(length), object_pairs_hook=unique), 8 + length
+
+
 def _read_index(file: pathlib.Path) -> dict[str, set[str]]:
     """index.json -> {file name: keys}."""
     try:
-        weight_map = json.loads(file.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(file.read_bytes(), object_pairs_hook=unique)["weight_map"]
         pairs = [(str(key), str(name)) for key, name in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise StorageError(f"{file} is no index of safetensors shards: {_line(e)}") from e
@@ -186,7 +239,7 @@ def _nothing_to_read(path: pathlib.Path) -> UserError:
     return UserError(f"{path} holds neither {SINGLE} nor {INDEX}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json: an object that repeats a key is refused (readers would disagree on which one counts)."""
     out = dict(pairs)
     if len(out) != len(pairs):

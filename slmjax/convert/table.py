@@ -112,11 +112,20 @@ def to_theirs(rows: Sequence[Row], params: Any) -> Iterator[tuple[str, np.ndarra
         yield entry.key, entry.to_theirs([held[path][where] for path, where in entry.parts])
 
 
-def to_ours(rows: Sequence[Row], tensors: Mapping[str, np.ndarray], abstract: Any) -> dict[str, Any]:
-    """Tensors by key -> our parameters, in the dtype of `abstract`.
+def to_ours(
+    rows: Sequence[Row],
+    tensors: Mapping[str, np.ndarray],
+    abstract: Any,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
+    """Tensors by key -> our parameters, in the dtype of `abstract`. Each tensor is asked for once and not kept.
 
     A file may leave out the prefix that all layers share (`transformer.`), hold buffers that follow from the
     configuration, or repeat the embedding table as a tied output head: all three are understood.
+
+    Args:
+        shapes: of the tensors, if they can be told without reading them: nothing is allocated for a file that does
+            not fit.
 
     Raises:
         StorageError: a tensor is missing, has another shape or is not of floating point; or the file holds one that
@@ -126,11 +135,13 @@ def to_ours(rows: Sequence[Row], tensors: Mapping[str, np.ndarray], abstract: An
     table = entries(rows, abstract)
     leaves = flatten(abstract)
     stored = _stored_keys(table, tensors)
+    shapes = {key: x.shape for key, x in tensors.items()} if shapes is None else shapes
+    for entry in table:
+        if (shape := tuple(shapes[stored[entry.key]])) != entry.shape:
+            raise StorageError(f"tensor {entry.key} has shape {list(shape)}; expected {list(entry.shape)}")
     out = {path: np.empty(x.shape, x.dtype) for path, x in leaves.items()}
     for entry in table:
         theirs = tensors[stored[entry.key]]
-        if tuple(theirs.shape) != entry.shape:
-            raise StorageError(f"tensor {entry.key} has shape {list(theirs.shape)}; expected {list(entry.shape)}")
         if not _is_float(theirs.dtype):
             raise StorageError(f"tensor {entry.key} is {theirs.dtype}; expected float32, bfloat16 or float16")
         for (path, where), part in zip(entry.parts, entry.to_ours(theirs), strict=True):
@@ -208,7 +219,8 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     prefix = next((e.key.split(".")[0] + "." for e in table if "layers" in e.parts[0][0].split("/")[0]), "")
     bare = not any(key.startswith(prefix) for key in tensors)
     stored = {e.key: e.key.removeprefix(prefix) if bare else e.key for e in table}
-    stored |= {e.key: e.alias for e in table if e.alias and e.alias in tensors and stored[e.key] not in tensors}
+    aliases = {e.key: e.alias for e in table if e.alias is not None and stored[e.key] not in tensors}
+    stored |= {key: alias for key, alias in aliases.items() if alias in tensors}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}")
