@@ -13,6 +13,7 @@ import jax
 from slmjax.convert import table
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, write
 from slmjax.convert.tokenizer_files import write_tokenizer
+from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models import FAMILIES
@@ -80,7 +81,9 @@ def write_hf(
     tensors = table.to_theirs(family.rows(decoder), params)
     write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", {**(family.to_config(decoder) or {}), "dtype": dtype, **ids})
-    known = {name: i for name, i in ids.items() if i is not None}
+    known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
+    if tokenizer is not None and (turn := chat.ends(tokenizer)):
+        known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
     _write_json(folder / "generation_config.json", known)
 
 

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from slmjax.errors import StorageError, UserError
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NAMES = {"float32": "F32", "bfloat16": "BF16"}
+REOPEN_BYTES = 1 << 27  # read between two openings of a file: the pages of a mapping stay in memory until it is closed
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def write(
     folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], *, dtype: str, shard_bytes: int = SHARD_BYTES
 ) -> list[pathlib.Path]:
-    """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one shard in memory.
+    """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one tensor in memory.
 
     Args:
         dtype: "float32" or "bfloat16" (rounded to nearest even).
@@ -42,29 +44,36 @@ def write(
         StorageError: the disk is full or not writable.
     """
     shards: list[dict[str, int]] = []  # key -> bytes
-    shard: dict[str, np.ndarray] = {}
+    shard: dict[str, Any] = {}  # the header of the one being written
     size = 0
+    data: BinaryIO | None = None
 
     def flush() -> None:
-        nonlocal shard, size
-        try:
-            # readers of the format key on this: transformers refuses a file without it
-            save_file(shard, folder / f"shard-{len(shards)}.part", metadata={"format": "pt"})
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"cannot write {folder / SINGLE}: {e}") from e
-        shards.append({key: x.nbytes for key, x in shard.items()})
-        shard, size = {}, 0
+        nonlocal shard, size, data
+        assert data is not None
+        data.close()
+        _join(folder / f"shard-{len(shards)}.part", shard, pathlib.Path(data.name))
+        shards.append({key: x["data_offsets"][1] - x["data_offsets"][0] for key, x in shard.items()})
+        shard, size, data = {}, 0, None
 
-    for key, tensor in tensors:
-        # the library writes the memory as it lies: a transposed view would be stored untransposed
-        x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
-        if not np.isfinite(x).all():
-            raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
-        if shard and size + x.nbytes > shard_bytes:
-            flush()
-        shard[key] = x
-        size += x.nbytes
-    flush()
+    try:
+        for key, tensor in tensors:
+            x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
+            if not np.isfinite(x).all():
+                raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
+            if shard and size + x.nbytes > shard_bytes:
+                flush()
+            data = data or (folder / f"shard-{len(shards)}.data").open("wb")
+            data.write(x.reshape(-1).view(np.uint8).data)
+            offsets = [size, size + x.nbytes]
+            shard[key] = {"dtype": NAMES[dtype], "shape": list(x.shape), "data_offsets": offsets}
+            size += x.nbytes
+        flush()
+    except OSError as e:
+        raise StorageError(f"cannot write {folder / SINGLE}: {e.strerror or e}") from e
+    finally:
+        if data is not None:
+            data.close()
 
     names = (
         [SINGLE]
@@ -84,6 +93,17 @@ def write(
     return written
 
 
+def _join(file: pathlib.Path, shard: dict[str, Any], data: pathlib.Path) -> None:
+    """Header and bytes as one file. The bytes come first from the model and the header first in the file."""
+    # readers of the format key on the metadata: transformers refuses a file without it
+    header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as out, data.open("rb") as f:
+        out.write(len(header).to_bytes(8, "little") + header)
+        shutil.copyfileobj(f, out, 1 << 24)
+    data.unlink()
+
+
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
     with np.errstate(over="ignore"):  # what overflows is refused as Inf, by name
         return x.astype(dtype, copy=False)
@@ -99,7 +119,9 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, path: pathlib.Path):
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, pathlib.Path] = {}
         self._where: dict[str, str] = {}
+        self._read = 0
         folder = path if path.is_dir() else path.parent
         if path.is_file():
             self._add(path)
@@ -116,6 +138,7 @@ class Tensors(Mapping[str, np.ndarray]):
             raise _nothing_to_read(path)
 
     def _add(self, file: pathlib.Path) -> set[str]:
+        self._paths[file.name] = file
         self._files[file.name] = open_checked(file)
         keys = set(self._files[file.name].keys())
         self._where |= dict.fromkeys(keys, file.name)
@@ -126,6 +149,10 @@ class Tensors(Mapping[str, np.ndarray]):
             x = self._files[self._where[key]].get_tensor(key)
         except (SafetensorError, TypeError, ValueError, AttributeError) as e:
             raise StorageError(f"{self._where[key]}: tensor {_short(key)} cannot be read: {_line(e)}") from e
+        self._read += x.nbytes
+        if self._read > REOPEN_BYTES:
+            self._read = 0
+            self._files[self._where[key]] = open_checked(self._paths[self._where[key]])
         if x.dtype.kind in "fV" and not np.isfinite(x).all():
             raise StorageError(f"{self._where[key]}: tensor {_short(key)} holds NaN or Inf")
         return x
