@@ -20,8 +20,8 @@ HELP = "parameters and FLOPs of a model or an experiment"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint, a Hugging Face folder, a GGUF file, an experiment that has not been trained, or a published
-    size such as llama/smollm2-135m"""
+    """A run folder, a checkpoint, a Hugging Face folder, a GGUF file, an experiment that has not been trained, or a
+    published size such as llama/smollm2-135m"""
     length: int | None = None
     """Tokens a sequence, for the FLOPs of attention; default: as in training, or the model's context"""
     step: int | None = None

@@ -130,7 +130,8 @@ def _compare(
             lead = max(lead, float(here.max() - here[token]))
             same += int(here.argmax() == token)
             made += 1
-        if len(row["tokens"]) < new_tokens and int(score[len(prompt) + len(row["tokens"]) - 1].argmax()) not in ends:
+        ended = ends & {*row["tokens"][-1:], int(score[len(prompt) + len(row["tokens"]) - 1].argmax())}
+        if len(row["tokens"]) < new_tokens and not ended:
             worst = math.inf  # it stopped where we go on
     found = f"{same} of {made} greedy tokens identical, max|Δ log p| {worst:.1e}"
     passed = worst <= limit and lead <= 2 * limit  # nearly equal: a tie that rounding decides

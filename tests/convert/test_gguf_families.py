@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from slmjax.convert import gguf_gate, gguf_write
+from slmjax.convert.gguf_export import export_gguf
 from slmjax.convert.gguf_families import ARCHITECTURES, architecture_of
+from slmjax.convert.gguf_file import GGUF
 from slmjax.convert.gguf_tokenizer import to_gguf
+from slmjax.convert.hf import import_hf
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.data.tokenizer import Bytes
 from slmjax.errors import UserError
+from slmjax.models import FAMILIES
 
 VOCAB = 288  # 258 ids of the tokenizer, and rows that have none
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -93,6 +97,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
+KNOWN = {family.model_type for family in FAMILIES}
+OURS = [name for name, config in CONFIGS.items() if config["model_type"] in KNOWN]
+
+
 def test_every_architecture_is_tried():
     assert {config["model_type"] for config in CONFIGS.values()} == {one.model_type for one in ARCHITECTURES}
 
@@ -115,7 +123,7 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, reference, name):
     reference.make(tmp_path / "hf", CONFIGS[name], seed=1)
     out = tmp_path / "model.gguf"
     architecture, config, tensors = write(tmp_path / "hf", out)
-    back = gguf_gate.GGUF(out)
+    back = GGUF(out)
     for key, x in tensors.items():
         np.testing.assert_allclose(architecture.theirs(config, key, back), x, rtol=0, atol=3e-7, err_msg=key)
     prompts = np.random.default_rng(0).integers(0, 256, (6, 40), dtype=np.int32)  # longer than the windows
@@ -138,6 +146,24 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, reference, name):
                 assert error <= limit, f"step {step}: {error} > {limit}"
                 compared += 1
     assert compared >= 6
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_export_passes_the_gate(tmp_path, reference, name):
+    """The same models, read as our decoders."""
+    reference.make(tmp_path / "hf", CONFIGS[name], seed=2)
+    imported = import_hf(tmp_path / "hf")
+    made = export_gguf(
+        imported.decoder,
+        imported.params,
+        tmp_path / "a.gguf",
+        tokenizer=Bytes().make([], pathlib.Path()),
+        reference_python=reference.python,
+    )
+    assert [check.passed for check in made.checks] == [True] * 4
+    assert (
+        GGUF(tmp_path / "a.gguf").metadata["general.architecture"] == architecture_of(CONFIGS[name]["model_type"]).name
+    )
 
 
 WRONG = {

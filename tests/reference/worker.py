@@ -191,7 +191,9 @@ def gguf(folder, file, tensors, new_tokens):
     return {"losses": losses, "tokens": made[0, x["prompt"].shape[1] :].tolist()}
 
 
-CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize, chat, gguf)}
+CALLS = {
+    f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize, chat, gguf)
+}
 
 for line in sys.stdin:
     request = json.loads(line)
