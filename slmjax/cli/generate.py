@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +20,16 @@ HELP = "sample text from a model"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint or a Hugging Face folder"""
+    """A run folder, a checkpoint, a Hugging Face folder or a GGUF file"""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """The beginning of a text; give it several times for a batch"""
     prompt_file: str | None = None
     """A file whose whole text is one more prompt; - is standard input"""
+    chat: str | None = None
+    """A question for a chat model, asked through its own template; only the answer is printed. - takes one question
+    a line from standard input (the terminal), as one conversation"""
+    system: str | None = None
+    """What the chat model is told before the conversation"""
     max_tokens: int = 128
     """New tokens a prompt, at most"""
     temperature: float = 0.8
@@ -55,13 +60,14 @@ def main(argv: list[str]) -> int:
         argv,
         prog="slmjax generate",
         description="Continues prompts. The text goes to standard output, everything else to standard error.",
-        example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
+        example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95\n'
+        '  slmjax generate runs/smollm2 --chat "What is gravity?" --system "Answer in one sentence."',
     )
     from slmjax.cli.loading import load
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
 
-    prompts = _prompts(args)
+    prompts = _prompts(args) if args.chat is None else _only_chat(args)
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; expected at least 1")
     options = {
@@ -78,6 +84,8 @@ def main(argv: list[str]) -> int:
     }
     loaded = load(args.model, step=args.step, say=_note)
     generator = Generator(loaded.decoder, loaded.params, loaded.tokenizer(), _compute(args.dtype))
+    if args.chat is not None:
+        return _chat(generator, args, options)
     start, made = time.monotonic(), 0
     if args.stream and len(prompts) == 1:
         made = _stream(generator, prompts[0], options)
@@ -88,6 +96,43 @@ def main(argv: list[str]) -> int:
     seconds = time.monotonic() - start
     _note(f"{made} tokens in {seconds:.1f} s, compilation included; other text: --seed {args.seed + 1}")
     return 0
+
+
+def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
+    """One question, or a conversation of one question a line."""
+    from dataclasses import replace
+
+    from slmjax.data.chat import prompt
+
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    questions: Iterable[str] = _questions() if args.chat in (None, "-") else [args.chat]
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        asked = prompt(generator.tokenizer, messages)
+        answer = ""
+        for piece in replace(generator, ends=asked.ends).stream([asked.ids], **options):
+            answer += piece.text
+            print(piece.text, end="", flush=True)
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _only_chat(args: Args) -> Sequence[str]:
+    if args.prompt or args.prompt_file is not None:
+        raise UserError("--chat and --prompt exclude each other: a template writes the prompt; drop one")
+    return ()
 
 
 def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
@@ -102,6 +147,8 @@ def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
 
 
 def _prompts(args: Args) -> Sequence[str]:
+    if args.system is not None:
+        raise UserError("--system is for --chat; add --chat QUESTION, or put it into --prompt")
     prompts = list(args.prompt)
     if args.prompt_file == "-":
         prompts.append(sys.stdin.read())

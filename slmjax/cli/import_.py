@@ -1,23 +1,23 @@
-"""`slmjax import DIR --out DIR`: a Hugging Face folder as a model of ours, to evaluate, sample or train on from."""
+"""`slmjax import MODEL --out DIR`: a Hugging Face folder or a GGUF file as a model of ours."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from slmjax.cli.args import parse
 from slmjax.errors import UserError
 
-HELP = "read a Hugging Face folder"
+HELP = "read a Hugging Face folder or a GGUF file"
 
 
 @dataclass(frozen=True)
 class Args:
-    folder: Annotated[str, tyro.conf.Positional]
-    """A Hugging Face folder with config.json and safetensors; nothing in it is run"""
+    model: Annotated[str, tyro.conf.Positional]
+    """A Hugging Face folder with config.json and safetensors, or a .gguf file of a llama model; nothing in it is run"""
     out: str
     """The folder to write: config.json, checkpoints/0, tokenizer.json"""
 
@@ -27,33 +27,52 @@ def main(argv: list[str]) -> int:
         Args,
         argv,
         prog="slmjax import",
-        description="Reads a model that transformers saved into a folder that every verb takes as MODEL.",
-        example="slmjax import exports/quickstart --out runs/imported",
+        description="Reads a model that transformers saved or llama.cpp runs into a folder that every verb takes as "
+        "MODEL. Packed weights of a GGUF file become float32.",
+        example="slmjax import exports/quickstart --out runs/imported\n"
+        "  slmjax import SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2",
     )
     from slmjax import __version__
     from slmjax.cli.runs import write_json
     from slmjax.convert.folder import publish
-    from slmjax.convert.hf import import_hf
-    from slmjax.data.tokenizer import Tokenizer
+    from slmjax.convert.memory import to_device
     from slmjax.models.flops import parameter_count
     from slmjax.serialise import to_json
     from slmjax.train.checkpoint import save_params
 
-    source = Path(args.folder)
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; expected one with config.json and model.safetensors")
+    source = Path(args.model)
     with publish(Path(args.out), overwrite=None) as folder:
-        imported = import_hf(source)
+        imported, tokenizer, about = (_gguf if source.is_file() else _hf)(source)
         described = {
             "format": 1,
             "slmjax": __version__,
             "model": to_json(imported.decoder),
-            "imported": {"folder": source.name, "model_type": imported.family.model_type},
+            "imported": {"folder": source.name, "model_type": imported.family.model_type, **about},
         }
         write_json(folder / "config.json", described)
-        save_params(folder / "checkpoints", imported.params, described["imported"])
-        if imported.tokenizer_path is not None:
-            Tokenizer.load(imported.tokenizer_path).save(folder)
+        save_params(folder / "checkpoints", to_device(imported.params), described["imported"])
+        if tokenizer is not None:
+            tokenizer.save(folder)
     print(f"{imported.family.name} of {parameter_count(imported.decoder):,} parameters imported to {args.out}")
-    print(f"next:\n  slmjax inspect {args.out}\n  slmjax generate {args.out} --prompt 'Once upon a time'")
+    ask = "--chat 'What is gravity?'" if tokenizer is not None and tokenizer.chat else "--prompt 'Once upon a time'"
+    print(f"next:\n  slmjax inspect {args.out}\n  slmjax generate {args.out} {ask}")
     return 0
+
+
+def _hf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer or None, and what else is known of it."""
+    from slmjax.convert.hf import import_hf
+    from slmjax.data.tokenizer import Tokenizer
+
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; expected one with config.json and model.safetensors")
+    imported = import_hf(source)
+    return imported, imported.tokenizer_path and Tokenizer.load(imported.tokenizer_path), {}
+
+
+def _gguf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
+    from slmjax.convert.gguf import import_gguf
+
+    imported = import_gguf(source)
+    licence = imported.metadata.get("general.license")
+    return imported, imported.tokenizer, {"licence": licence} if isinstance(licence, str) else {}

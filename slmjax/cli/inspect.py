@@ -20,8 +20,8 @@ HELP = "parameters and FLOPs of a model or an experiment"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint, a Hugging Face folder, an experiment that has not been trained, or a published
-    size such as llama/smollm2-135m"""
+    """A run folder, a checkpoint, a Hugging Face folder, a GGUF file, an experiment that has not been trained, or a
+    published size such as llama/smollm2-135m"""
     length: int | None = None
     """Tokens a sequence, for the FLOPs of attention; default: as in training, or the model's context"""
     step: int | None = None
@@ -65,7 +65,7 @@ def _model(args: Args) -> tuple[Any, int, Any]:
     if args.model in SIZES and not path.exists():
         decoder = SIZES[args.model]()
         return decoder, args.length or decoder.context, None
-    if not path.exists() or path.is_file():
+    if path.suffix != ".gguf" and (not path.exists() or path.is_file()):
         near = difflib.get_close_matches(args.model, SIZES, n=1)
         if near and not path.suffix:
             raise UserError(f"{args.model}: no such folder, experiment or published size; did you mean {near[0]}?")

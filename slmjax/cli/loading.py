@@ -1,4 +1,4 @@
-"""MODEL, as every verb takes it: a run folder, one of its checkpoints, an imported model, or a Hugging Face folder."""
+"""MODEL, as every verb takes it: a run or one of its checkpoints, an import, a Hugging Face folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.serialise import from_json
 from slmjax.types import Params
 
-EXPECTED = "expected a run folder, a checkpoint (RUN/checkpoints/STEP), or a Hugging Face folder"
+EXPECTED = "expected a run folder, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder, or a .gguf file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +30,27 @@ class Loaded:
     tokenizer_path: Path | None
     """A folder with tokenizer.json"""
     source: Path
-    """The run, import or Hugging Face folder"""
+    """The run, import or Hugging Face folder, or the GGUF file"""
     step: int | None = None
     """The optimizer updates behind the parameters; None where unknown"""
     experiment: Experiment | None = None
     """What the run computes; None for models that no run of ours made"""
     config: dict[str, Any]
     """config.json of the folder"""
+    embedded: Tokenizer | None = None
+    """The tokenizer inside a GGUF file"""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.embedded is not None or self.tokenizer_path is not None
 
     def tokenizer(self) -> Tokenizer:
         """
         Raises:
             UserError: the model has none.
         """
+        if self.embedded is not None:
+            return self.embedded
         if self.tokenizer_path is None:
             raise UserError(f"{self.source} has no tokenizer.json; copy the one that the model was trained with there")
         return Tokenizer.load(self.tokenizer_path)
@@ -59,17 +67,20 @@ def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None
         UserError: the path is none of these; the message says what was found.
         StorageError: no checkpoint, or only damaged ones.
     """
+    if Path(path).suffix == ".gguf" and not Path(path).is_dir():
+        return _gguf(Path(path), step)
     folder, step = _resolve(Path(path), step)
     config = _config(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     about = {"source": folder, "config": config, "tokenizer_path": tokenizer}
     if "model_type" in config:
         from slmjax.convert.hf import import_hf
+        from slmjax.convert.memory import to_device
 
         if step is not None:
             raise UserError(f"{folder} is a Hugging Face folder, without checkpoints: there is no step {step} to take")
         imported = import_hf(folder)
-        return Loaded(decoder=imported.decoder, params=_on_device(imported.params), **about)
+        return Loaded(decoder=imported.decoder, params=to_device(imported.params), **about)
     step = _good_step(folder / "checkpoints", step, say)
     if "experiment" in config:
         experiment = from_json(config["experiment"])
@@ -79,6 +90,24 @@ def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None
 
     params = restore_params(folder / "checkpoints", step)
     return Loaded(decoder=from_json(config["model"]), params=_on_device(params), **about)
+
+
+def _gguf(file: Path, step: int | None) -> Loaded:
+    from slmjax.convert.gguf import import_gguf
+    from slmjax.convert.memory import to_device
+
+    if step is not None:
+        raise UserError(f"{file} is a GGUF file, without checkpoints: there is no step {step} to take")
+    imported = import_gguf(file)
+    licence = imported.metadata.get("general.license")
+    return Loaded(
+        decoder=imported.decoder,
+        params=to_device(imported.params),
+        tokenizer_path=None,
+        embedded=imported.tokenizer,
+        source=file,
+        config={"imported": {"folder": file.name, "licence": licence}},
+    )
 
 
 def _resolve(path: Path, step: int | None) -> tuple[Path, int | None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slmjax import __version__
-from slmjax.convert import gate
+from slmjax.convert import gate, memory
 from slmjax.convert.card import Facts, render
 from slmjax.convert.expressed import expressed
 from slmjax.convert.folder import MARK, Rejected, publish
@@ -49,6 +49,7 @@ def export_hf(
     overwrite: bool = False,
     reference_python: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    donate: bool = False,
 ) -> Exported:
     """Writes a Hugging Face folder whose logits have been compared with the model's.
 
@@ -64,6 +65,7 @@ def export_hf(
         overwrite: replace a folder that an earlier export wrote.
         reference_python: a Python with torch and transformers; see `gate.find_python`.
         shard_bytes: most bytes of weights in a file.
+        donate: delete `params` once they are written and looked at: the model is never held twice.
 
     Raises:
         UserError: no class of transformers fits, `out` may not be written, or a parameter is not finite.
@@ -93,11 +95,13 @@ def export_hf(
     with publish(out, overwrite=overwrite) as folder:
         write_hf(folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes)
         (folder / "README.md").write_text(render(facts), "utf-8")
+        before = gate.remember(decoder, params, dtype, probe, donate=donate)
         try:
             imported = import_hf(folder)
         except Exception as e:
             raise Rejected(f"the export cannot be read back: {e}") from e
-        checks += gate.check_reload(decoder, params, imported, dtype, probe)
+        imported = replace(imported, params=memory.to_device(imported.params))
+        checks += gate.check_reload(before, imported, probe)
         checks += gate.check_stock(imported, folder, python, probe, tokenizer)
         record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
         record["checks"] = [check.json() for check in checks]

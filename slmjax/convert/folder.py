@@ -36,7 +36,7 @@ def publish(out: pathlib.Path, *, overwrite: bool | None) -> Iterator[pathlib.Pa
     partial = out.with_name(f".{out.name}.partial-{me}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
+        remove_abandoned(out)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -78,13 +78,13 @@ def _failed_names(out: pathlib.Path) -> Iterator[pathlib.Path]:
     yield from (out.with_name(f"{out.name}.{i}.failed") for i in range(2, 10**6))
 
 
-def _remove_abandoned(out: pathlib.Path) -> None:
-    """Partial folders of processes of this machine that are no more."""
+def remove_abandoned(out: pathlib.Path) -> None:
+    """Removes what processes of this machine that are no more had begun to write to `out`."""
     prefix = f".{out.name}.partial-{socket.gethostname()}-"
     for left in out.parent.glob(f"{_literal(prefix)}*"):
         pid = left.name.removeprefix(prefix)
         if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
+            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
 
 def _literal(name: str) -> str:

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from slmjax.convert import memory
 from slmjax.convert.folder import Rejected
 from slmjax.convert.hf import Imported
 from slmjax.convert.tokenizer_files import PROBES
@@ -150,15 +152,13 @@ def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
     return "drifts only in the unembedding"
 
 
-def check_reload(decoder: Decoder, params: Params, imported: Imported, dtype: str, probe: Probe) -> list[Check]:
-    """The folder read back against the model in memory, whose parameters are rounded as the file's are."""
-    reference = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype).astype(jnp.float32)), params)
-    found, wanted = flatten(imported.params), flatten(reference)
-    differ = [path for path, x in wanted.items() if path not in found or not np.array_equal(found[path], x)]
-    named = f"{len(differ)} differ, first {differ[0]}" if differ else f"all {len(wanted)} identical"
-    same = Check(name=f"reload: parameters ({dtype})", found=named, expected="identical", passed=not differ)
-    ours, theirs = (forward(d, p, probe) for d, p in ((decoder, reference), (imported.decoder, imported.params)))
-    return [same, compare("reload: logits", ours, theirs, probe)]
+class Before(NamedTuple):
+    """What is remembered of a model while its export is read back."""
+
+    dtype: str
+    hashes: dict[str, str]
+    """Of the bytes of each parameter, rounded as the file's are"""
+    forward: Forward
 
 
 def check_fold(model: tuple[Decoder, Params], folded: tuple[Decoder, Params], probe: Probe) -> Check:
@@ -174,8 +174,32 @@ def check_fold(model: tuple[Decoder, Params], folded: tuple[Decoder, Params], pr
     )
 
 
-def find_python(given: str | None) -> str | None:
-    """The Python that has torch and transformers: as given, else $SLMJAX_REFERENCE_PYTHON, else this one if it has.
+def remember(decoder: Decoder, params: Params, dtype: str, probe: Probe, *, donate: bool = False) -> Before:
+    """`donate` deletes the parameters when they have been looked at."""
+    held = memory.rounded(params, dtype, donate=donate)
+    hashes = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(held).items()}
+    out = Before(dtype, hashes, forward(decoder, held, probe))
+    if donate or held is not params:
+        memory.delete(held)
+    return out
+
+
+def check_reload(before: Before, imported: Imported, probe: Probe) -> list[Check]:
+    """The folder read back against the model that was in memory."""
+    found = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(imported.params).items()}
+    differ = [path for path, value in before.hashes.items() if found.get(path) != value]
+    named = f"{len(differ)} differ, first {differ[0]}" if differ else f"all {len(before.hashes)} identical"
+    name = f"reload: parameters ({before.dtype})"
+    same = Check(name=name, found=named, expected="identical", passed=not differ)
+    theirs = forward(imported.decoder, imported.params, probe)
+    return [same, compare("reload: logits", before.forward, theirs, probe)]
+
+
+def find_python(given: str | None, *needs: str) -> str | None:
+    """The Python with the reference libraries: as given, else $SLMJAX_REFERENCE_PYTHON, else this one if it has them.
+
+    Args:
+        needs: modules; by default torch and transformers.
 
     Raises:
         UserError: the one given does not exist.
@@ -185,7 +209,7 @@ def find_python(given: str | None) -> str | None:
         if not os.access(path, os.X_OK):
             raise UserError(f"--reference-python {path} cannot be run; expected a Python with torch and transformers")
         return path
-    have = all(_installed(name) for name in ("torch", "transformers"))
+    have = all(_installed(name) for name in needs or ("torch", "transformers"))
     return sys.executable if have else None
 
 
@@ -215,7 +239,9 @@ def check_stock(
     checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:
         wanted = [tokenizer.encode(text, bos=True) for text in texts]
-        same = report["encoded"] == wanted and report["special"] == [tokenizer.bos_id, tokenizer.eos_id]
+        # a BOS that only the chat template uses has a name, too
+        special = [tokenizer.raw.token_to_id(tokenizer.names.get(name) or "") for name in ("bos_token", "eos_token")]
+        same = report["encoded"] == wanted and report["special"] == special
         found = "identical" if same else f"{report['encoded'][0]}, BOS and EOS {report['special']}"
         checks.append(Check(name=f"{name}: AutoTokenizer", found=found, expected="ids as in training", passed=same))
     return checks

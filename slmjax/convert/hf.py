@@ -15,6 +15,7 @@ from slmjax.convert import table
 from slmjax.convert.expressed import expressed
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
 from slmjax.convert.tokenizer_files import write_tokenizer
+from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models import FAMILIES
@@ -73,8 +74,8 @@ def write_hf(
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
     `export.export_hf` does that atomically and checks the result; this is the bare writing. `family` is the class to
-    write for, where several compute the same; None: the first of `FAMILIES` that does, with scalars that it lacks folded
-    into the weights where that is exact (`fold.py`).
+    write for, where several compute the same; None: the first of `FAMILIES` that does, with scalars that it lacks
+    folded into the weights where that is exact (`fold.py`).
 
     Raises:
         UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
@@ -90,7 +91,9 @@ def write_hf(
     tensors = table.to_theirs(family.rows(decoder), params)
     write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", {**(family.to_config(decoder) or {}), "dtype": dtype, **ids})
-    known = {name: i for name, i in ids.items() if i is not None}
+    known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
+    if tokenizer is not None and (turn := chat.ends(tokenizer)):
+        known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
     _write_json(folder / "generation_config.json", known)
 
 

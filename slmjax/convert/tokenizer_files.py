@@ -8,14 +8,14 @@ from typing import Any
 
 from tokenizers import processors
 
-from slmjax.data.tokenizer import Tokenizer
+from slmjax.data.tokenizer import TEMPLATE, Tokenizer
 from slmjax.errors import UserError
 
 PROBES = ("The quick brown fox.", "naïve café, 北京 🙂", "  def f(x):\n\treturn x + 1\n", "a")
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int, vocab: int) -> dict[str, int | None]:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and chat_template.jinja if there is one.
 
     In training a document is [BOS] text [EOS]; a prompt is its beginning, so encoding adds BOS and no EOS. If the
     tokenizer's own post-processing does something else it is replaced.
@@ -39,10 +39,9 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int,
         raw.post_processor = _prepend(tokenizer.bos, tokenizer.bos_id)
     (folder / "tokenizer.json").write_text(raw.to_str(pretty=True), "utf-8")
     names = {
-        "bos_token": tokenizer.bos,
-        "eos_token": tokenizer.eos,
         "pad_token": tokenizer.eos or tokenizer.bos,  # transformers cannot batch without one; the mask hides it
         "unk_token": getattr(raw.model, "unk_token", None),
+        **tokenizer.names,
     }
     names = {name: token for name, token in names.items() if token is not None}
     config = {
@@ -54,7 +53,9 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int,
         "padding_side": "left",
     }
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", names)
+    _write_json(folder / "special_tokens_map.json", {k: v for k, v in names.items() if isinstance(v, str)})
+    if tokenizer.chat is not None:
+        (folder / TEMPLATE).write_text(tokenizer.chat.source, "utf-8")
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return {**ids, "pad_token_id": tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id}
 

@@ -1,7 +1,8 @@
 """Tokenizers: bytes, a BPE trained here, or any tokenizer.json, all through the `tokenizers` library.
 
 A folder with a tokenizer holds two files that stock `transformers` reads: tokenizer.json and tokenizer_config.json
-(the names of the special tokens). A document becomes [BOS] text [EOS], each where the tokenizer has one.
+(the names of the special tokens, and the chat template if there is one). A document becomes [BOS] text [EOS], each
+where the tokenizer has one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from slmjax.data.chat import ChatTemplate
 from slmjax.errors import DataError
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
 FILES = ("tokenizer.json", "tokenizer_config.json")
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +98,16 @@ class Tokenizer:
     Text never turns into special tokens: `<|eos|>` inside a document is encoded letter by letter.
     """
 
-    def __init__(self, raw: tokenizers.Tokenizer, *, bos: str | None, eos: str | None):
+    def __init__(
+        self, raw: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, chat: ChatTemplate | None = None
+    ):
+        """
+        Args:
+            bos, eos: what begins and ends a document; None or "" if nothing does.
+            chat: for conversations, if there is a template.
+        """
         raw.encode_special_tokens = True
-        self.raw = raw
+        self.raw, self.chat = raw, chat
         self.bos, self.eos = bos or None, eos or None
         self.bos_id, self.eos_id = (self._id_of(t) for t in (self.bos, self.eos))
         self.vocab: int = max(raw.get_vocab(with_added_tokens=True).values()) + 1
@@ -117,10 +127,17 @@ class Tokenizer:
             raw = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise DataError(f"{file}: not a tokenizer.json: {error}") from error
-        named = _special_tokens(file.with_name(FILES[1]))
+        config = _config(file.with_name(FILES[1]))
+        names = _special_tokens(config, file.with_name(FILES[1]))
+        # a BOS that only the chat template uses
+        begins = None if config.get("add_bos_token") is False else names.get("bos_token")
+        source = _template(file.with_name(TEMPLATE), config)
         try:
             return cls(
-                raw, bos=named["bos_token"] if bos is None else bos, eos=named["eos_token"] if eos is None else eos
+                raw,
+                bos=begins if bos is None else bos,
+                eos=names.get("eos_token") if eos is None else eos,
+                chat=ChatTemplate(source=source, tokens=names) if source else None,
             )
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
@@ -131,12 +148,27 @@ class Tokenizer:
         (folder / FILES[0]).write_text(self.raw.to_str(pretty=True), "utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos,
+            "bos_token": None,
             "eos_token": self.eos,
             "pad_token": self.eos,
             "clean_up_tokenization_spaces": False,
+            **self.names,
         }
+        if self.chat is not None:
+            config["chat_template"] = self.chat.source
         (folder / FILES[1]).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Special tokens by the names that `transformers` and templates have for them, and whether BOS is added."""
+        names: dict[str, Any] = dict(self.chat.tokens) if self.chat is not None else {}
+        names |= {k: v for k, v in {"bos_token": self.bos, "eos_token": self.eos}.items() if v is not None}
+        return names | ({"add_bos_token": False} if self.bos is None and "bos_token" in names else {})
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Tokens that ordinary text never becomes, with their ids."""
+        return {t.content: i for i, t in self.raw.get_added_tokens_decoder().items() if t.special}
 
     @property
     def fingerprint(self) -> str:
@@ -153,6 +185,14 @@ class Tokenizer:
         """The ids of one text, with BOS and EOS where asked for and defined."""
         ids = self.raw.encode(text, add_special_tokens=False).ids
         return self._before * bos + ids + self._after * eos
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of what a chat template wrote: here, and only here, special tokens are recognised in a text."""
+        self.raw.encode_special_tokens = False
+        try:
+            return self.raw.encode(text, add_special_tokens=False).ids
+        finally:
+            self.raw.encode_special_tokens = True
 
     def documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Whole documents as [BOS] text [EOS]: all ids, one after another, and int64 lengths in tokens."""
@@ -202,11 +242,11 @@ def _letters_of_bytes() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(shifted)) for byte in range(256)]
 
 
-def _special_tokens(file: Path) -> dict[str, str | None]:
-    """The names of BOS and EOS in a tokenizer_config.json, which writes a token as text or as an object with `content`.
+def _config(file: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty if it is not there.
 
     Raises:
-        DataError: it is something else than that. A file that is not there names none.
+        DataError: it is no JSON object.
     """
     try:
         config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -214,11 +254,31 @@ def _special_tokens(file: Path) -> dict[str, str | None]:
         raise DataError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{file}: expected a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def _special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json names, as text or as objects with `content`: bos_token, ...
+
+    Raises:
+        DataError: BOS or EOS is something else than that.
+    """
     named = {}
-    for field in ("bos_token", "eos_token"):
-        token = config.get(field)
+    for field in sorted(key for key in config if key.endswith("_token")):
+        token = config[field]
         name = token.get("content") if isinstance(token, dict) else token
-        if not (name is None or isinstance(name, str)) or (isinstance(token, dict) and name is None):
+        if isinstance(name, str):
+            named[field] = name
+        elif field in ("bos_token", "eos_token") and (name is not None or isinstance(token, dict)):
             raise DataError(f"{file}: {field} is {token!r}; expected a string, an object with `content`, or null")
-        named[field] = name
-    return named
+    return {field: name for field, name in named.items() if name}
+
+
+def _template(file: Path, config: dict[str, Any]) -> str | None:
+    """The chat template: a file of its own, or a field of tokenizer_config.json; of several the default one."""
+    if file.is_file():
+        return file.read_text("utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    return found if isinstance(found, str) and found else None

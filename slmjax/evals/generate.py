@@ -60,16 +60,18 @@ class Generator:
     params: Params
     tokenizer: Tokenizer
     compute: Compute = Compute()  # noqa: RUF009
-    _programs: dict[Sampler, Decoding] = field(default_factory=dict, compare=False)
+    ends: tuple[int, ...] = ()
+    """Tokens that end a text as EOS does: a chat model's end of turn"""
+    _programs: dict[tuple[Sampler, tuple[int, ...]], Decoding] = field(default_factory=dict, compare=False)
     _prepared: list[Any] = field(default_factory=list, compare=False)
 
     def with_params(self, params: Params) -> Generator:
         """The same programs with other parameters: for samples while training."""
-        return Generator(self.decoder, params, self.tokenizer, self.compute, self._programs)
+        return Generator(self.decoder, params, self.tokenizer, self.compute, self.ends, self._programs)
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         *,
         sampler: Sampler = GREEDY,
         max_tokens: int = 128,
@@ -88,7 +90,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         *,
         sampler: Sampler = GREEDY,
         max_tokens: int = 128,
@@ -97,6 +99,8 @@ class Generator:
     ) -> Iterator[Piece]:
         """Continues all prompts together; pieces come every few tokens, rows interleaved.
 
+        A prompt is a text, or token ids that are taken as they are.
+
         A row ends with EOS, before the first of the `stop` strings (none of it is given), after `max_tokens`, or when
         prompt and continuation fill the model's context.
 
@@ -104,7 +108,7 @@ class Generator:
             UserError: no prompt, one that leaves no room in the context, or max_tokens below 1.
         """
         ids = [self.encode(prompt) for prompt in prompts]
-        writers = [Writer(self.tokenizer, row, prompt, stop) for row, prompt in enumerate(ids)]
+        writers = [Writer(self.tokenizer, row, prompt, stop, self._ends) for row, prompt in enumerate(ids)]
         room = [self.decoder.context - len(prompt) for prompt in ids]
         limits = np.array([min(max_tokens, r) for r in room], np.int32)
         ended = lambda row: writers[row].reason is not None  # noqa: E731
@@ -154,13 +158,13 @@ class Generator:
             yield np.asarray(chunk)
             used, made = used + CHUNK, made + CHUNK
 
-    def encode(self, prompt: str) -> list[int]:
-        """The prompt as the beginning of a document.
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The prompt as the beginning of a document; ids stay as they are.
 
         Raises:
             UserError: it leaves no room in the model's context, or is empty and the tokenizer has no BOS or EOS.
         """
-        ids = self.tokenizer.encode(prompt, bos=True)
+        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.eos_id is not None:
             ids = [self.tokenizer.eos_id]  # where one document ends another begins
         if not ids:
@@ -172,11 +176,15 @@ class Generator:
             )
         return ids
 
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return self.ends if self.tokenizer.eos_id is None else (self.tokenizer.eos_id, *self.ends)
+
     def _ready(self, sampler: Sampler) -> tuple[Decoding, Any]:
-        if sampler not in self._programs:
-            eos = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-            self._programs[sampler] = decoding(self.decoder, self.compute, sampler, eos)
-        programs = self._programs[sampler]
+        key = (sampler, self._ends)
+        if key not in self._programs:
+            self._programs[key] = decoding(self.decoder, self.compute, sampler, self._ends)
+        programs = self._programs[key]
         if not self._prepared:
             self._prepared.append(programs.prepare(self.params))
         return programs, self._prepared[0]
@@ -185,8 +193,8 @@ class Generator:
 class Writer:
     """Turns one row's tokens into text and decides when it has ended."""
 
-    def __init__(self, tokenizer: Tokenizer, row: int, prompt: Sequence[int], stop: Sequence[str]):
-        self.row, self.eos = row, tokenizer.eos_id
+    def __init__(self, tokenizer: Tokenizer, row: int, prompt: Sequence[int], stop: Sequence[str], ends: Sequence[int]):
+        self.row, self.ends = row, frozenset(ends)
         self.text, self.stops = Detokenizer(tokenizer.raw, prompt), StopStrings(stop)
         self.count = 0
         self.reason: Reason | None = None
@@ -202,7 +210,7 @@ class Writer:
             text += self.stops.push(self.text.push([token]))
             if self.stops.stopped:
                 self.reason = "stop"
-            elif token == self.eos:
+            elif token in self.ends:
                 self.reason = "eos"
             elif self.count >= limit:
                 self.reason = full

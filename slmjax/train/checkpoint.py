@@ -59,6 +59,9 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+AT_ONCE = 1 << 27
+
+
 class _Checksummed(atomicity.AtomicRenameTemporaryPath):
     """The folder of a save in flight. `finalize` is its commit, called on the first process when all have written."""
 
@@ -223,12 +226,22 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
 
 
 def save_params(folder: Path, params: Params, extra: dict[str, Any], step: int = 0) -> None:
-    """A checkpoint of parameters alone (an import), as atomic and as checksummed as any."""
+    """A checkpoint of parameters alone (an import), as atomic and as checksummed as any.
+
+    What waits to be written is bounded, so that a large model is not held twice (of arrays on a device; numpy arrays
+    are copied first).
+    """
+    most = max([AT_ONCE, *(x.nbytes for x in jax.tree.leaves(params))])
+    bound: Any = 1.05 * most / 1e9  # the library counts in (any) gigabytes, and refuses an array that exceeds them
+    handlers: dict[str, Any] = {
+        "params": ocp.StandardCheckpointHandler(save_concurrent_gb=bound),
+        "extra": ocp.JsonCheckpointHandler(),
+    }
     with _storage(folder, f"save step {step}"):
         manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(temporary_path_class=_Checksummed),
-            item_names=("params", "extra"),
+            item_handlers=handlers,
         )
         with contextlib.closing(manager):
             items = {"params": ocp.args.StandardSave(params), "extra": ocp.args.JsonSave(extra)}

@@ -106,6 +106,21 @@ class Reference:
         """ids, decoded, class, bos, eos of AutoTokenizer."""
         return self._call("tokenize", folder=folder, texts=list(texts))
 
+    def chat(
+        self, folder: pathlib.Path, conversations: Sequence[Any], generate: bool
+    ) -> tuple[list[str], list[list[int]]]:
+        """Texts and ids of apply_chat_template."""
+        answer = self._call("chat", folder=folder, conversations=list(conversations), generate=generate)
+        return answer["texts"], answer["ids"]
+
+    def gguf(
+        self, file: pathlib.Path, tokens: np.ndarray, prompt: np.ndarray, new_tokens: int
+    ) -> tuple[list[float], list[int]]:
+        """The mean loss of each row of tokens [B, T], and the greedy continuation of prompt [1, P]."""
+        tensors = self._save(tokens=tokens, prompt=prompt)
+        answer = self._call("gguf", folder=file.parent, file=file.name, tensors=tensors, new_tokens=new_tokens)
+        return answer["losses"], answer["tokens"]
+
     def _call(self, call: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -167,7 +167,33 @@ def tokenize(folder, texts):
     }
 
 
-CALLS = {f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize)}
+def chat(folder, conversations, generate):
+    """Each conversation as the tokenizer's chat template writes it, and its ids."""
+    t = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = [t.apply_chat_template(c, tokenize=False, add_generation_prompt=generate) for c in conversations]
+    return {"texts": texts, "ids": [t.encode(text, add_special_tokens=False) for text in texts]}
+
+
+def gguf(folder, file, tensors, new_tokens):
+    """A GGUF file as transformers unpacks it. tensors: tokens [B, T], prompt [1, P] -> the mean loss in nats of each
+    row's tokens after the first [B], and the greedy continuation of the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    x = {k: v.long() for k, v in load_file(tensors).items()}
+    with torch.no_grad():
+        # a row at a time, in float64: torch's float32 sum over a vocabulary is off by 1e-4
+        losses = [
+            F.cross_entropy(model(input_ids=row[None]).logits[0, :-1].double(), row[1:]).item() for row in x["tokens"]
+        ]
+        made = model.generate(
+            input_ids=x["prompt"], attention_mask=torch.ones_like(x["prompt"]), do_sample=False,
+            max_new_tokens=new_tokens, pad_token_id=0,
+        )  # fmt: skip
+    return {"losses": losses, "tokens": made[0, x["prompt"].shape[1] :].tolist()}
+
+
+CALLS = {
+    f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize, chat, gguf)
+}
 
 for line in sys.stdin:
     request = json.loads(line)

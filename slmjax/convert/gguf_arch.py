@@ -1,0 +1,241 @@
+"""How each class of `transformers` is said in GGUF: one value an architecture of llama.cpp.
+
+The names of the tensors are those of the `gguf` package. What is here is what differs: hyperparameters, tensors that
+lie otherwise, and what llama.cpp takes for granted, which is refused where a model has it otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+
+from slmjax.errors import UserError
+
+Config = Mapping[str, Any]
+"""config.json as `transformers` writes it"""
+
+
+class Transform(NamedTuple):
+    """For tensors whose key of `transformers` matches."""
+
+    keys: str
+    """Regular expression, searched"""
+    apply: Callable[[np.ndarray, Config], np.ndarray]
+    """Theirs -> GGUF's, as numpy lays it out"""
+    undo: Callable[[np.ndarray, Config], np.ndarray]
+    """GGUF's -> theirs"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFArchitecture:
+    """A class of `transformers` in the words of llama.cpp."""
+
+    model_type: str
+    arch: MODEL_ARCH
+    metadata: Callable[[Config], dict[str, Any]]
+    """Hyperparameters, without the prefix of the architecture. Raises UserError where llama.cpp computes otherwise"""
+    transforms: tuple[Transform, ...] = ()
+    stacked: str = r"(?!)"
+    """Keys whose last number counts heads: one tensor a head here, one for all heads there"""
+    extra: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}
+    """Tensors that follow from the configuration"""
+    drift: float = 0.0
+    """How far log-probabilities may be off because llama.cpp approximates an activation, in nats times
+    max(1, max|logit|)"""
+
+    @property
+    def name(self) -> str:
+        """What llama.cpp calls it."""
+        return MODEL_ARCH_NAMES[self.arch]
+
+    def keys(self, config: Config) -> dict[str, Any]:
+        """`metadata` with the prefix."""
+        return {f"{self.name}.{key}": value for key, value in self.metadata(config).items()}
+
+    def rename(self, key: str, layers: int) -> str:
+        """Their key -> GGUF's.
+
+        Raises:
+            UserError: llama.cpp has no place for it.
+        """
+        names = _names(self.arch, layers)
+        for candidate in (key, key.removeprefix("transformer.")):
+            if found := names.get_name(candidate, (".weight", ".bias")):
+                return found
+        raise UserError(f"{key}: llama.cpp's {self.name} has no place for this tensor")
+
+    def tensors(self, config: Config, theirs: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Tensors of `transformers` -> GGUF's, one at a time."""
+        waiting: dict[str, dict[int, np.ndarray]] = {}
+        layers = layers_of(config)
+        for key, x in theirs:
+            if re.search(self.stacked, key):
+                whole, head = self._whole(key)
+                waiting.setdefault(whole, {})[head] = x
+                continue
+            yield self.rename(key, layers), self._transform(key, x, config)
+        for key, heads in waiting.items():
+            yield self.rename(key, layers), np.stack([heads[i] for i in range(len(heads))])
+        yield from self.extra(config).items()
+
+    def theirs(self, config: Config, key: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Their tensor of this key, from those of a GGUF file."""
+        if re.search(self.stacked, key):
+            whole, head = self._whole(key)
+            return tensors[self.rename(whole, layers_of(config))][head]
+        x = tensors[self.rename(key, layers_of(config))]
+        for transform in reversed(self.transforms):
+            if re.search(transform.keys, key):
+                x = transform.undo(x, config)
+        return x
+
+    def _whole(self, key: str) -> tuple[str, int]:
+        """The key of one head's tensor -> that of all heads together, and which head it is."""
+        at, end = [found.span() for found in re.finditer(r"\.\d+(?=\.)", key)][-1]
+        return key[:at].removesuffix(".norms") + key[end:], int(key[at + 1 : end])
+
+    def _transform(self, key: str, x: np.ndarray, config: Config) -> np.ndarray:
+        for transform in self.transforms:
+            if re.search(transform.keys, key):
+                x = transform.apply(x, config)
+        return x
+
+
+@functools.lru_cache(maxsize=4)
+def _names(arch: MODEL_ARCH, layers: int) -> TensorNameMap:
+    return get_tensor_name_map(arch, layers)
+
+
+def layers_of(config: Config) -> int:
+    """The number of blocks."""
+    return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
+
+
+def expect(config: Config, key: str, *values: Any) -> None:
+    """
+    Raises:
+        UserError: the field has another value than those llama.cpp computes with.
+    """
+    if key in config and config[key] not in values:
+        raise UserError(f"{key} = {config[key]!r}: llama.cpp computes this architecture only with {values[0]!r}")
+
+
+def no_window(config: Config) -> None:
+    """Raises UserError where attention is cut off before the context ends."""
+    used = config.get("use_sliding_window", True)
+    window = config.get("sliding_window")
+    if used and window is not None and window < config["max_position_embeddings"]:
+        raise UserError(
+            f"sliding_window = {window}: llama.cpp ignores it in this architecture; export a model whose context "
+            f"is at most the window (max_position_embeddings is {config['max_position_embeddings']})"
+        )
+
+
+def head_dim(config: Config) -> int:
+    """Width of a head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def kv_heads(config: Config) -> int:
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def sizes(config: Config) -> dict[str, Any]:
+    """What every decoder with the usual names has."""
+    return {
+        "vocab_size": config["vocab_size"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": kv_heads(config),
+        "attention.key_length": head_dim(config),
+        "attention.value_length": head_dim(config),
+    }
+
+
+def rope_of(config: Config) -> Config:
+    """The rotary parameters as transformers 5 writes them."""
+    return config["rope_parameters"]
+
+
+def rotated(config: Config) -> int:
+    """How many channels of a head are rotated."""
+    rope = rope_of(config)
+    return int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def rotary(config: Config, *kinds: str) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the frequencies are scaled in a way that is not written here.
+    """
+    rope = rope_of(config)
+    kind = rope["rope_type"]
+    if kind not in ("default", "linear", *kinds):
+        raise UserError(f"rope_type = {kind!r} cannot be written as GGUF for this architecture")
+    keys = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": rotated(config)}
+    if kind == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    return keys
+
+
+def llama3_factors(config: Config) -> dict[str, np.ndarray]:
+    """`rope_freqs.weight`, by which llama.cpp divides the frequencies: the llama3 scaling."""
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
+        return {}
+    size = rotated(config)
+    wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    blend = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - blend) / rope["factor"] + blend)).astype(np.float32)}
+
+
+def long_factors(config: Config) -> dict[str, np.ndarray]:
+    """The longrope factors of Phi-3, for contexts beyond the original one and within."""
+    rope = rope_of(config)
+    if rope["rope_type"] != "longrope":
+        return {}
+    return {f"rope_factors_{name}.weight": np.asarray(rope[f"{name}_factor"], np.float32) for name in ("long", "short")}
+
+
+def pairs(keys: str, heads: Callable[[Config], int]) -> Transform:
+    """Rows [H * K, ...] of a projection: channel i of a head next to i + K/2, as llama.cpp rotates here."""
+
+    def swap(x: np.ndarray, h: int, *split: int) -> np.ndarray:
+        return x.reshape(h, *split, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+    return Transform(
+        keys,
+        lambda x, config: swap(x, heads(config), 2, len(x) // heads(config) // 2),
+        lambda x, config: swap(x, heads(config), len(x) // heads(config) // 2, 2),
+    )
+
+
+def heads_last(keys: str, heads: Callable[[Config], int]) -> Transform:
+    """Rows (H, [q, k, v], K) -> ([q, k, v], H, K)."""
+
+    def swap(x: np.ndarray, first: int, second: int) -> np.ndarray:
+        split = x.reshape(first, second, len(x) // first // second, *x.shape[1:])
+        return split.swapaxes(0, 1).reshape(x.shape)
+
+    return Transform(keys, lambda x, c: swap(x, heads(c), 3), lambda x, c: swap(x, 3, heads(c)))
+
+
+TRANSPOSED = Transform(r"\.(c_attn|c_proj|c_fc)\.weight$", lambda x, c: x.T, lambda x, c: x.T)
+"""Conv1D keeps [in, out]"""
+OFFSET = Transform(r"norm\.weight$", lambda x, c: x + np.float32(1), lambda x, c: x - np.float32(1))
+"""Gemma's norms multiply by 1 + w, llama.cpp by w"""
+ROTATED = (
+    pairs(r"\.q_proj\.(weight|bias)$", lambda c: c["num_attention_heads"]),
+    pairs(r"\.k_proj\.(weight|bias)$", kv_heads),
+)

@@ -1,0 +1,220 @@
+"""GGUF files: key-value pairs, descriptions of tensors, then their bytes. Read in pieces, and never trusted.
+
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package allocates what a header
+claims and spends a second on a large vocabulary, so the header is walked here: every count is held against the bytes
+that are left before anything is made of it. The packed formats are the package's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+
+from slmjax.errors import StorageError
+
+VERSIONS = (2, 3)
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+MOST_ALIGNMENT = 1 << 16
+AT_ONCE = 1 << 21  # values unpacked together: what unpacking holds beside its result
+SCALARS = {
+    GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4", GGUFValueType.FLOAT64: "<f8", GGUFValueType.BOOL: "?",
+}  # fmt: skip
+
+
+class Info(NamedTuple):
+    """A tensor of the file."""
+
+    shape: tuple[int, ...]
+    """As numpy has it: the last axis lies together in memory (the file counts the other way round)"""
+    kind: GGMLQuantizationType
+    start: int
+    size: int
+    """Bytes of the file: [start, start + size)"""
+
+
+class GGUF(Mapping[str, np.ndarray]):
+    """`metadata`, and the tensors by name, float32, read and unpacked when they are asked for.
+
+    Values of `metadata` are bool, int, float, str, a list of str, or a numpy array.
+
+    Raises:
+        StorageError: the file is none of GGUF, truncated, hostile, or has a tensor in a format that is not read.
+    """
+
+    def __init__(self, file: pathlib.Path):
+        if not file.is_file():
+            raise StorageError(f"{file} is missing; expected a GGUF file")
+        self.file = file
+        with file.open("rb") as f:
+            if file.stat().st_size < 24:
+                raise StorageError(f"{file} is no GGUF file: it has {file.stat().st_size} bytes")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                self.metadata, self.infos = _read_header(_Cursor(mapped, file))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.infos[name]
+        block, packed = GGML_QUANT_SIZES[info.kind]
+        width = info.shape[-1] // block * packed
+        out = np.empty((info.size // width, info.shape[-1]), np.float32)
+        rows = max(1, AT_ONCE // info.shape[-1])
+        # not memory-mapped: the pages of a whole file would stay in memory beside the model
+        with self.file.open("rb") as f, np.errstate(all="ignore"):  # what is not finite is refused by name
+            f.seek(info.start)
+            for i in range(0, len(out), rows):
+                part = out[i : i + rows]
+                raw = np.fromfile(f, np.uint8, len(part) * width)
+                if len(raw) != len(part) * width:
+                    raise StorageError(f"{self.file}: tensor {_short(name)} ends early: the file was changed")
+                part[...] = dequantize(raw.reshape(-1, width), info.kind)
+        if not np.isfinite(out).all():
+            raise StorageError(f"{self.file}: tensor {_short(name)} holds NaN or Inf")
+        return out.reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+
+class _Cursor:
+    """A place in the file that never runs over its end."""
+
+    def __init__(self, data: mmap.mmap, file: pathlib.Path):
+        self.data, self.file, self.at, self.end = data, file, 0, len(data)
+
+    def fail(self, message: str) -> StorageError:
+        return StorageError(f"{self.file}: {message}")
+
+    def take(self, size: int, what: str) -> int:
+        """Where `size` bytes begin; the cursor stands behind them."""
+        start = self.at
+        if size > self.end - start:
+            raise self.fail(f"truncated: {what} needs {size} bytes at byte {start}, but the file ends at {self.end}")
+        self.at = start + size
+        return start
+
+    def number(self, kind: str, what: str) -> Any:
+        return struct.unpack_from(f"<{kind}", self.data, self.take(struct.calcsize(kind), what))[0]
+
+    def text(self, what: str) -> str:
+        size = self.number("Q", what)
+        start = self.take(size, what)
+        try:
+            return self.data[start : start + size].decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise self.fail(f"{what} is no UTF-8: {e}") from None
+
+    def count(self, kind: str, least: int, what: str) -> int:
+        """A number of things of at least `least` bytes each, all of which have to fit into what is left."""
+        n = self.number(kind, what)
+        if n * least > self.end - self.at:
+            raise self.fail(f"{what} is {n}, more than the {self.end - self.at} bytes left can hold")
+        return n
+
+
+def _read_header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Info]]:
+    if (magic := c.data[: c.take(4, "the magic") + 4]) != b"GGUF":
+        raise c.fail(f"no GGUF file: it begins with {magic!r}, not b'GGUF'")
+    version = c.number("I", "the version")
+    if version not in VERSIONS:
+        kind = "big-endian, " if version & 0xFFFF == 0 else ""
+        raise c.fail(f"{kind}GGUF version {version} is not read; there are {', '.join(map(str, VERSIONS))}")
+    tensors = c.count("Q", 8 + 4 + 8 + 4 + 8, "the number of tensors")
+    pairs = c.count("Q", 8 + 4 + 1, "the number of keys")
+    metadata: dict[str, Any] = {}
+    for i in range(pairs):
+        key = c.text(f"the name of key {i}")
+        if key in metadata:
+            raise c.fail(f"the key {_short(key)} occurs twice")
+        metadata[key] = _value(c, c.number("I", f"the type of {_short(key)}"), f"the key {_short(key)}")
+    if (parts := metadata.get("split.count", 0)) not in (0, 1):
+        raise c.fail(f"it is one of {parts} parts; join them first (llama-gguf-split --merge)")
+    described: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+    for i in range(tensors):
+        name = c.text(f"the name of tensor {i}")
+        if name in described:
+            raise c.fail(f"the tensor {_short(name)} occurs twice")
+        described[name] = _describe(c, f"tensor {_short(name)}")
+    return metadata, _place(c, described, metadata.get("general.alignment", 32))
+
+
+def _value(c: _Cursor, kind: int, what: str) -> Any:
+    if kind == GGUFValueType.STRING:
+        return c.text(what)
+    if kind == GGUFValueType.ARRAY:
+        inner = c.number("I", what)
+        if inner == GGUFValueType.STRING:
+            return [c.text(what) for _ in range(c.count("Q", 8, f"the length of {what}"))]
+        dtype = _scalar(c, inner, what)
+        n = c.count("Q", dtype.itemsize, f"the length of {what}")
+        start = c.take(n * dtype.itemsize, what)
+        return np.frombuffer(c.data[start : c.at], dtype)
+    dtype = _scalar(c, kind, what)
+    start = c.take(dtype.itemsize, what)
+    return np.frombuffer(c.data[start : c.at], dtype)[0].item()
+
+
+def _scalar(c: _Cursor, kind: int, what: str) -> np.dtype:
+    if kind not in SCALARS:
+        raise c.fail(f"{what} has the unknown type {kind}")
+    return np.dtype(SCALARS[GGUFValueType(kind)])
+
+
+def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
+    """Shape, kind, and where it begins, counted from the first tensor."""
+    axes = c.number("I", what)
+    if not 1 <= axes <= 4:
+        raise c.fail(f"{what} has {axes} axes; expected 1 to 4")
+    shape = tuple(c.number("Q", what) for _ in range(axes))[::-1]
+    number = c.number("I", what)
+    known = {kind.value: kind for kind in GGMLQuantizationType}
+    if number not in known or known[number].name not in READABLE:
+        name = known[number].name if number in known else number
+        raise c.fail(f"{what} has the unknown quantization {name}; there are {', '.join(READABLE)}")
+    return shape, known[number], c.number("Q", what)
+
+
+def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment: Any) -> dict[str, Info]:
+    """Checks that each tensor lies within the file, and none within another."""
+    if not (isinstance(alignment, int) and 0 < alignment <= MOST_ALIGNMENT and alignment & (alignment - 1) == 0):
+        raise c.fail(f"general.alignment is {alignment!r}; expected a power of two up to {MOST_ALIGNMENT}")
+    data = -(-c.at // alignment) * alignment
+    infos = {}
+    for name, (shape, kind, offset) in described.items():
+        block, packed = GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise c.fail(f"tensor {_short(name)} of shape {list(shape)} is no whole number of {kind.name} blocks")
+        size = math.prod(shape) // block * packed
+        start = data + offset
+        if offset % alignment or start + size > c.end:
+            raise c.fail(
+                f"truncated: tensor {_short(name)} of shape {list(shape)} takes bytes {start} to {start + size}, "
+                f"but the file ends at {c.end}"
+                if offset % alignment == 0
+                else f"tensor {_short(name)} does not begin at a multiple of {alignment} bytes"
+            )
+        infos[name] = Info(shape, kind, start, size)
+    order = sorted(infos.items(), key=lambda item: item[1].start)
+    for (name, one), (after, other) in itertools.pairwise(order):
+        if one.start + one.size > other.start:
+            raise c.fail(f"the tensors {_short(name)} and {_short(after)} overlap")
+    return infos
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:117] + "...")

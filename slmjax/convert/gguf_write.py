@@ -1,0 +1,102 @@
+"""Writes a GGUF file, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+
+from slmjax.errors import StorageError, UserError
+
+KINDS = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+"""dtype -> that of the matrices, and what general.file_type says"""
+ALWAYS_FLOAT32 = ("_norm.weight", "position_embd.weight", "rope_freqs.weight", "rope_factors_long.weight",
+                  "rope_factors_short.weight")  # fmt: skip
+STANDARD = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+
+Tensors = Iterator[tuple[str, np.ndarray]]
+
+
+def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
+    """In which format a tensor is written: vectors and norms stay float32, as llama.cpp wants them.
+
+    A matrix whose rows are no whole number of Q8_0 blocks (of 32) is written as float16.
+    """
+    if len(shape) == 1 or name.endswith(ALWAYS_FLOAT32):
+        return GGMLQuantizationType.F32
+    kind = KINDS[dtype][0]
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def pack(name: str, x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """
+    Raises:
+        UserError: a value is not finite, or not in this format.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    if kind == GGMLQuantizationType.BF16:
+        packed = x.astype(ml_dtypes.bfloat16)
+    elif kind == GGMLQuantizationType.F16:
+        with np.errstate(over="ignore"):  # what overflows is refused as Inf, by name
+            packed = x.astype(np.float16)
+    else:
+        packed = x
+    if not np.isfinite(packed).all():
+        raise UserError(f"parameter {name} holds NaN or Inf as {kind.name}: a diverged model is not exported")
+    return quantize(packed, kind) if kind == GGMLQuantizationType.Q8_0 else packed
+
+
+def write(
+    file: pathlib.Path,
+    name: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Callable[[], Tensors],
+    dtype: str,
+) -> None:
+    """
+    Args:
+        name: llama.cpp's of the architecture.
+        metadata: bool, int (unsigned), float, str or lists by key.
+        shapes: of each tensor, in the order in which `tensors` gives them.
+        tensors: name -> tensor [as numpy lays it out], float32.
+        dtype: one of `KINDS`.
+
+    Raises:
+        UserError: see `pack`.
+        StorageError: the disk is full or not writable.
+    """
+    kinds = {key: kind_of(key, shape, dtype) for key, shape in shapes.items()}
+    try:
+        writer = GGUFWriter(file, name)
+        writer.add_file_type(int(KINDS[dtype][1]))
+        writer.add_quantization_version(2)
+        for key, value in metadata.items():
+            getattr(writer, f"add_{STANDARD[type(value)]}")(key, value)
+        for key, shape in shapes.items():
+            block, packed = GGML_QUANT_SIZES[kinds[key]]
+            width = shape[-1] // block * packed
+            # bytes, whatever the format: the writer then works out the shape
+            size = int(np.prod(shape[:-1], dtype=np.int64)) * width
+            writer.add_tensor_info(key, (*shape[:-1], width), np.dtype(np.uint8), size, raw_dtype=kinds[key])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        try:
+            for (key, x), expected in zip(tensors(), shapes, strict=True):
+                assert key == expected, f"{key} came where {expected} was announced"
+                writer.write_tensor_data(pack(key, x, kinds[key]).view(np.uint8))
+        finally:
+            writer.close()
+    except OSError as e:
+        raise StorageError(f"cannot write {file}: {e.strerror or e}") from e

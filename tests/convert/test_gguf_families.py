@@ -1,0 +1,197 @@
+"""Each architecture of the GGUF table: models that stock transformers made, written as GGUF, run by stock llama.cpp."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from slmjax.convert import gguf_gate, gguf_write
+from slmjax.convert.gguf_export import export_gguf
+from slmjax.convert.gguf_families import ARCHITECTURES, architecture_of
+from slmjax.convert.gguf_file import GGUF
+from slmjax.convert.gguf_tokenizer import to_gguf
+from slmjax.convert.hf import import_hf
+from slmjax.convert.safetensors_io import Tensors
+from slmjax.data.tokenizer import Bytes
+from slmjax.errors import UserError
+from slmjax.models import FAMILIES
+
+VOCAB = 288  # 258 ids of the tokenizer, and rows that have none
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WIDE = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
+BASE = {**WIDE, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LONG = [1.0 + 0.5 * i for i in range(8)]
+GEMMA = {**BASE, "num_hidden_layers": 4, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+CONFIGS = {
+    "llama": {"model_type": "llama", **BASE, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
+    "llama, biases, free head_dim, tied": {
+        "model_type": "llama", **BASE, "head_dim": 32, "attention_bias": True, "mlp_bias": True,
+        "tie_word_embeddings": True, "rope_parameters": ROPE,
+    },
+    "llama, linear scaling": {
+        "model_type": "llama", **BASE, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0},
+    },
+    "mistral": {"model_type": "mistral", **BASE, "head_dim": 32, "sliding_window": None, "rope_parameters": ROPE},
+    "granite": {
+        "model_type": "granite", **BASE, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2, "rope_parameters": ROPE,
+    },
+    "smollm3": {
+        "model_type": "smollm3", **BASE, "num_hidden_layers": 4, "rope_parameters": {**ROPE, "rope_theta": 2e6},
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "qwen2": {"model_type": "qwen2", **BASE, "rope_parameters": {**ROPE, "rope_theta": 1e6}},
+    "qwen3": {"model_type": "qwen3", **BASE, "head_dim": 32, "tie_word_embeddings": True, "rope_parameters": ROPE},
+    "olmo2": {"model_type": "olmo2", **BASE, "rope_parameters": ROPE, "eos_token_id": 2},
+    "gemma2": {"model_type": "gemma2", **GEMMA, "layer_types": WINDOWS, "rope_parameters": ROPE},
+    "gemma3": {
+        "model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 7,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 1e6}},
+    },
+    "phi3": {
+        "model_type": "phi3", **BASE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0},
+    },
+    "phi3, partial rotation": {
+        "model_type": "phi3", **BASE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": True, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "phi3, longrope": {
+        "model_type": "phi3", **BASE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 2048, "original_max_position_embeddings": 1024,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": LONG, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 1024,
+        },
+    },
+    "stablelm": {
+        "model_type": "stablelm", **BASE, "use_qkv_bias": True,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+    },
+    "stablelm, parallel, a norm a head": {
+        "model_type": "stablelm", **BASE, "qk_layernorm": True, "use_parallel_residual": True,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128,
+        "n_inner": 96, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox", **WIDE, "intermediate_size": 96, "num_attention_heads": 4,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+    },
+    "gpt_neox, serial": {
+        "model_type": "gpt_neox", **WIDE, "intermediate_size": 96, "num_attention_heads": 4, "hidden_act": "gelu_new",
+        "use_parallel_residual": False, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "bloom, odd number of heads": {
+        "model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 96, "n_layer": 2, "n_head": 6, "seq_length": 128,
+    },
+}  # fmt: skip
+
+
+KNOWN = {family.model_type for family in FAMILIES}
+OURS = [name for name, config in CONFIGS.items() if config["model_type"] in KNOWN]
+
+
+def test_every_architecture_is_tried():
+    assert {config["model_type"] for config in CONFIGS.values()} == {one.model_type for one in ARCHITECTURES}
+
+
+def write(folder, out, dtype="float32"):
+    """What `write_gguf` does for a decoder, for any folder of transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    architecture = architecture_of(config["model_type"])
+    tensors = Tensors(folder)
+    metadata = {**architecture.keys(config), **to_gguf(Bytes().make([], pathlib.Path()), VOCAB)}
+    shapes = {name: x.shape for name, x in architecture.tensors(config, iter(tensors.items()))}
+    gguf_write.write(
+        out, architecture.name, metadata, shapes, lambda: architecture.tensors(config, iter(tensors.items())), dtype
+    )
+    return architecture, config, tensors
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_what_transformers_does(tmp_path, reference, name):
+    reference.make(tmp_path / "hf", CONFIGS[name], seed=1)
+    out = tmp_path / "model.gguf"
+    architecture, config, tensors = write(tmp_path / "hf", out)
+    back = GGUF(out)
+    for key, x in tensors.items():
+        np.testing.assert_allclose(architecture.theirs(config, key, back), x, rtol=0, atol=3e-7, err_msg=key)
+    prompts = np.random.default_rng(0).integers(0, 256, (6, 40), dtype=np.int32)  # longer than the windows
+    request = {"prompts": prompts.tolist(), "new_tokens": 8, "top": 20, "texts": []}
+    answer = gguf_gate._run(out, reference.python, request)
+    assert answer is not None, "the reference environment lacks xllamacpp"
+    compared = 0
+    whole = np.zeros((len(prompts), 48), np.int32)
+    for i, (prompt, row) in enumerate(zip(prompts, answer["rows"], strict=True)):
+        whole[i, : 40 + len(row["tokens"])] = [*prompt, *row["tokens"]]
+    for logits, row in zip(reference.logits(tmp_path / "hf", whole)[0]["logits"], answer["rows"], strict=True):
+        limit = (gguf_gate.MAY_DRIFT["float32"] + architecture.drift) * max(1, np.abs(logits).max())
+        scores = gguf_gate._log_softmax(logits)
+        for step, token in enumerate(row["tokens"]):
+            here = scores[39 + step]
+            assert here.max() - here[token] <= 2 * limit, f"step {step}: another token is likelier"
+            if step < len(row["top"]):
+                ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
+                error = np.abs(here[ids] - theirs).max()
+                assert error <= limit, f"step {step}: {error} > {limit}"
+                compared += 1
+    assert compared >= 6
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_export_passes_the_gate(tmp_path, reference, name):
+    """The same models, read as our decoders."""
+    reference.make(tmp_path / "hf", CONFIGS[name], seed=2)
+    imported = import_hf(tmp_path / "hf")
+    made = export_gguf(
+        imported.decoder,
+        imported.params,
+        tmp_path / "a.gguf",
+        tokenizer=Bytes().make([], pathlib.Path()),
+        reference_python=reference.python,
+    )
+    assert [check.passed for check in made.checks] == [True] * 4
+    assert (
+        GGUF(tmp_path / "a.gguf").metadata["general.architecture"] == architecture_of(CONFIGS[name]["model_type"]).name
+    )
+
+
+WRONG = {
+    "hidden_act = 'gelu'": ("llama", {"hidden_act": "gelu"}),
+    "sliding_window = 16": ("mistral", {"sliding_window": 16}),
+    "rope_type = 'yarn'": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+    "query_pre_attn_scalar = 16": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "full attention in every 2nd layer": ("gemma2", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+    r"full attention in the layers \[0, 1\]": (
+        "gemma3", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 5},
+    ),
+    "attn_logit_softcapping = None": ("gemma2", {"attn_logit_softcapping": None}),
+    "no_rope_layers": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "activation_function = 'relu'": ("gpt2", {"activation_function": "relu"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, reference, message):
+    name, change = WRONG[message]
+    reference.make(tmp_path, CONFIGS[name], seed=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    architecture = architecture_of(config["model_type"])
+    assert architecture.keys(config)
+    with pytest.raises(UserError, match=message):
+        architecture.keys({**config, **change})
+
+
+def test_a_class_without_architecture_is_refused():
+    with pytest.raises(UserError, match=r"'opt' cannot be written as GGUF; llama.cpp computes llama, mistral"):
+        architecture_of("opt")
