@@ -144,31 +144,6 @@ def fox_1_1_6b() -> Decoder:
     )
 
 
-_ATTENTION, _MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
-HF = (
-    Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
-    Row("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight", "d -> d"),
-    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/o", f"{_ATTENTION}.o_proj.weight", "d (h k) -> h k d"),
-    Row("layers/attn/q_bias", f"{_ATTENTION}.q_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/k_bias", f"{_ATTENTION}.k_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/v_bias", f"{_ATTENTION}.v_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/o_bias", f"{_ATTENTION}.o_proj.bias", "d -> d"),
-    Row("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "d -> d"),
-    Row("layers/mlp/gate", f"{_MLP}.gate_proj.weight", "f d -> d f"),
-    Row("layers/mlp/up", f"{_MLP}.up_proj.weight", "f d -> d f"),
-    Row("layers/mlp/down", f"{_MLP}.down_proj.weight", "d f -> f d"),
-    Row("layers/mlp/gate_bias", f"{_MLP}.gate_proj.bias", "f -> f"),
-    Row("layers/mlp/up_bias", f"{_MLP}.up_proj.bias", "f -> f"),
-    Row("layers/mlp/down_bias", f"{_MLP}.down_proj.bias", "d -> d"),
-    Row("final_norm/scale", "model.norm.weight", "d -> d"),
-    Row("unembed/table", "lm_head.weight", "v d -> v d"),
-)
-"""Parameters as LlamaForCausalLM saves them"""
-
-
 def rows(decoder: Decoder) -> tuple[Row, ...]:
     """The rows whose parameters this decoder has."""
     return present(LLAMA, decoder)

@@ -176,6 +176,13 @@ def test_only_attention_in_the_layers_counts_its_flops():
 
 
 @pytest.mark.fast
+def test_attention_in_every_layer_is_a_qwen3():
+    all_attend = lfm2.from_config(config(layer_types=["full_attention"] * 3))
+    assert lfm2.to_config(all_attend) is None
+    assert family_of(all_attend).name == "Qwen3"
+
+
+@pytest.mark.fast
 def test_layers_that_repeat_are_one_scan():
     stages = lfm2.lfm2_1_2b().stages
     assert [(len(s.pattern), s.repeats) for s in stages] == [(3, 3), (2, 3), (1, 1)]

@@ -21,6 +21,7 @@ from slmjax.nn.embedding import Logits
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Alibi, Learned, NoPosition, Rope
 from slmjax.nn.rope_scaling import LinearScaling, LongRope
+from slmjax.nn.short_conv import ShortConv
 from slmjax.objectives import NextToken
 from slmjax.tree import flatten
 
@@ -83,6 +84,9 @@ VARIANTS = {
         BASE, tail=(Stage(pattern=(BLOCK, replace(BLOCK, mlp=replace(BLOCK.mlp, hidden=20)))), Stage(pattern=(BLOCK,)))
     ),
     "shared keys and values": shared(),
+    "short convolution": replace(
+        BASE, pattern=(replace(BLOCK, mixer=ShortConv(channels=24, taps=4, bias=True)), BLOCK), repeats=2
+    ),
 }
 
 
