@@ -82,10 +82,11 @@ def test_a_growing_cache_changes_nothing(generator, monkeypatch):
     monkeypatch.setattr(generate, "AHEAD", 16)
     monkeypatch.setattr(generate, "LEAST_CACHE", 32)
     lengths = []
-    programs = generator._programs[generate.GREEDY]
+    key = (generate.GREEDY, generator._ends)
+    programs = generator._programs[key]
     monkeypatch.setitem(
         generator._programs,
-        generate.GREEDY,
+        key,
         programs._replace(grow=lambda state, length: lengths.append(length) or programs.grow(state, length=length)),
     )
     assert generator(["The quick brown fox"], max_tokens=120) == whole
