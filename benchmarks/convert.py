@@ -32,11 +32,12 @@ write_hf(folder, decoder, map_with_path(draw, abstract(decoder)))
 """
 RUN = "import sys; from slmjax.cli.main import run; run(sys.argv[1:])"
 # This process stays small: a child's ru_maxrss starts at its parent's.
-PEAK = "; import resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+PEAK = "; import resource; r = resource.getrusage(resource.RUSAGE_SELF)"
+PEAK += "; print('used', r.ru_utime + r.ru_stime, r.ru_maxrss * 1024)"
 
 
-def measure(code: str, *arguments: str) -> tuple[float, int]:
-    """(seconds, peak bytes) of a Python program."""
+def measure(code: str, *arguments: str) -> tuple[float, float, int]:
+    """(seconds, seconds of processors, peak bytes) of a Python program."""
     environment = {k: v for k, v in os.environ.items() if k != "SLMJAX_REFERENCE_PYTHON"}
     start = time.perf_counter()
     command = [sys.executable, "-c", code + PEAK, *arguments]
@@ -44,7 +45,8 @@ def measure(code: str, *arguments: str) -> tuple[float, int]:
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
-    return seconds, int(done.stdout.split("peak")[-1])
+    busy, peak = done.stdout.split("used")[-1].split()
+    return seconds, float(busy), int(peak)
 
 
 def main() -> None:
@@ -56,14 +58,15 @@ def main() -> None:
         source = Path(name, "source")
         subprocess.run([sys.executable, "-c", MAKE, str(source)], check=True)
         size = (source / "model.safetensors").stat().st_size
-        _, base = measure("import jax; jax.numpy.zeros(1)")
+        *_, base = measure("import jax; jax.numpy.zeros(1)")
         print(f"float32 weights {size / 1e6:.0f} MB; a process that has imported jax {base / 1e6:.0f} MB")
-        print("| command | seconds | peak MB | times the weights |\n|---|---|---|---|")
+        print("| command | seconds | CPU seconds | peak MB | times the weights |\n|---|---|---|---|---|")
         for i in range(args.rounds):
             imported, exported = Path(name, f"imported{i}"), Path(name, f"exported{i}")
             for verb, read, out in (("import", source, imported), ("export", imported, exported)):
-                seconds, peak = measure(RUN, verb, str(read), "--out", str(out))
-                print(f"| `slmjax {verb}` | {seconds:.1f} | {peak / 1e6:.0f} | {peak / size:.2f} |", flush=True)
+                seconds, busy, peak = measure(RUN, verb, str(read), "--out", str(out))
+                cells = f"{seconds:.1f} | {busy:.1f} | {peak / 1e6:.0f} | {peak / size:.2f}"
+                print(f"| `slmjax {verb}` | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
