@@ -20,6 +20,7 @@ def main() -> None:
         "generate.py": peers,
         "data.py": [],
         "startup.py": [],
+        "convert.py": [],
         "overhead.py": [],
         "scaling.py": [],
     }.items():
