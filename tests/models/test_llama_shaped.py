@@ -36,7 +36,7 @@ PUBLISHED = {
     phi3.phi3_5_mini: ("Mistral", 3_821_079_552),
     phi3.phi4_mini: ("Phi-3", 3_836_021_760),
     stablelm.stablelm_3b_4e1t: ("StableLM", 2_795_443_200),
-    # Computed from the published configurations; the card of the first says 1,644,417,024.
+    # Computed from the published configurations.
     stablelm.stablelm_2_1_6b: ("StableLM", 1_644_515_328),
     stablelm.stablelm_2_12b: ("StableLM", 12_143_185_920),
     gemma2.gemma2_2b: ("Gemma 2", 2_614_341_888),
@@ -306,7 +306,10 @@ def test_windows_from_the_layer_on_that_the_configuration_names():
         assert [(len(s.pattern), s.repeats) for s in decoder.stages] == [(1, 4), (1, 2)]
 
 
-def test_longrope_as_three_libraries_write_it():
+NINE = {"rope_parameters": {"original_max_position_embeddings": 9}}
+
+
+def test_longrope_as_older_and_newer_files_say_it():
     new = {key: value for key, value in PHI4.items() if key != "rope_scaling"}
     factors = {key: PHI4["rope_scaling"][key] for key in ("short_factor", "long_factor")}
     read = phi3.from_config(PHI4)
@@ -351,16 +354,8 @@ def test_a_share_of_the_head_that_the_class_takes_for_granted_is_written():
         (PHI4, {"head_dim": 64}, "head_dim = 64"),
         (PHI4, {"attention_bias": True}, "attention_bias"),
         (PHI4, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "default and longrope only"),
-        (
-            PHI4,
-            {"original_max_position_embeddings": 8, "rope_parameters": {"original_max_position_embeddings": 9}},
-            "has 9",
-        ),
-        (
-            PHI4,
-            {"original_max_position_embeddings": None, "rope_parameters": {"original_max_position_embeddings": 9}},
-            "has 9",
-        ),
+        (PHI4, NINE, "original_max_position_embeddings = 4096 but rope_parameters has 9"),
+        ({**PHI4, "original_max_position_embeddings": None}, NINE, "= 4096 but rope_parameters has 9"),
         (STABLELM, {"hidden_size": 2561}, "hidden_size = 2561 is not 32 heads"),
         (STABLELM, {"head_dim": 64}, "head_dim = 64"),
         (STABLELM, {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
