@@ -23,7 +23,6 @@ from slmjax.models.decoder import Stage
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.block import Parallel, PostNorm, Sandwich
 from slmjax.nn.embedding import Logits
-from slmjax.nn.mlp import SwiGLU
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Alibi
 
@@ -197,15 +196,16 @@ def test_what_no_weight_can_take_is_refused(name):
     assert "\n" not in str(error.value)
 
 
+BARE = LayerNorm(gain=False, bias=False)
 NAMED = {
     "table_width = 12": replace(LLAMA, table_width=12),
     "embed_norm = RMSNorm": replace(LLAMA, embed_norm=RMSNorm()),
     "block = PostNorm": wired(LLAMA, PostNorm),
     "mixer.kv_heads = 2": changed(gpt2.gpt2(**SIZES), {"mixer": {"kv_heads": 2}}),
     "mixer.position = Alibi": changed(opt.opt(**SIZES), {"mixer": {"position": Alibi()}}),
-    "norm = LayerNorm": changed(LLAMA, {"norm": LayerNorm(eps=0.3)}, final_norm=LayerNorm(eps=0.3)),
+    "norm = LayerNorm": changed(LLAMA, {"norm": BARE}, final_norm=BARE),
     "layers = 2 kinds of block": replace(
-        LLAMA, pattern=(LLAMA.pattern[0], replace(LLAMA.pattern[0], mlp=SwiGLU(hidden=20)))
+        LLAMA, pattern=(LLAMA.pattern[0], replace(LLAMA.pattern[0], norm=RMSNorm(eps=0.1)))
     ),
 }
 
