@@ -8,7 +8,7 @@ from families.proof import moves, prove, prove_any
 from hypothesis import strategies as st
 from running import ROOT
 
-from slmjax.convert import hf
+from slmjax.convert import expressed, hf
 from slmjax.errors import UserError
 from slmjax.models import FAMILIES
 from slmjax.models.flops import parameter_count
@@ -20,7 +20,8 @@ FILE = ROOT / "tests" / "design" / "starcoder2.py"
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
     """The line that models/__init__.py would get."""
-    monkeypatch.setattr(hf, "FAMILIES", (*FAMILIES, starcoder2.FAMILY))
+    for module in (expressed, hf):
+        monkeypatch.setattr(module, "FAMILIES", (*FAMILIES, starcoder2.FAMILY))
 
 
 def config(**changes):
@@ -51,7 +52,7 @@ def test_the_page_shows_a_file_of_less_than_100_lines_that_slmjax_knows_nothing_
     text = FILE.read_text()
     assert len(text.splitlines()) < 100
     assert f"```python\n{text}```" in (ROOT / "docs" / "add_a_family.md").read_text(), "the page is out of step"
-    assert not [p for p in (ROOT / "slmjax").rglob("*.py") if "starcoder" in p.read_text().lower()]
+    assert not [p for p in (ROOT / "slmjax").rglob("*.py") if "starcoder2" in p.read_text().lower()]
 
 
 def test_any_starcoder2(reference):
