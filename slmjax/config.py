@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from slmjax.data.spec import Data
 from slmjax.errors import UserError
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
 from slmjax.objectives import NextToken, ObjectiveSpec
 from slmjax.optim.recipes import AdamW, Recipe
@@ -54,7 +54,7 @@ class Experiment:
 
     name: str
     """For people: run names, the model card"""
-    model: Decoder
+    model: Assembly
     data: Data
     schedule: Schedule
     steps: int

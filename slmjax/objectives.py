@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from slmjax.errors import UserError
+from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.losses.next_token import next_token
-from slmjax.types import Model, Objective
+from slmjax.types import Model, Objective, Special
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,15 @@ class ObjectiveSpec:
     def build(self, model: Model) -> Objective:
         """The objective over this model's parameters."""
         raise TypeError(f"{type(self).__name__} does not define build(model) -> Objective")
+
+    @property
+    def predicted(self) -> float:
+        """The share of tokens whose logits are computed, for counting FLOPs."""
+        return 1.0
+
+    def bound(self, special: Special) -> ObjectiveSpec:
+        """The same, once the special tokens of the data's tokenizer are known."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +37,7 @@ class NextToken(ObjectiveSpec):
     """Positions of each row whose logits exist at once; None: chosen by size"""
 
     def __post_init__(self):
-        if self.z_loss < 0:
-            raise UserError(f"objective.z_loss: {self.z_loss} is negative; typical is 1e-4, or 0 for none")
-        if self.chunk is not None and self.chunk < 1:
-            raise UserError(f"objective.chunk: {self.chunk} is not a positive number of positions, or None")
+        _check(self.z_loss, self.chunk)
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):
@@ -40,3 +47,51 @@ class NextToken(ObjectiveSpec):
             )
 
         return Objective(loss=loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(ObjectiveSpec):
+    """Cross-entropy of hidden tokens from both sides, in nats a hidden token; see losses/masked_lm.py. For encoders.
+
+    Which tokens are hidden follows from the key of the step: another choice in each step, the same when it is repeated.
+    """
+
+    masking: Masking = field(default_factory=Masking)
+    z_loss: float = 0.0
+    """Factor on the mean of (log Z)^2"""
+    chunk: int | None = None
+    """Hidden tokens of each row whose logits exist at once; None: chosen by size"""
+    special: Special | None = None
+    """Ids of the mask and of the tokens never hidden; None: those of the data's tokenizer"""
+
+    def __post_init__(self):
+        _check(self.z_loss, self.chunk)
+
+    @property
+    def predicted(self) -> float:
+        """`masking.rate`"""
+        return self.masking.rate
+
+    def bound(self, special: Special) -> MaskedLM:
+        """With these special tokens, unless the experiment names its own."""
+        return self if self.special is not None else replace(self, special=special)
+
+    def build(self, model: Model) -> Objective:
+        def ask(batch, key):
+            if self.special is None:
+                raise UserError("objective.special: unknown; name the ids of the tokenizer, or use bound(special)")
+            return self.masking(batch, key, vocab=model.vocab, special=self.special)
+
+        def loss(params, frozen, batch, key):
+            hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
+            most = self.masking.most(batch.tokens.shape[1])
+            return masked_lm(model.unembed, params, hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk)
+
+        return Objective(loss=loss, ask=ask)
+
+
+def _check(z_loss: float, chunk: int | None) -> None:
+    if z_loss < 0:
+        raise UserError(f"objective.z_loss: {z_loss} is negative; typical is 1e-4, or 0 for none")
+    if chunk is not None and chunk < 1:
+        raise UserError(f"objective.chunk: {chunk} is not a positive number of positions, or None")

@@ -6,6 +6,7 @@ Nothing here imports jax, so that `data/` can build batches without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -36,16 +37,26 @@ class Batch(NamedTuple):
     segment_ids: Array  # int32
 
 
-class Output(NamedTuple):
-    """What a decoder returns for tokens [B, T]."""
+@dataclass(frozen=True, kw_only=True)
+class Special:
+    """Ids of a tokenizer that are no text."""
 
-    hidden: Array  # [B, T, D]: after the final norm, what the unembedding reads
+    mask: int | None = None
+    """Stands for a hidden token"""
+    all: tuple[int, ...] = ()
+    """Every one: beginning, end, mask, padding and what else there is"""
+
+
+class Output(NamedTuple):
+    """What a model returns for tokens [B, T]."""
+
+    hidden: Array  # [B, T, D]: after the final norm, what `unembed` reads
     cache: Any = None  # the key-value cache after these tokens, where one was given
     blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
 
 
 class Model(NamedTuple):
-    """Pure functions over `Params`. Made by `Decoder.build(compute)`.
+    """Pure functions over `Params`. Made by `Decoder.build(compute)` or `Encoder.build(compute)`.
 
     Logits are not returned by `apply`: [B, T, V] in fp32 is often the largest array of a step, so the loss decides
     how much of it exists at once by calling `unembed` on pieces of `hidden`.
@@ -56,11 +67,11 @@ class Model(NamedTuple):
     apply: Callable[..., Output]
     """(params, tokens [B,T], positions [B,T], segment_ids [B,T], *, cache=None, collect=False) -> Output"""
     unembed: Callable[[Params, Any], Any]
-    """(params, hidden [..., D]) -> logits [..., V], float32"""
+    """(params, hidden [..., D]) -> logits [..., V], float32; of an encoder, what its head tells of each token"""
     axes: Any
     """The tree of `init`, each leaf a tuple with one logical axis name (or None) a dimension"""
     init_cache: Callable[[int, int], Any]
-    """(batch, length) -> an empty key-value cache"""
+    """(batch, length) -> an empty key-value cache. Raises UserError for a model that continues no text"""
     context: int
     """The longest sequence, in tokens, that the positions of this model can represent"""
     vocab: int
@@ -83,6 +94,11 @@ class ParamView(NamedTuple):
     """(params, view state) -> the effective parameters of evaluation, sampling and export"""
 
 
+def as_it_is(batch: Batch, key: Key) -> Batch:
+    """`Objective.ask` where batches come with their questions: the next token of each."""
+    return batch
+
+
 class Objective(NamedTuple):
     """What is minimised. `loss` is the mean over tokens weighted by `batch.weights`."""
 
@@ -94,6 +110,9 @@ class Objective(NamedTuple):
     mean of the large batch."""
     frozen: Frozen = ()
     """Passed to `loss` by every step, undonated"""
+    ask: Callable[[Batch, Key], Batch] = as_it_is
+    """(the batch of a step, key) -> the batch that `loss` reads, such as one with words masked. Called inside the step
+    before it is cut into micro-batches, so that their number changes nothing of what is drawn"""
 
 
 class Optimizer(NamedTuple):

@@ -98,7 +98,7 @@ def _table(
     from slmjax.models.flops import flops_per_token, nonembedding_count, parameter_count
     from slmjax.track.progress import duration, si
 
-    flops = flops_per_token(experiment.model, experiment.data.length).attention
+    flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted).attention
     tokens = experiment.steps * experiment.data.batch * experiment.data.length
     rate = speed.tokens_per_second(flops)
     seconds = tokens / rate
@@ -110,7 +110,7 @@ def _table(
     for name, value in (
         ("parameters", f"{count:,}, {inside:,} without tables"),
         ("training", f"{experiment.steps:,} steps, {micro}{rows} x {experiment.data.length}: {tokens:,} tokens"),
-        ("FLOPs", f"{si(flops)}FLOP a token (causal attention and head counted), {si(flops * tokens)}FLOP in all"),
+        ("FLOPs", f"{si(flops)}FLOP a token (attention and head counted), {si(flops * tokens)}FLOP in all"),
         ("device", f"{', '.join(f'{k}={v}' for k, v in mesh.items())}, {compute.dtype}, {si(limit)}B ({said})"),
         ("memory: parameters", f"{si(memory.params)}B"),
         ("  optimizer, view", f"{si(memory.optimizer)}B"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import tree
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.train.sharding import is_axes
 
 EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
@@ -34,10 +34,11 @@ class Speed(NamedTuple):
         return self.flops * self.efficiency / flops_per_token
 
 
-def products(decoder: Decoder) -> list[tuple[int, int]]:
+def products(decoder: Assembly) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer of each kind, and of the head."""
     axes = tree.flatten(decoder.build().axes, is_leaf=is_axes)
-    found = [(decoder.width, decoder.vocab)]
+    head = decoder.logit_products()
+    found = [(head // decoder.vocab, decoder.vocab)] if head else []
     for path, shape in tree.flatten(decoder.declared()).items():
         names, sizes = axes[path.removesuffix("/value")], shape.shape
         if names[0] != "layers" or len(names) < 3 or path.removesuffix("/value").endswith("bias"):
@@ -47,7 +48,7 @@ def products(decoder: Decoder) -> list[tuple[int, int]]:
     return found
 
 
-def calibrate(decoder: Decoder, dtype: str, tokens: int, seconds: float = 2.0) -> Speed:
+def calibrate(decoder: Assembly, dtype: str, tokens: int, seconds: float = 2.0) -> Speed:
     """Times the products of the model's shapes, forward and both of the backward pass, on the first device."""
     rows = min(tokens, MOST_TOKENS)
     shapes = products(decoder)

@@ -63,14 +63,15 @@ def main(argv: list[str]) -> int:
             loaded.decoder.build(compute_of(args.dtype)),
             loaded.params,
             batches,
-            token_bytes=token_bytes(tokenizer.raw),
+            token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.whole_text else (),
+            ask=lambda batch, key: loaded.decoder.asked(batch, key, tokenizer.roles),
             progress=lambda done: progress("batches", done, args.batches),
         )
     if args.json:
         print(json.dumps(_record(result, loaded, stores)))
         return 0
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, stores))
-    print(f"next:\n  slmjax generate {args.model} --prompt 'Once upon a time'")
+    print(f"next:\n  slmjax {loaded.decoder.example.format(args.model)}")
     return 0
 
 
@@ -160,5 +161,7 @@ def _table(result: Any, loaded: Any, stores: Any) -> Any:
     ):
         if estimate is not None:
             table.add_row(name, f"{estimate.value:.4f}", f"{estimate.se:.4f}")
-    table.caption = f"{result.tokens:,.0f} tokens, {result.bytes:,.0f} bytes, {result.sequences:,} sequences"
+    size = f"{result.bytes:,.0f} bytes, " if result.bytes else ""
+    asked = "tokens" if loaded.decoder.whole_text else "hidden tokens"
+    table.caption = f"{result.tokens:,.0f} {asked}, {size}{result.sequences:,} sequences"
     return table

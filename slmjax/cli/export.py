@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
 
 def _hf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], Sequence[str]]:
     from slmjax.convert.export import export_hf
+    from slmjax.convert.hf import family_of
 
     exported = export_hf(
         loaded.decoder,
@@ -98,11 +99,12 @@ def _hf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], 
         reference_python=args.reference_python,
         donate=True,
     )
+    loader = family_of(loaded.decoder).asked(loaded.decoder).loader
     if exported.folded:
         print(f"folded into the weights, for no class of transformers has them: {', '.join(exported.folded)}")
     return exported.checks, (
-        f'slmjax generate {out} --prompt "Once upon a time"',
-        f"""python -c 'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{out}"))'""",
+        f"slmjax {loaded.decoder.example.format(out)}",
+        f"""python -c 'from transformers import {loader} as M; print(M.from_pretrained("{out}"))'""",
     )
 
 

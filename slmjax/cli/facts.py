@@ -24,13 +24,14 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
     stores = _stores(config)
     data = experiment.data
     tokens = step * data.batch * data.length
+    each = flops_per_token(experiment.model, data.length, experiment.objective.predicted).attention
     return Facts(
         name=name,
         licence=licence,
         sources=tuple(source for store in stores for source in _sources(store.manifest)),
         tokens=tokens or None,
         steps=step or None,
-        flops=float(tokens * flops_per_token(experiment.model, data.length).attention) or None,
+        flops=float(tokens * each) or None,
         flops_convention="forward and backward, attention and output head counted",
         energy=_energy(_json(run / "energy.json")),
         hardware=_hardware(environment),

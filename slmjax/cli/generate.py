@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95\n'
         '  slmjax generate runs/smollm2 --chat "What is gravity?" --system "Answer in one sentence."',
     )
-    from slmjax.cli.loading import load
+    from slmjax.cli.loading import generative, load
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
 
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         "seed": args.seed,
     }
     loaded = load(args.model, step=args.step, say=_note)
-    generator = Generator(loaded.decoder, loaded.params, loaded.tokenizer(), _compute(args.dtype))
+    generator = Generator(generative(loaded.decoder), loaded.params, loaded.tokenizer(), _compute(args.dtype))
     if args.chat is not None:
         return _chat(generator, args, options)
     start, made = time.monotonic(), 0

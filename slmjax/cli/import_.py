@@ -54,8 +54,10 @@ def main(argv: list[str]) -> int:
         if tokenizer is not None:
             tokenizer.save(folder)
     print(f"{imported.family.name} of {parameter_count(imported.decoder):,} parameters imported to {args.out}")
-    ask = "--chat 'What is gravity?'" if tokenizer is not None and tokenizer.chat else "--prompt 'Once upon a time'"
-    print(f"next:\n  slmjax inspect {args.out}\n  slmjax generate {args.out} {ask}")
+    example = imported.decoder.example
+    if tokenizer is not None and tokenizer.chat:
+        example = "generate {} --chat 'What is gravity?'"
+    print(f"next:\n  slmjax inspect {args.out}\n  slmjax {example.format(args.out)}")
     return 0
 
 

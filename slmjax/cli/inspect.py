@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
         size = SIZES[args.model]
         print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")
     else:
-        verb, more = ("doctor", "") if params is None else ("generate", " --prompt x")
-        print(f"next:\n  slmjax {verb} {args.model}{more}")
+        command = "doctor {}" if params is None else decoder.example
+        print(f"next:\n  slmjax {command.format(args.model)}")
     return 0
 
 
@@ -107,7 +107,7 @@ def _flops(flops: Any, length: int) -> Any:
     for name, value in (
         ("(i) 6 N without tables", flops.nonembedding),
         ("(ii) (i) and the head", flops.head),
-        ("(iii) (ii) and causal attention", flops.attention),
+        ("(iii) (ii) and attention", flops.attention),
         ("(iv) 6 N", flops.total),
     ):
         table.add_row(name, f"{value:,}")

@@ -15,11 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.cli import runs
+from slmjax.cli.loading import generative
 from slmjax.cli.peak import peak_flops, probe_bf16
 from slmjax.config import Experiment, Runtime
 from slmjax.data.loader import Loader, open_stores, validation_batches
 from slmjax.data.token_store import TOKENIZER_FILES, TokenStore
 from slmjax.errors import UserError
+from slmjax.models.assembly import Assembly
 from slmjax.models.flops import flops_per_token, parameter_count
 from slmjax.nn.compute import Compute, for_backend
 from slmjax.track import environment
@@ -118,13 +120,13 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
     if _says_the_first(done >= experiment.steps and not changed):
         if first:
             print(f"{folder}: complete, {done} steps; nothing to do")
-            print(_next_steps(folder))
+            print(_next_steps(folder, experiment.model))
         return
     with lock(folder) if first else contextlib.nullcontext():
         _run(experiment, runtime, folder, config, changed, stores, held_out)
     if first:
         print(f"done: {folder}")
-        print(_next_steps(folder))
+        print(_next_steps(folder, experiment.model))
 
 
 def _run(
@@ -141,14 +143,14 @@ def _run(
     if first:
         _copy_tokenizer(stores[0], folder)
 
-    built = build(experiment, runtime)
+    built = build(replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)), runtime)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     loader = Loader(
         experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
     )
     peak, peak_source = peak_flops(built.compute.dtype)
     slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
-    flops = flops_per_token(experiment.model, experiment.data.length)
+    flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Trackers(), _silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, stores, peak, peak_source))
@@ -233,7 +235,7 @@ def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built:
 
     samples = runtime.samples
     rule = sampler(temperature=samples.temperature)
-    generator = Generator(experiment.model, None, store.tokenizer(), built.compute)
+    generator = Generator(generative(experiment.model), None, store.tokenizer(), built.compute)
 
     def write(params: Params) -> str:
         made = generator.with_params(params)(
@@ -290,9 +292,9 @@ def _says_the_first(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer, np.int32)))
 
 
-def _next_steps(folder: Path) -> str:
+def _next_steps(folder: Path, model: Assembly) -> str:
     return f"""next:
   slmjax eval {folder}
-  slmjax generate {folder} --prompt "Once upon a time"
+  slmjax {model.example.format(folder)}
   slmjax export {folder} --format hf --out {folder}/hf
 curves: {folder}/report.html"""

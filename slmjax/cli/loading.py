@@ -13,7 +13,9 @@ import jax
 from slmjax.config import Experiment
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
+from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
+from slmjax.models.encoder import CANNOT
 from slmjax.serialise import from_json
 from slmjax.types import Params
 
@@ -24,7 +26,7 @@ EXPECTED = "expected a run folder, a checkpoint (RUN/checkpoints/STEP), a Huggin
 class Loaded:
     """A model with what is known of where it came from."""
 
-    decoder: Decoder
+    decoder: Assembly
     params: Params
     """The effective parameters of evaluation, float32, on the first device"""
     tokenizer_path: Path | None
@@ -108,6 +110,17 @@ def _gguf(file: Path, step: int | None) -> Loaded:
         source=file,
         config={"imported": {"folder": file.name, "licence": licence}},
     )
+
+
+def generative(model: Assembly) -> Decoder:
+    """The model, if it can continue a text.
+
+    Raises:
+        UserError: it is an encoder.
+    """
+    if not isinstance(model, Decoder):
+        raise UserError(CANNOT)
+    return model
 
 
 def _resolve(path: Path, step: int | None) -> tuple[Path, int | None]:

@@ -18,7 +18,7 @@ from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import SHARD_BYTES
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.models.flops import parameter_count
 from slmjax.types import Params
 
@@ -38,7 +38,7 @@ class Exported(NamedTuple):
 
 
 def export_hf(
-    decoder: Decoder,
+    decoder: Assembly,
     params: Params,
     out: pathlib.Path,
     *,
@@ -74,7 +74,8 @@ def export_hf(
     """
     family, folded = expressed(decoder)
     python = gate.find_python(reference_python)
-    probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens, decoder.context)
+    tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
+    probe = gate.make_probe(tokens, decoder.context, pads=family.asked(decoder).pads)
     facts = facts or Facts(name=out.name)
     facts = replace(
         facts,

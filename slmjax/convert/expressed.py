@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from slmjax.convert.fold import FOLDS, Folded, Unfoldable, fold
 from slmjax.errors import UserError
 from slmjax.models import FAMILIES
+from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.table import Family
 from slmjax.nn.attention import Attention
@@ -18,6 +19,10 @@ from slmjax.nn.embedding import Logits
 from slmjax.nn.mlp import GatedMLP, gelu_tanh, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Learned, NoPosition, Rope
+
+NONE = "no class of transformers computes exactly what this model does; known are: " + ", ".join(
+    family.name for family in FAMILIES
+)
 
 
 class Expressed(NamedTuple):
@@ -28,12 +33,17 @@ class Expressed(NamedTuple):
     """The decoder that the class has; the one asked for if no scalar had to be folded"""
 
 
-def expressed(decoder: Decoder) -> Expressed:
-    """The class that computes the same, with as few scalars folded into the weights as it takes.
+def expressed(decoder: Assembly) -> Expressed:
+    """The class that computes the same, with as few scalars folded into the weights as it takes (a decoder's; no other
+    model has such).
 
     Raises:
         UserError: there is none; the message names the value that none has.
     """
+    if not isinstance(decoder, Decoder):
+        if family := _family(decoder):
+            return Expressed(family=family, folded=Folded(decoder=decoder))
+        raise UserError(NONE)
     needed, unfoldable = [], None
     for one in FOLDS:
         try:
@@ -58,12 +68,12 @@ def expressed(decoder: Decoder) -> Expressed:
             raise UserError(
                 f"no class of transformers has {name} = {value} in a model like this; {family.name} is nearest"
             )
-    known = ", ".join(family.name for family in FAMILIES)
-    raise UserError(f"no class of transformers computes exactly what this model does; known are: {known}")
+    raise UserError(NONE)
 
 
-def _family(decoder: Decoder) -> Family | None:
-    return next((family for family in FAMILIES if family.to_config(decoder) is not None), None)
+def _family(decoder: Assembly) -> Family | None:
+    mine = (family for family in FAMILIES if isinstance(decoder, family.kind))
+    return next((family for family in mine if family.to_config(decoder) is not None), None)
 
 
 def _variations(d: Decoder) -> Iterator[tuple[str, Any, Decoder]]:

@@ -40,7 +40,8 @@ class Step(NamedTuple):
 class Folded:
     """A decoder without some of its scalars."""
 
-    decoder: Decoder
+    decoder: Any
+    """A model of the kind that was folded"""
     steps: tuple[Step, ...] = ()
     scalars: tuple[str, ...] = ()
     """What was folded, in words: "embed_scale = 12.0" """

@@ -28,7 +28,7 @@ from slmjax.convert.hf import Imported
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
 from slmjax.nn.layer import Initial
 from slmjax.tree import flatten
@@ -57,12 +57,12 @@ class Check:
 class Forward(NamedTuple):
     """What a model computes for tokens [B, T], as numpy."""
 
-    logits: np.ndarray  # [B, T, V]
+    logits: np.ndarray  # [B, T, V]; [B, 1, V] where only first tokens tell
     stages: tuple[np.ndarray, ...]  # L + 1 of [B, T, D]: what each block reads, then what the unembedding reads
 
 
 class Probe(NamedTuple):
-    """Sequences to compare on. Rows may be padded on the left."""
+    """Sequences to compare on. Rows may be padded."""
 
     tokens: np.ndarray  # int32 [B, T]
     mask: np.ndarray  # int32 [B, T]: 0 at padding
@@ -73,16 +73,17 @@ class Probe(NamedTuple):
         return np.maximum(np.cumsum(self.mask, axis=1) - 1, 0).astype(np.int32)
 
 
-def make_probe(tokens: np.ndarray, context: int, length: int = 64) -> Probe:
-    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on the left by a third."""
+def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "left") -> Probe:
+    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on that side by a third."""
     tokens = np.ascontiguousarray(tokens[:, : min(length, context)], dtype=np.int32)
     mask = np.ones_like(tokens)
     if len(tokens) > 1:
-        mask[1, : tokens.shape[1] // 3] = 0
+        third = tokens.shape[1] // 3
+        mask[1, slice(third) if pads == "left" else slice(tokens.shape[1] - third, None)] = 0
     return Probe(tokens, mask)
 
 
-def forward(decoder: Decoder, params: Params, probe: Probe) -> Forward:
+def forward(decoder: Assembly, params: Params, probe: Probe) -> Forward:
     """Logits and the input of each stage, in float32 throughout."""
     run = _program(replace(decoder, initial=Initial()))  # initial values do not matter: one program, compiled once
     with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for float32
@@ -92,7 +93,7 @@ def forward(decoder: Decoder, params: Params, probe: Probe) -> Forward:
 
 
 @functools.lru_cache(maxsize=1)
-def _program(decoder: Decoder) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+def _program(decoder: Assembly) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     model = decoder.build(Compute(dtype="float32"))
 
     @jax.jit
@@ -133,7 +134,8 @@ def greedy(model: Model, params: Params, prompts: Probe, new_tokens: int) -> tup
 def compare(name: str, ours: Forward, other: Forward, probe: Probe) -> Check:
     """Logits within the tolerance wherever there is no padding; if not, the first stage that drifts is named."""
     real = probe.mask.astype(bool)
-    error, limit = _distance(ours.logits[real], other.logits[real])
+    told = real[:, : ours.logits.shape[1]]
+    error, limit = _distance(ours.logits[told], other.logits[told])
     found = f"max|Δ| {error:.1e}"
     if not error <= limit:
         found += f", {first_drift(ours, other, probe)}"
@@ -161,7 +163,7 @@ class Before(NamedTuple):
     forward: Forward
 
 
-def check_fold(model: tuple[Decoder, Params], folded: tuple[Decoder, Params], probe: Probe) -> Check:
+def check_fold(model: tuple[Assembly, Params], folded: tuple[Assembly, Params], probe: Probe) -> Check:
     """The model with its scalars in the weights against the model as it is: the stages between differ by design."""
     real = probe.mask.astype(bool)
     ours, theirs = (forward(decoder, params, probe).logits[real] for decoder, params in (model, folded))
@@ -174,7 +176,7 @@ def check_fold(model: tuple[Decoder, Params], folded: tuple[Decoder, Params], pr
     )
 
 
-def remember(decoder: Decoder, params: Params, dtype: str, probe: Probe, *, donate: bool = False) -> Before:
+def remember(decoder: Assembly, params: Params, dtype: str, probe: Probe, *, donate: bool = False) -> Before:
     """`donate` deletes the parameters when they have been looked at."""
     held = memory.rounded(params, dtype, donate=donate)
     hashes = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(held).items()}
@@ -216,14 +218,17 @@ def find_python(given: str | None, *needs: str) -> str | None:
 def check_stock(
     imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
 ) -> list[Check]:
-    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens, same tokenizer."""
+    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens if it generates, same
+    tokenizer. How it is asked is the family's to say (`Family.asked`)."""
     if python is None:
         hint = f"not run: give --reference-python or {ENVIRONMENT}"
         return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
+    asked = imported.family.asked(imported.decoder)
     prompts = make_probe(probe.tokens, imported.decoder.context, length=max(1, min(9, probe.tokens.shape[1] // 2)))
-    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1])
+    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1]) if asked.generates else 0
     texts = list(PROBES) if tokenizer else []
-    report, tensors = _run_stock(folder, python, probe, prompts, {"new_tokens": new_tokens, "texts": texts})
+    request = {"new_tokens": new_tokens, "texts": texts, "loader": asked.loader, "output": asked.output}
+    report, tensors = _run_stock(folder, python, probe, prompts, request)
 
     name = f"transformers {report['transformers']}"
     bad = {k: report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
@@ -235,10 +240,14 @@ def check_stock(
     )
     ours = forward(imported.decoder, imported.params, probe)
     hidden = tuple(tensors[f"hidden.{i}"] for i in range(len(ours.stages)))
-    checks = [loads, compare(f"{name}: logits", ours, Forward(tensors["logits"], hidden), probe)]
-    checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
+    theirs = Forward(tensors["logits"], hidden)
+    if asked.first:
+        ours, theirs = ours._replace(logits=ours.logits[:, :1]), theirs._replace(logits=theirs.logits[:, None])
+    checks = [loads, compare(f"{name}: {asked.output}", ours, theirs, probe)]
+    if asked.generates:
+        checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:
-        wanted = [tokenizer.encode(text, bos=True) for text in texts]
+        wanted = [tokenizer.encode(text, bos=True, eos=asked.closes) for text in texts]
         # a BOS that only the chat template uses has a name, too
         special = [tokenizer.raw.token_to_id(tokenizer.names.get(name) or "") for name in ("bos_token", "eos_token")]
         same = report["encoded"] == wanted and report["special"] == special

@@ -14,12 +14,13 @@ import jax
 from slmjax.convert import table
 from slmjax.convert.expressed import expressed
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
+from slmjax.convert.selection import select
 from slmjax.convert.tokenizer_files import write_tokenizer
 from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models import FAMILIES
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.models.table import Family
 from slmjax.types import Params
 
@@ -37,7 +38,7 @@ CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
 class Imported:
     """What a folder held."""
 
-    decoder: Decoder
+    decoder: Assembly
     params: Params
     """float32, as numpy arrays"""
     family: Family
@@ -47,7 +48,7 @@ class Imported:
     """config.json as it is"""
 
 
-def family_of(decoder: Decoder) -> Family:
+def family_of(decoder: Assembly) -> Family:
     """The class of `transformers` that computes the same, its scalars folded into the weights where it has none.
 
     Raises:
@@ -56,14 +57,14 @@ def family_of(decoder: Decoder) -> Family:
     return expressed(decoder).family
 
 
-def abstract(decoder: Decoder) -> Params:
+def abstract(decoder: Assembly) -> Params:
     """The parameter tree, its leaves jax.ShapeDtypeStruct."""
     return jax.eval_shape(decoder.build().init, jax.random.key(0))
 
 
 def write_hf(
     folder: pathlib.Path,
-    decoder: Decoder,
+    decoder: Assembly,
     params: Params,
     *,
     dtype: str = "float32",
@@ -87,14 +88,23 @@ def write_hf(
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
-        ids = write_tokenizer(folder, tokenizer, context=decoder.context, vocab=decoder.vocab)
+        asked = family.asked(decoder)
+        ids = write_tokenizer(
+            folder,
+            tokenizer,
+            context=decoder.context,
+            vocab=decoder.vocab,
+            pads=asked.pads,
+            closes=asked.closes,
+        )
     tensors = table.to_theirs(family.rows(decoder), params)
     write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", {**(family.to_config(decoder) or {}), "dtype": dtype, **ids})
     known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
     if tokenizer is not None and (turn := chat.ends(tokenizer)):
         known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
-    _write_json(folder / "generation_config.json", known)
+    if family.asked(decoder).generates:
+        _write_json(folder / "generation_config.json", known)
 
 
 def import_hf(folder: pathlib.Path) -> Imported:
@@ -118,7 +128,8 @@ def import_hf(folder: pathlib.Path) -> Imported:
     _check_sizes(folder / "config.json", config, tensors)
     decoder = family.from_config(config)
     try:
-        params = table.to_ours(family.rows(decoder), tensors, abstract(decoder), tensors.shapes)
+        chosen = select(tensors, family)
+        params = table.to_ours(family.rows(decoder), chosen, abstract(decoder), chosen.shapes)
     except StorageError as e:
         raise StorageError(f"{folder}: {e}") from e
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None

@@ -14,13 +14,17 @@ from slmjax.errors import UserError
 PROBES = ("The quick brown fox.", "naïve café, 北京 🙂", "  def f(x):\n\treturn x + 1\n", "a")
 
 
-def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int, vocab: int) -> dict[str, int | None]:
+def write_tokenizer(
+    folder: pathlib.Path, tokenizer: Tokenizer, *, context: int, vocab: int, pads: str = "left", closes: bool = False
+) -> dict[str, int | None]:
     """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and chat_template.jinja if there is one.
 
-    In training a document is [BOS] text [EOS]; a prompt is its beginning, so encoding adds BOS and no EOS. If the
-    tokenizer's own post-processing does something else it is replaced.
+    In training a document is [BOS] text [EOS]; a prompt is its beginning, so encoding adds BOS, and EOS only if
+    `closes`: an encoder reads whole documents. If the tokenizer's own post-processing does something else it is
+    replaced.
 
     Args:
+        pads: "left" or "right", where padding stands.
         context: longest sequence of the model, in tokens.
         vocab: rows of the model's embedding table.
 
@@ -35,13 +39,16 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int,
             f"the tokenizer has {tokenizer.vocab} ids but the model only {vocab}: they do not belong together"
         )
     raw = tokenizer.raw.from_str(tokenizer.raw.to_str())
-    if any(raw.encode(text).ids != tokenizer.encode(text, bos=True) for text in PROBES):
-        raw.post_processor = _prepend(tokenizer.bos, tokenizer.bos_id)
+    if any(raw.encode(text).ids != tokenizer.encode(text, bos=True, eos=closes) for text in PROBES):
+        begin, end = (tokenizer.bos, tokenizer.bos_id), (tokenizer.eos, tokenizer.eos_id)
+        raw.post_processor = _framed(begin, end if closes else (None, None))
     (folder / "tokenizer.json").write_text(raw.to_str(pretty=True), "utf-8")
     names = {
         "pad_token": tokenizer.eos or tokenizer.bos,  # transformers cannot batch without one; the mask hides it
         "unk_token": getattr(raw.model, "unk_token", None),
         **tokenizer.names,
+        # what pipelines for encoders look for
+        **({"cls_token": tokenizer.bos, "sep_token": tokenizer.eos} if closes else {}),
     }
     names = {name: token for name, token in names.items() if token is not None}
     config = {
@@ -50,7 +57,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int,
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],  # no token types: the models take none
         "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
+        "padding_side": pads,
     }
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", {k: v for k, v in names.items() if isinstance(v, str)})
@@ -60,11 +67,14 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, context: int,
     return {**ids, "pad_token_id": tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id}
 
 
-def _prepend(bos: str | None, bos_id: int | None) -> Any:
-    if bos is None:
-        return processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+def _framed(bos: tuple[str | None, int | None], eos: tuple[str | None, int | None]) -> Any:
+    """[BOS] text [EOS], each where there is one; of a pair, the second text has token type 1."""
+    before, after = (f"{bos[0]} " if bos[0] else "", f" {eos[0]}" if eos[0] else "")
+    second = f" $B:1{after}:1" if after else f" {before}$B:1"
     return processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)]
+        single=f"{before}$A{after}",
+        pair=f"{before}$A{after}{second}",
+        special_tokens=[(token, i) for token, i in dict.fromkeys((bos, eos)) if token],
     )
 
 

@@ -20,9 +20,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from slmjax.data.chat import ChatTemplate
 from slmjax.errors import DataError
+from slmjax.types import Special
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
+MASK = "<|mask|>"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
 
@@ -69,19 +71,37 @@ class BPE(TokenizerSpec):
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab,
             min_frequency=self.min_frequency,
-            special_tokens=[BOS, EOS],
+            special_tokens=self._special(),
             initial_alphabet=_letters_of_bytes(),
             show_progress=False,
         )
         raw.train_from_iterator(texts, trainer)
-        return Tokenizer(_finish(raw), bos=BOS, eos=EOS)
+        return self._made(_finish(raw))
+
+    def _special(self) -> list[str]:
+        return [BOS, EOS]
+
+    def _made(self, raw: tokenizers.Tokenizer) -> Tokenizer:
+        return Tokenizer(raw, bos=BOS, eos=EOS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedBPE(BPE):
+    """`BPE` with a third special token, the mask, for masked language models: ids 0, 1 and 2 are BOS, EOS and mask."""
+
+    def _special(self) -> list[str]:
+        return [BOS, EOS, MASK]
+
+    def _made(self, raw: tokenizers.Tokenizer) -> Tokenizer:
+        return Tokenizer(raw, bos=BOS, eos=EOS, mask=MASK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class File(TokenizerSpec):
     """A tokenizer.json, or a folder that holds one, relative to the recipe file.
 
-    `bos` and `eos` default to what tokenizer_config.json beside it says; "" means that documents get none.
+    `bos` and `eos` default to what tokenizer_config.json beside it says (BERT's call them cls_token and sep_token); ""
+    means that documents get none.
     """
 
     path: str
@@ -99,17 +119,27 @@ class Tokenizer:
     """
 
     def __init__(
-        self, raw: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, chat: ChatTemplate | None = None
+        self,
+        raw: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: str | None,
+        mask: str | None = None,
+        chat: ChatTemplate | None = None,
     ):
         """
         Args:
             bos, eos: what begins and ends a document; None or "" if nothing does.
+            mask: what stands for a hidden token, if there is such a token.
             chat: for conversations, if there is a template.
         """
         raw.encode_special_tokens = True
+        raw.no_padding()  # which the files of sentence encoders ask for; documents have the length they have
+        raw.no_truncation()
         self.raw, self.chat = raw, chat
         self.bos, self.eos = bos or None, eos or None
-        self.bos_id, self.eos_id = (self._id_of(t) for t in (self.bos, self.eos))
+        self.mask = mask or None
+        self.bos_id, self.eos_id, self.mask_id = (self._id_of(t) for t in (self.bos, self.eos, self.mask))
         self.vocab: int = max(raw.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding table needs"""
 
@@ -135,8 +165,9 @@ class Tokenizer:
         try:
             return cls(
                 raw,
-                bos=begins if bos is None else bos,
-                eos=names.get("eos_token") if eos is None else eos,
+                bos=(begins or names.get("cls_token")) if bos is None else bos,
+                eos=(names.get("eos_token") or names.get("sep_token")) if eos is None else eos,
+                mask=names.get("mask_token"),
                 chat=ChatTemplate(source=source, tokens=names) if source else None,
             )
         except DataError as error:
@@ -162,13 +193,20 @@ class Tokenizer:
     def names(self) -> dict[str, Any]:
         """Special tokens by the names that `transformers` and templates have for them, and whether BOS is added."""
         names: dict[str, Any] = dict(self.chat.tokens) if self.chat is not None else {}
-        names |= {k: v for k, v in {"bos_token": self.bos, "eos_token": self.eos}.items() if v is not None}
+        mine = {"bos_token": self.bos, "eos_token": self.eos, "mask_token": self.mask}
+        names |= {k: v for k, v in mine.items() if v is not None}
         return names | ({"add_bos_token": False} if self.bos is None and "bos_token" in names else {})
 
     @property
     def special(self) -> dict[str, int]:
         """Tokens that ordinary text never becomes, with their ids."""
         return {t.content: i for i, t in self.raw.get_added_tokens_decoder().items() if t.special}
+
+    @property
+    def roles(self) -> Special:
+        """The mask and all ids that are no text."""
+        named = {i for i in (self.bos_id, self.eos_id, self.mask_id) if i is not None}
+        return Special(mask=self.mask_id, all=tuple(sorted({*self.special.values(), *named})))
 
     @property
     def fingerprint(self) -> str:

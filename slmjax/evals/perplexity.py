@@ -24,7 +24,7 @@ import numpy as np
 
 from slmjax.errors import DataError
 from slmjax.losses.next_token import PIECE, next_token
-from slmjax.types import Batch, Model, Params
+from slmjax.types import Batch, Key, Model, Params, as_it_is
 
 
 class Estimate(NamedTuple):
@@ -50,15 +50,18 @@ class Result(NamedTuple):
     """Rows with at least one scored token"""
 
 
-def row_sums(model: Model, sizes: Sequence[int]) -> Callable[[Params, Batch], Any]:
-    """The jitted (params, batch) -> float32 [B, 3]: nats, weight and bytes of each row.
+def row_sums(
+    model: Model, sizes: Sequence[int], ask: Callable[[Batch, Key], Batch] = as_it_is
+) -> Callable[[Params, Batch, Key], Any]:
+    """The jitted (params, batch, key) -> float32 [B, 3]: nats, weight and bytes of each row.
 
-    `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none.
+    `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none. `ask`: see `evaluate`.
     """
     table = np.zeros(model.vocab, np.float32)
     table[: len(sizes)] = sizes
 
-    def sums(params: Params, batch: Batch) -> jax.Array:
+    def sums(params: Params, batch: Batch, key: Key) -> jax.Array:
+        batch = ask(batch, key)
         hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
         rows, length = batch.tokens.shape
         chunk = max(1, min(length, PIECE // (rows * model.vocab)))
@@ -80,6 +83,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     token_bytes: Sequence[int] = (),
+    ask: Callable[[Batch, Key], Batch] = as_it_is,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Result:
     """Streams over the batches; sums are kept in float64.
@@ -87,16 +91,18 @@ def evaluate(
     Args:
         batches: of one shape, so that one program serves all.
         token_bytes: bytes of text that each token stands for (`text.token_bytes`).
+        ask: (batch, key) -> the batch that the model reads, with its targets and weights (`Assembly.asked`). The key
+            depends on the number of the batch alone.
         progress: called with the number of batches done.
 
     Raises:
         DataError: no token has a weight.
     """
-    sums = row_sums(model, token_bytes)
-    rows = []
+    sums = row_sums(model, token_bytes, ask)
+    key, rows = jax.random.key(0), []
     waiting = None  # read one batch late, so that the next one is under way meanwhile
     for i, batch in enumerate(batches):
-        now = sums(params, Batch(*map(jnp.asarray, batch)))
+        now = sums(params, Batch(*map(jnp.asarray, batch)), jax.random.fold_in(key, i))
         if waiting is not None:
             rows.append(np.asarray(waiting, np.float64))
         waiting = now

@@ -1,9 +1,11 @@
-"""Decoders assembled from values, and the families of `transformers` that they can be."""
+"""Decoders and encoders assembled from values, and the families of `transformers` that they can be."""
 
 from slmjax.models import (
     apple,
+    bert,
     bloom,
     cerebras_gpt,
+    distilbert,
     gemma2,
     gemma3,
     gpt2,
@@ -12,6 +14,7 @@ from slmjax.models import (
     lfm2,
     llama,
     mistral,
+    mobilebert,
     olmo2,
     open_lm,
     openelm,
@@ -44,6 +47,9 @@ FAMILIES = (
     openelm.FAMILY,
     open_lm.FAMILY,
     apple.FAMILY,
+    bert.FAMILY,
+    distilbert.FAMILY,
+    mobilebert.FAMILY,
 )
 """Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
 
@@ -51,4 +57,4 @@ SIZES = {
     **{name: size for family in FAMILIES for name, size in family.sizes.items()},
     **cerebras_gpt.SIZES,
 }
-"""Published sizes by name: functions that return a decoder"""
+"""Published sizes by name: functions that return a model"""

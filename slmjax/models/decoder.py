@@ -5,22 +5,21 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slmjax.errors import UserError
+from slmjax.models.assembly import Assembly, Place, Stage, run
 from slmjax.nn.attention_kernels import Mask
-from slmjax.nn.block import AnyBlock, Block
+from slmjax.nn.block import Block
 from slmjax.nn.compute import Compute
 from slmjax.nn.embedding import Embedding, Logits, Projection, Unembedding
-from slmjax.nn.layer import Declared, Initial, Layer
-from slmjax.nn.parts import Flow, Norm
+from slmjax.nn.layer import Initial, Layer
+from slmjax.nn.parts import Norm
 from slmjax.nn.position import Learned
-from slmjax.tree import flatten
-from slmjax.types import Model, Output, Params
+from slmjax.types import Batch, Key, Model, Output, Params
 
 __all__ = ["Block", "Cache", "Decoder", "Place", "Stage"]
 
@@ -34,64 +33,12 @@ class Cache(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """`pattern`, repeated `repeats` times, as one scan over layers."""
-
-    pattern: tuple[AnyBlock, ...]
-    repeats: int = 1
-
-    def __post_init__(self):
-        if not self.pattern:
-            raise UserError("model.pattern: empty; give at least one Block")
-        if self.repeats < 1:
-            raise UserError(f"model.repeats: {self.repeats} is not positive")
-
-
-class Place(NamedTuple):
-    """The layers of one block of a pattern: where their parameters lie, and which layers of the model they are."""
-
-    path: str
-    """Prefix of their parameters' paths, `layers` or `layers/0`; the leading axis counts the repeats"""
-    numbers: tuple[int, ...]
-    """Number of the layer for each repeat"""
-    block: AnyBlock
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """The blocks that one iteration of the scan over layers runs."""
-
-    blocks: tuple[AnyBlock, ...]
-    collect: bool
-
-    def __call__(
-        self, layer: Layer, carry: tuple, depth: jax.Array, tables: tuple, mask: Mask
-    ) -> tuple[tuple, jax.Array | None]:
-        """(x [B, T, D], caches, shared) -> the same after these blocks, and the x before each if they are collected."""
-        x, caches, shared = carry
-        before, after = [], []
-        for i, (block, table, cache) in enumerate(zip(self.blocks, tables, caches, strict=True)):
-            before.append(x)
-            args = (x, Flow(table, mask, cache, depth, shared))
-            # A single block's parameters lie in layers/..., several blocks' in layers/0/..., layers/1/...
-            x, flow = block(layer, *args) if len(self.blocks) == 1 else layer.child(str(i), block)(*args)
-            after.append(flow.cache)
-            shared = flow.shared
-        return (x, tuple(after), shared), jnp.stack(before) if self.collect else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
+class Decoder(Assembly):
     """A causal language model: `pattern`, `repeats` times, then the stages of `tail`."""
 
-    vocab: int
-    width: int
-    pattern: tuple[AnyBlock, ...]
-    repeats: int
-    tail: tuple[Stage, ...] = ()
-    """Layers of another pattern after those, where a model is not one pattern throughout"""
-    context: int
-    """Longest sequence in tokens"""
+    example: ClassVar[str] = 'generate {} --prompt "Once upon a time"'
+    whole_text: ClassVar[bool] = True
+
     tied: bool
     """Whether the unembedding reads the embedding's table"""
     final_norm: Norm | None
@@ -107,46 +54,12 @@ class Decoder:
     initial: Initial = Initial()  # noqa: RUF009
     """Initial values; `residual` is multiplied by 1/sqrt(2L) in `build`"""
 
-    def __post_init__(self):
-        for name in ("vocab", "width", "repeats", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: {getattr(self, name)} is not positive")
-        if not self.pattern:
-            raise UserError("model.pattern: empty; give at least one Block")
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """All layers."""
-        return (Stage(pattern=self.pattern, repeats=self.repeats), *self.tail)
-
-    @property
-    def layers(self) -> int:
-        """L"""
-        return sum(len(stage.pattern) * stage.repeats for stage in self.stages)
-
-    def places(self) -> tuple[Place, ...]:
-        """Where the parameters of each layer lie."""
-        found, first = [], 0
-        for name, stage in zip(_names(self.stages), self.stages, strict=True):
-            n = len(stage.pattern)
-            for i, block in enumerate(stage.pattern):
-                numbers = tuple(first + r * n + i for r in range(stage.repeats))
-                found.append(Place(name if n == 1 else f"{name}/{i}", numbers, block))
-            first += n * stage.repeats
-        return tuple(found)
-
-    def blocks(self) -> tuple[AnyBlock, ...]:
-        """The block of each layer, in order."""
-        by_number = {number: place.block for place in self.places() for number in place.numbers}
-        return tuple(by_number[i] for i in range(self.layers))
-
     def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
         """Pure functions over a nested dict of float32 arrays, computed as `compute` says."""
         modules = {collect: self._module(compute, collect) for collect in (False, True)}
 
         def init(key) -> Params:
-            # Not as `compute` says: in one loop over layers this compiles sooner, in less memory, to the same values.
-            return nn.meta.unbox(_init(self._module(Compute()), key))
+            return nn.meta.unbox(self.drawn(key))
 
         def apply(params, tokens, positions, segment_ids, *, cache=None, collect=False) -> Output:
             output: Any = modules[collect].apply({"params": params}, tokens, positions, segment_ids, cache)
@@ -159,19 +72,25 @@ class Decoder:
             init=init,
             apply=apply,
             unembed=unembed,
-            axes=jax.tree.map(lambda p: p.names, self.declared(), is_leaf=_is_declared),
+            axes=self.axes(),
             init_cache=functools.partial(self._init_cache, dtype=compute.dtype),
             context=self.context,
             vocab=self.vocab,
         )
 
-    def declared(self) -> Params:
-        """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, `initial` in words."""
-        return jax.eval_shape(functools.partial(_init, self._module(Compute())), jax.random.key(0))
+    def drawn(self, key: jax.Array) -> Params:
+        """Initial parameters, each in its `Declared`."""
+        one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
+        # Not as a `compute` says: in one loop over layers this compiles sooner, in less memory, to the same values.
+        return self._module(Compute()).init(key, one, one, one, None)["params"]
 
-    def paths(self) -> tuple[str, ...]:
-        """The path of each parameter."""
-        return tuple(flatten(self.declared(), is_leaf=_is_declared))
+    def logit_products(self) -> int:
+        """V times the width of the table."""
+        return self.vocab * (self.table_width or self.width)
+
+    def asked(self, batch: Batch, key: Key, special: Any) -> Batch:
+        """The next token of each, as batches come."""
+        return batch
 
     def _module(self, compute: Compute, collect: bool = False) -> Layer:
         initial = replace(self.initial, residual=self.initial.residual / math.sqrt(2 * self.layers))
@@ -184,15 +103,6 @@ class Decoder:
 
         layers = tuple(stacked(stage) for stage in self.stages)
         return Cache(layers, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
-
-
-def _init(module: Layer, key: jax.Array) -> Params:
-    one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
-    return module.init(key, one, one, one, None)["params"]
-
-
-def _is_declared(x: Any) -> bool:
-    return isinstance(x, Declared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,53 +118,19 @@ class Stack:
         d = self.decoder
         x = layer.child("embed", _embedding(d))(tokens, positions)
         mask, cache = _mask(segment_ids, cache)
-        tables, made = [], {}
-        for stage in d.stages:
-            for mixer in (block.mixer for block in stage.pattern):
-                if mixer.table_key not in made:
-                    made[mixer.table_key] = mixer.table(positions)
-            tables.append(tuple(made[block.mixer.table_key] for block in stage.pattern))
-        shared = _shared(d, mask, layer.compute.dtype)
-        after, streams = [], []
-        for i, (name, stage) in enumerate(zip(_names(d.stages), d.stages, strict=True)):
-            caches = (None,) * len(stage.pattern) if cache is None else cache.layers[i]
-            # The caches are carried, not scanned over: each layer writes its new tokens in place.
-            carry, before = self._scan(layer, name, stage)(
-                (x, caches, shared), jnp.arange(stage.repeats), tables[i], mask
-            )
-            x, caches, shared = carry
-            after.append(caches)
-            streams.append(before)
+        caches = tuple((None,) * len(stage.pattern) for stage in d.stages) if cache is None else cache.layers
+        carry = (x, caches, _shared(d, mask, layer.compute.dtype))
+        x, after, streams = run(layer, d.stages, positions, mask, carry, self.collect)
         if not d.tied:
             layer.child("unembed", Unembedding(vocab=d.vocab, width=d.table_width or d.width))()
         hidden = x if d.final_norm is None else layer.child("final_norm", d.final_norm)(x)
         if d.table_width is not None:
             hidden = layer.child("project_out", Projection(width=d.table_width))(hidden)
-        collected = [s.reshape(-1, *x.shape) for s in streams] if self.collect else []
         return Output(
             hidden=hidden,
-            cache=None if cache is None else cache._replace(layers=tuple(after)),
-            blocks=jnp.concatenate([*collected, x[None]]) if self.collect else None,
+            cache=None if cache is None else cache._replace(layers=after),
+            blocks=jnp.concatenate([*streams, x[None]]) if self.collect else None,
         )
-
-    def _scan(self, layer: Layer, name: str, stage: Stage) -> Layer:
-        compute = layer.compute
-        unroll = stage.repeats if compute.unroll is None else min(compute.unroll, stage.repeats)
-        scan = nn.scan(
-            compute.remat(Layer, in_loop=unroll < stage.repeats),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=stage.repeats,
-            unroll=unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        pattern = Pattern(blocks=stage.pattern, collect=self.collect)
-        return scan(spec=pattern, compute=compute, initial=layer.initial, name=name)
-
-
-def _names(stages: tuple[Stage, ...]) -> tuple[str, ...]:
-    return tuple("layers" if i == 0 else f"layers_{i}" for i in range(len(stages)))
 
 
 def _embedding(d: Decoder) -> Embedding:

@@ -1,4 +1,4 @@
-"""How large a decoder is, and what a token of training costs.
+"""How large a model is, and what a token of training costs.
 
 A multiply-add is 2 FLOPs, and the backward pass costs twice the forward: 6 per parameter and token. Four conventions
 are in use for what to count, and scaling exponents move with the choice (Porian et al. 2024, arXiv:2406.19146).
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from slmjax.models.decoder import Decoder
+from slmjax.models.assembly import Assembly
 from slmjax.tree import count, flatten
 
-TABLES = ("embed/table", "embed/positions", "unembed/table")
+TABLES = ("embed/table", "embed/positions", "embed/types", "unembed/table")
 
 
 class Flops(NamedTuple):
@@ -24,25 +24,30 @@ class Flops(NamedTuple):
     head: int
     """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not"""
     attention: int
-    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; fewer where a window hides keys"""
+    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; fewer where a window hides keys,
+    twice as many in an encoder"""
     total: int
     """(iv) 6 * N: every parameter, a tied table once. Hoffmann et al. 2022"""
 
 
-def parameter_count(decoder: Decoder) -> int:
+def parameter_count(decoder: Assembly) -> int:
     """N: all parameters, a tied table once."""
     return count(_abstract(decoder))
 
 
-def nonembedding_count(decoder: Decoder) -> int:
+def nonembedding_count(decoder: Assembly) -> int:
     """N without the tables of tokens and positions."""
     return sum(count(leaf) for path, leaf in flatten(_abstract(decoder)).items() if path not in TABLES)
 
 
-def flops_per_token(decoder: Decoder, length: int) -> Flops:
-    """Training FLOPs a token in sequences of `length` tokens, under the four conventions."""
+def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> Flops:
+    """Training FLOPs a token in sequences of `length` tokens, under the four conventions.
+
+    Args:
+        predicted: the share of tokens whose logits are computed (`ObjectiveSpec.predicted`), for (ii) and (iii).
+    """
     inside = 6 * nonembedding_count(decoder)
-    head = inside + 6 * decoder.vocab * (decoder.table_width or decoder.width)
+    head = inside + round(6 * decoder.logit_products() * predicted)
     # Scores and weighted values: 2 * 2 * H * K a key forward, three times that with backward.
     scores = sum(block.mixer.attended_width * block.mixer.attended_keys(length) for block in decoder.blocks())
     return Flops(
@@ -53,5 +58,5 @@ def flops_per_token(decoder: Decoder, length: int) -> Flops:
     )
 
 
-def _abstract(decoder: Decoder) -> Any:
+def _abstract(decoder: Assembly) -> Any:
     return nn.meta.unbox(decoder.declared())

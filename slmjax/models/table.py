@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from slmjax.models.assembly import Assembly
+from slmjax.models.decoder import Decoder
 
 
 class Row(NamedTuple):
@@ -27,9 +30,26 @@ class Row(NamedTuple):
     """Another key under which files hold it; read, never written"""
 
 
+class Asked(NamedTuple):
+    """How stock transformers is asked for what a model of ours computes. As it is: a decoder."""
+
+    loader: str = "AutoModelForCausalLM"
+    """Name of the class that loads the folder"""
+    output: str = "logits"
+    """The field of its answer that is what `Model.unembed` gives"""
+    first: bool = False
+    """Whether that tells of the first token of each sequence alone"""
+    generates: bool = True
+    """Whether it goes on from prompts, so that greedily chosen tokens are compared"""
+    pads: Literal["left", "right"] = "left"
+    """Where padding stands"""
+    closes: bool = False
+    """Whether a text is encoded with EOS behind it, as a whole document"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one class of `transformers` and our decoder say the same thing."""
+    """How one kind of model of `transformers` and a model of ours say the same thing."""
 
     name: str
     """Human name, for messages and model cards"""
@@ -41,6 +61,16 @@ class Family:
     """decoder -> config.json, or None where this class cannot express the decoder exactly"""
     from_config: Callable[[Mapping[str, Any]], Any]
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
+    kind: type[Assembly] = Decoder
+    """What assembles the models that it describes"""
+    asked: Callable[[Any], Asked] = lambda decoder: Asked()
+    """decoder -> how stock transformers is compared with it"""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Pieces of keys in old files -> what they are called now"""
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    """Keys that may stand in a file as a copy of another's tensor"""
+    unread: str | None = None
+    """Regular expression of keys that the class of transformers does not read either"""
     sizes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     """Published sizes by the name that `slmjax inspect` takes: "llama/smollm2-135m" """
     refusal: Callable[[Any], str | None] = lambda decoder: None

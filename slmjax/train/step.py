@@ -109,6 +109,7 @@ def make_step(
             return _float32({"loss": loss, **metrics}), grads
 
         now = jax.random.fold_in(key, state.step)
+        batch = objective.ask(batch, now)
         metrics, grads = micro.accumulated(loss_and_grads, state.params, batch, now, pieces(batch))
         grad_norm = optax.tree.norm(grads)
         good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
@@ -150,7 +151,7 @@ def make_evaluate(
             loss, metrics = objective.loss(params, frozen, batch, key)
             return _float32({"loss": loss, **metrics}), ()
 
-        effective = gather(evaluation_params(state, optimizer, view))
+        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.ask(batch, key)
         return micro.accumulated(measured, effective, batch, key, pieces(batch))[0]
 
     return evaluate_step

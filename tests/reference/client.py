@@ -48,20 +48,33 @@ class Reference:
         self._process.wait(timeout=60)
         self._process.stdout.close()
 
-    def make(self, folder: pathlib.Path, config: Mapping[str, Any], seed: int = 0, dtype: str = "float32") -> None:
+    def make(
+        self,
+        folder: pathlib.Path,
+        config: Mapping[str, Any],
+        seed: int = 0,
+        dtype: str = "float32",
+        gain: float = 1.2,
+    ) -> None:
         """Writes a model of this config.json with random weights, as save_pretrained does."""
-        self._call("make", folder=folder, config=dict(config), seed=seed, dtype=dtype)
+        self._call("make", folder=folder, config=dict(config), seed=seed, dtype=dtype, gain=gain)
 
     def logits(
-        self, folder: pathlib.Path, tokens: np.ndarray, mask: np.ndarray | None = None, hidden: bool = False
+        self,
+        folder: pathlib.Path,
+        tokens: np.ndarray,
+        mask: np.ndarray | None = None,
+        hidden: bool = False,
+        types: np.ndarray | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
         """Arrays `logits` [B, T, V] (and `hidden` [L + 1, B, T, D]), and the report of from_pretrained.
 
-        mask [B, T] is 0 at padding; positions count the tokens that are none.
+        mask [B, T] is 0 at padding; positions count the tokens that are none. types [B, T]: token types.
         """
         mask = np.ones_like(tokens) if mask is None else mask
         out = self._path()
-        batch = self._save(tokens=tokens, mask=mask, positions=positions_of(mask))
+        more = {} if types is None else {"types": types}
+        batch = self._save(tokens=tokens, mask=mask, positions=positions_of(mask), **more)
         report = self._call("logits", folder=folder, tensors=batch, out=out, hidden=hidden)
         return load_file(out), report
 
@@ -101,6 +114,26 @@ class Reference:
         loaded = load_file(out)
         part = lambda name: {k.removeprefix(name): v for k, v in loaded.items() if k.startswith(name)}  # noqa: E731
         return scalars, part("grad/"), part("param/")
+
+    def masked_step(
+        self, folder: pathlib.Path, arrays: Mapping[str, np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """(loss, gradients by key). See worker.masked_step."""
+        out = self._path()
+        answer = self._call("masked_step", folder=folder, tensors=self._save(**arrays), out=out)
+        return answer["loss"], load_file(out)
+
+    def sentences(
+        self, folder: pathlib.Path, texts: Sequence[str], length: int = 512
+    ) -> tuple[np.ndarray, list[list[int]]]:
+        """Vectors [N, D] of texts, and their token ids. See worker.sentences."""
+        out = self._path()
+        answer = self._call("sentences", folder=folder, texts=list(texts), out=out, length=length)
+        return load_file(out)["vectors"], answer["ids"]
+
+    def count(self, config: Mapping[str, Any]) -> int:
+        """Parameters of the stock model of a config.json."""
+        return self._call("count", config=dict(config))["count"]
 
     def tokenize(self, folder: pathlib.Path, texts: Sequence[str]) -> dict[str, Any]:
         """ids, decoded, class, bos, eos of AutoTokenizer."""

@@ -17,25 +17,35 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("SLMJAX_REFERENCE_THREADS", "1")))
 transformers.logging.set_verbosity_error()
 
 
+def class_of(architectures):
+    """The class that a config.json names; a decoder if it names none."""
+    return getattr(transformers, architectures[0]) if architectures else AutoModelForCausalLM
+
+
 def load(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model, info = class_of(config.architectures).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
     report = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     return model.eval(), report
 
 
-def make(folder, config, seed, dtype="float32"):
-    """Random weights, large enough that every nonlinearity and bias shows in the logits."""
+def make(folder, config, seed, dtype="float32", gain=1.2):
+    """Random weights, large enough that every nonlinearity and bias shows in the logits.
+
+    gain: of a matrix, where variance 1 goes in.
+    """
     torch.manual_seed(seed)
     config = dict(config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    made = AutoConfig.for_model(config.pop("model_type"), **config)
+    model = class_of(made.architectures)._from_config(made)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
@@ -45,14 +55,15 @@ def make(folder, config, seed, dtype="float32"):
                 fan_in = p.shape[0] if "c_" in name else p.shape[1]
                 p.copy_(
                     torch.randn_like(p)
-                    * (0.5 if "emb" in name or "wte" in name or "wpe" in name else 1.2 / fan_in**0.5)
+                    * (0.5 if "emb" in name or "wte" in name or "wpe" in name else gain / fan_in**0.5)
                 )
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return {}
 
 
 def logits(folder, tensors, out, hidden=False):
-    """tensors: tokens, mask, positions [B, T] -> logits [B, T, V], and the residual stream [L + 1, B, T, D]."""
+    """tensors: tokens, mask, positions (and token types) [B, T] -> logits [B, T, V], or what else the class tells, and
+    the residual stream [L + 1, B, T, D]."""
     model, report = load(folder)
     x = load_file(tensors)
     with torch.no_grad():
@@ -61,8 +72,10 @@ def logits(folder, tensors, out, hidden=False):
             attention_mask=x["mask"].long(),
             position_ids=x["positions"].long(),
             output_hidden_states=hidden,
+            **({"token_type_ids": x["types"].long()} if "types" in x else {}),
         )
-    result = {"logits": answer.logits.float()}
+    told = next(answer[name] for name in ("logits", "pooler_output", "last_hidden_state") if name in answer)
+    result = {"logits": told.float()}
     if hidden:
         result["hidden"] = torch.stack(answer.hidden_states)
     save_file({k: v.contiguous() for k, v in result.items()}, out)
@@ -87,7 +100,8 @@ def generate(folder, tensors, new_tokens):
 
 def saved_keys(folder):
     """What save_pretrained of the class writes, from the folder's configuration alone."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = class_of(config.architectures)._from_config(config)
     with tempfile.TemporaryDirectory() as d:
         model.save_pretrained(d)
         return {"shapes": {k: list(v.shape) for k, v in load_file(f"{d}/model.safetensors").items()}}
@@ -154,6 +168,43 @@ def train(folder, tensors, out, steps, lr, betas, eps, weight_decay, clip_norm, 
     return {"loss": losses, "grad_norm": norms}
 
 
+def masked_step(folder, tensors, out):
+    """The loss of a masked language model and its gradients: the mean cross-entropy of `targets` where `weights` is 1.
+
+    tensors: tokens (already masked), targets, positions, weights [B, T], attend [B, T, T] (1 where i sees j).
+    """
+    model, _ = load(folder)
+    x = load_file(tensors)
+    bias = torch.where(x["attend"][:, None] > 0, 0.0, torch.finfo(torch.float32).min)
+    scores = model(input_ids=x["tokens"].long(), attention_mask=bias, position_ids=x["positions"].long()).logits
+    labels = torch.where(x["weights"] > 0, x["targets"].long(), -100)
+    loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    save_file({k: p.grad.clone() for k, p in model.named_parameters()}, out)
+    return {"loss": loss.item()}
+
+
+def sentences(folder, texts, out, length):
+    """Mean of the last layer over the tokens of each text, divided by its norm, as sentence-transformers does."""
+    t = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+    batch = t(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None].float()
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    save_file({"vectors": F.normalize(mean, dim=1).contiguous()}, out)
+    return {"ids": [row[m > 0].tolist() for row, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)]}
+
+
+def count(config):
+    """Parameters of the class that a config.json names, nothing of which is allocated."""
+    config = dict(config)
+    made = AutoConfig.for_model(config.pop("model_type"), **config)
+    with torch.device("meta"):
+        return {"count": sum(p.numel() for p in class_of(made.architectures)(made).parameters())}
+
+
 def tokenize(folder, texts):
     """What AutoTokenizer makes of texts."""
     t = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -192,8 +243,12 @@ def gguf(folder, file, tensors, new_tokens):
 
 
 CALLS = {
-    f.__name__: f for f in (make, logits, generate, saved_keys, make_paper, paper_logits, train, tokenize, chat, gguf)
-}
+    f.__name__: f
+    for f in (
+        make, logits, generate, saved_keys, make_paper, paper_logits, train, masked_step, sentences, count, tokenize,
+        chat, gguf,
+    )
+}  # fmt: skip
 
 for line in sys.stdin:
     request = json.loads(line)

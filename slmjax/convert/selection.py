@@ -1,0 +1,58 @@
+"""The tensors of a file as a family names them: old names made new, copies and what nobody reads left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from slmjax.convert.safetensors_io import Tensors
+from slmjax.errors import StorageError
+from slmjax.models.table import Family
+
+
+class Selection(Mapping[str, np.ndarray]):
+    """Some of the tensors of a mapping, under other names."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        """names: new -> old."""
+        self._tensors, self._names = tensors, names
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape, without reading any tensor."""
+        stored = self._tensors.shapes
+        return {new: stored[old] for new, old in self._names.items()}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._tensors[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def select(tensors: Tensors, family: Family) -> Selection:
+    """
+    Raises:
+        StorageError: two tensors would have one name, or what is a copy in `transformers` differs here.
+    """
+    names: dict[str, str] = {}
+    for key in tensors:
+        new = key
+        for old, now in family.renamed.items():
+            new = new.replace(old, now)
+        if family.unread and re.fullmatch(family.unread, key):
+            continue
+        if new in names:
+            raise StorageError(f"tensors {names[new]} and {key} are one and the same; expected one of them")
+        names[new] = key
+    for copy, of in family.repeats.items():
+        if copy in names and of in names:
+            if not np.array_equal(tensors[names[copy]], tensors[names[of]]):
+                raise StorageError(f"tensor {names[copy]} differs from {names[of]}; a tied model uses one for both")
+            del names[copy]
+    return Selection(tensors, names)

@@ -1,0 +1,208 @@
+"""What every assembled model has: layers in stages, each a pattern of blocks, and the names of their parameters."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slmjax.errors import UserError
+from slmjax.nn.attention_kernels import Mask
+from slmjax.nn.block import AnyBlock
+from slmjax.nn.compute import Compute
+from slmjax.nn.layer import Declared, Initial, Layer
+from slmjax.nn.parts import Flow
+from slmjax.tree import flatten
+from slmjax.types import Batch, Key, Model, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`pattern`, repeated `repeats` times, as one scan over layers."""
+
+    pattern: tuple[AnyBlock, ...]
+    repeats: int = 1
+
+    def __post_init__(self):
+        if not self.pattern:
+            raise UserError("model.pattern: empty; give at least one Block")
+        if self.repeats < 1:
+            raise UserError(f"model.repeats: {self.repeats} is not positive")
+
+
+class Place(NamedTuple):
+    """The layers of one block of a pattern: where their parameters lie, and which layers of the model they are."""
+
+    path: str
+    """Prefix of their parameters' paths, `layers` or `layers/0`; the leading axis counts the repeats"""
+    numbers: tuple[int, ...]
+    """Number of the layer for each repeat"""
+    block: AnyBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """The blocks that one iteration of the scan over layers runs."""
+
+    blocks: tuple[AnyBlock, ...]
+    collect: bool
+
+    def __call__(
+        self, layer: Layer, carry: tuple, depth: jax.Array, tables: tuple, mask: Mask
+    ) -> tuple[tuple, jax.Array | None]:
+        """(x [B, T, D], caches, shared) -> the same after these blocks, and the x before each if they are collected."""
+        x, caches, shared = carry
+        before, after = [], []
+        for i, (block, table, cache) in enumerate(zip(self.blocks, tables, caches, strict=True)):
+            before.append(x)
+            args = (x, Flow(table, mask, cache, depth, shared))
+            # A single block's parameters lie in layers/..., several blocks' in layers/0/..., layers/1/...
+            x, flow = block(layer, *args) if len(self.blocks) == 1 else layer.child(str(i), block)(*args)
+            after.append(flow.cache)
+            shared = flow.shared
+        return (x, tuple(after), shared), jnp.stack(before) if self.collect else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly(abc.ABC):
+    """A model: an embedding, `pattern`, `repeats` times, the stages of `tail`, and what reads the last layer."""
+
+    vocab: int
+    """V"""
+    width: int
+    """D"""
+    pattern: tuple[AnyBlock, ...]
+    repeats: int
+    tail: tuple[Stage, ...] = ()
+    """Layers of another pattern after those, where a model is not one pattern throughout"""
+    context: int
+    """Longest sequence in tokens"""
+    initial: Initial = Initial()  # noqa: RUF009
+    """Initial values"""
+    example: ClassVar[str]
+    """What to try with a trained one: a command whose MODEL is written {}"""
+    whole_text: ClassVar[bool]
+    """Whether its loss is that of a whole text, so that bits per byte mean something"""
+
+    def __post_init__(self):
+        for name in ("vocab", "width", "repeats", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}: {getattr(self, name)} is not positive")
+        if not self.pattern:
+            raise UserError("model.pattern: empty; give at least one Block")
+
+    @abc.abstractmethod
+    def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
+        """Pure functions over a nested dict of float32 arrays, computed as `compute` says."""
+
+    @abc.abstractmethod
+    def drawn(self, key: jax.Array) -> Params:
+        """Initial parameters, each in its `Declared`."""
+
+    @abc.abstractmethod
+    def logit_products(self) -> int:
+        """Multiply-adds of a token's logits with tables that are no more than looked up elsewhere, for FLOPs."""
+
+    @abc.abstractmethod
+    def asked(self, batch: Batch, key: Key, special: Any) -> Batch:
+        """What a model of this kind is evaluated on: `batch`, with the inputs that it reads and the targets and weights
+        of its questions. `special`: `data.tokenizer.Special`."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All layers."""
+        return (Stage(pattern=self.pattern, repeats=self.repeats), *self.tail)
+
+    @property
+    def layers(self) -> int:
+        """L"""
+        return sum(len(stage.pattern) * stage.repeats for stage in self.stages)
+
+    def places(self) -> tuple[Place, ...]:
+        """Where the parameters of each layer lie."""
+        found, first = [], 0
+        for name, stage in zip(stage_names(self.stages), self.stages, strict=True):
+            n = len(stage.pattern)
+            for i, block in enumerate(stage.pattern):
+                numbers = tuple(first + r * n + i for r in range(stage.repeats))
+                found.append(Place(name if n == 1 else f"{name}/{i}", numbers, block))
+            first += n * stage.repeats
+        return tuple(found)
+
+    def blocks(self) -> tuple[AnyBlock, ...]:
+        """The block of each layer, in order."""
+        by_number = {number: place.block for place in self.places() for number in place.numbers}
+        return tuple(by_number[i] for i in range(self.layers))
+
+    def declared(self) -> Params:
+        """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, `initial` in words."""
+        return jax.eval_shape(self.drawn, jax.random.key(0))
+
+    def paths(self) -> tuple[str, ...]:
+        """The path of each parameter."""
+        return tuple(flatten(self.declared(), is_leaf=is_declared))
+
+    def axes(self) -> Any:
+        """The tree of parameters, each leaf its logical axes (`Model.axes`)."""
+        return jax.tree.map(lambda p: p.names, self.declared(), is_leaf=is_declared)
+
+
+def is_declared(x: Any) -> bool:
+    """Whether a parameter is still in its box."""
+    return isinstance(x, Declared)
+
+
+def stage_names(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """The prefix of the paths of each stage's parameters."""
+    return tuple("layers" if i == 0 else f"layers_{i}" for i in range(len(stages)))
+
+
+def run(
+    layer: Layer, stages: Sequence[Stage], positions: jax.Array, mask: Mask, carry: tuple[Any, Sequence[Any], Any],
+    collect: bool,
+) -> tuple[jax.Array, tuple[Any, ...], list[jax.Array]]:  # fmt: skip
+    """All layers.
+
+    Args:
+        carry: x [B, T, D], the caches of each stage (a tuple of one a block of its pattern), what layers share.
+
+    Returns:
+        x after them, the caches, and if `collect` for each stage what its blocks read [R * P, B, T, D].
+    """
+    x, caches, shared = carry
+    tables: dict[Any, Any] = {}  # of positions: each is computed once for all layers
+    for block in (block for stage in stages for block in stage.pattern):
+        if block.mixer.table_key not in tables:
+            tables[block.mixer.table_key] = block.mixer.table(positions)
+    after, streams = [], []
+    for name, stage, of_stage in zip(stage_names(stages), stages, caches, strict=True):
+        # The caches are carried, not scanned over: each layer writes its new tokens in place.
+        found = tuple(tables[block.mixer.table_key] for block in stage.pattern)
+        carry, before = _scan(layer, name, stage, collect)(
+            (x, of_stage, shared), jnp.arange(stage.repeats), found, mask
+        )
+        x, of_stage, shared = carry
+        after.append(of_stage)
+        streams += [before.reshape(-1, *x.shape)] if collect else []
+    return x, tuple(after), streams
+
+
+def _scan(layer: Layer, name: str, stage: Stage, collect: bool) -> Layer:
+    compute = layer.compute
+    unroll = stage.repeats if compute.unroll is None else min(compute.unroll, stage.repeats)
+    scan = nn.scan(
+        compute.remat(Layer, in_loop=unroll < stage.repeats),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        length=stage.repeats,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    pattern = Pattern(blocks=stage.pattern, collect=collect)
+    return scan(spec=pattern, compute=compute, initial=layer.initial, name=name)
