@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from slmjax.errors import UserError
 from slmjax.models.decoder import Stage
 from slmjax.nn.block import AnyBlock
 
@@ -33,7 +34,13 @@ def arranged(blocks: Sequence[AnyBlock]) -> tuple[Stage, ...]:
 
 
 def layers_of(blocks: Sequence[AnyBlock]) -> dict[str, Any]:
-    """`arranged(blocks)` as the fields `pattern`, `repeats` and `tail` of a Decoder."""
+    """`arranged(blocks)` as the fields `pattern`, `repeats` and `tail` of a Decoder.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not blocks:
+        raise UserError("model: 0 layers; give at least one")
     first, *tail = arranged(blocks)
     return {"pattern": first.pattern, "repeats": first.repeats, "tail": tuple(tail)}
 

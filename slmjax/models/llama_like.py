@@ -61,13 +61,14 @@ class Sizes:
 
     def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
         """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
+        laid_out = layers_of(blocks)
         return Decoder(
             vocab=self.vocab,
             width=self.width,
             context=self.context,
             tied=self.tied,
             final_norm=blocks[0].norm,
-            **layers_of(blocks),
+            **laid_out,
             **options,
         )
 

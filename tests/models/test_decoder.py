@@ -351,7 +351,7 @@ def test_changes_of_position_alone_move_the_logits(model, params):
     [
         (lambda: tiny_llama(kv_heads=3), "kv_heads: 3"),
         (lambda: tiny_llama(head_dim=7), "head_dim: 7"),
-        (lambda: tiny_llama(layers=0), "model.repeats: 0"),
+        (lambda: tiny_llama(layers=0), "0 layers"),
         (lambda: replace(tiny_llama(), pattern=()), "model.pattern"),
         (lambda: Compute(dtype="float16"), "compute.dtype: 'float16'"),
         (lambda: Compute(micro_size=0), "compute.micro_size: 0"),

@@ -160,7 +160,7 @@ def test_every_way_of_computing_gives_the_same_gradient(name, decoder, made):
     assert value == pytest.approx(float(expected), rel=1e-5)
     for path, g in flatten(gradient).items():
         reference = flatten(exact)[path]
-        assert jnp.abs(g - reference).max() <= 1e-4 * max(1.0, float(jnp.abs(reference).max())), path
+        assert jnp.abs(g - reference).max() <= 3e-4 * max(1.0, float(jnp.abs(reference).max())), path
 
 
 def test_what_a_window_hides():

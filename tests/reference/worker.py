@@ -28,6 +28,12 @@ def class_of(architectures):
     return getattr(transformers, architectures[0]) if architectures else AutoModelForCausalLM
 
 
+def fresh(config):
+    """A new model of the class that a config.json names."""
+    kind = class_of(config.architectures)
+    return kind.from_config(config) if kind is AutoModelForCausalLM else kind._from_config(config)
+
+
 def load(folder):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model, info = class_of(config.architectures).from_pretrained(
@@ -45,7 +51,7 @@ def make(folder, config, seed, dtype="float32", gain=1.2):
     torch.manual_seed(seed)
     config = dict(config)
     made = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = class_of(made.architectures)._from_config(made)
+    model = fresh(made)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
@@ -101,7 +107,7 @@ def generate(folder, tensors, new_tokens):
 def saved_keys(folder):
     """What save_pretrained of the class writes, from the folder's configuration alone."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = class_of(config.architectures)._from_config(config)
+    model = fresh(config)
     with tempfile.TemporaryDirectory() as d:
         model.save_pretrained(d)
         return {"shapes": {k: list(v.shape) for k, v in load_file(f"{d}/model.safetensors").items()}}
