@@ -122,6 +122,8 @@ def _gguf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any]
         reference_python=args.reference_python,
         donate=True,
     )
+    if exported.folded:
+        print(f"folded into the weights, for llama.cpp has no such factors: {', '.join(exported.folded)}")
     return exported.checks, (f'llama-cli -m {out} -p "Once upon a time"',)
 
 

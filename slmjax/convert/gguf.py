@@ -181,9 +181,7 @@ def write_gguf(
         UserError: llama.cpp cannot compute the model or tokenize as its tokenizer, or a value is not finite.
         StorageError: the disk is full or not writable.
     """
-    family = family_of(decoder)
-    architecture = architecture_of(family.model_type)
-    config = {"seq_length": decoder.context, **(family.to_config(decoder) or {})}
+    family, architecture, config = written_as(decoder)
     metadata = {**(about or {}), **architecture.keys(config), **to_gguf(tokenizer, decoder.vocab)}
     gguf_write.write(
         file,
@@ -194,6 +192,28 @@ def write_gguf(
         dtype,
     )
     return architecture, config
+
+
+def written_as(decoder: Decoder) -> tuple[Family, GGUFArchitecture, dict[str, Any]]:
+    """The first of the classes of transformers that compute this which llama.cpp computes too, and its config.json.
+
+    Raises:
+        UserError: there is none; what stands in the way of the first.
+    """
+    refused = None
+    for family in FAMILIES:
+        config = family.to_config(decoder) if isinstance(decoder, family.kind) else None
+        if config is None:
+            continue
+        config = {"seq_length": decoder.context, **config}
+        try:
+            architecture = architecture_of(family.model_type)
+            architecture.keys(config)
+            return family, architecture, config
+        except UserError as e:
+            refused = refused or e
+    family_of(decoder)  # says why no class fits
+    raise refused or UserError("scalars of this model have to be folded into its weights first (convert/fold.py)")
 
 
 def _blank(family: Family, decoder: Decoder, params: Any) -> dict[str, np.ndarray]:

@@ -13,10 +13,10 @@ from slmjax import __version__
 from slmjax.convert import gate, gguf_gate, memory, table
 from slmjax.convert.card import Facts
 from slmjax.convert.export import probe_tokens
+from slmjax.convert.expressed import expressed
 from slmjax.convert.folder import Rejected, remove_abandoned
-from slmjax.convert.gguf import read_params, write_gguf
+from slmjax.convert.gguf import read_params, write_gguf, written_as
 from slmjax.convert.gguf_file import GGUF
-from slmjax.convert.hf import family_of
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
@@ -28,6 +28,8 @@ class ExportedGGUF(NamedTuple):
 
     file: pathlib.Path
     checks: list[gate.Check]
+    folded: tuple[str, ...] = ()
+    """Scalars that were folded into the weights"""
 
 
 def export_gguf(
@@ -63,7 +65,13 @@ def export_gguf(
     about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}
     if facts is not None and facts.licence:
         about["general.license"] = facts.licence
-    family = family_of(decoder)
+    folded = expressed(decoder).folded
+    first = []
+    if folded.scalars:
+        weights = folded.apply(params)
+        first.append(gate.check_fold((decoder, params), (folded.decoder, weights), probe))
+        decoder, params = folded.decoder, weights
+    family = written_as(decoder)[0]
     with publish_file(out, overwrite=overwrite) as file:
         architecture, config = write_gguf(file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about)
         try:
@@ -71,7 +79,7 @@ def export_gguf(
         except StorageError as e:
             raise Rejected(f"the export cannot be read back: {e}") from e
         wanted = architecture.tensors(config, table.to_theirs(family.rows(decoder), params))
-        checks = [gguf_gate.check_tensors(opened, wanted, dtype)]
+        checks = [*first, gguf_gate.check_tensors(opened, wanted, dtype)]
         gate.demand(checks)
         ours = gate.forward(decoder, params, probe)
         if donate:
@@ -84,7 +92,7 @@ def export_gguf(
             checks.append(gguf_gate.check_rounding(ours, theirs, probe))
         checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, dtype, architecture.drift)
         gate.demand(checks)
-    return ExportedGGUF(out, checks)
+    return ExportedGGUF(out, checks, folded.scalars)
 
 
 @contextlib.contextmanager

@@ -144,16 +144,16 @@ def put(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     Raises:
         UserError: the rows cannot be split evenly.
     """
-    rows = batch.tokens.shape[0] * jax.process_count()
-    if rows % ways(mesh.shape):
+    rows, split = batch.tokens.shape[0] * jax.process_count(), ways(mesh.shape)
+    if rows % split:
         raise UserError(f"batch {rows} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}")
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     here = {str(index) for index in sharding.addressable_devices_indices_map((rows,)).values()}
-    if len(here) * jax.process_count() != ways:  # two processes would feed the same rows, each with its own data
+    if len(here) * jax.process_count() != split:  # two processes would feed the same rows, each with its own data
         raise UserError(
             f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']} splits rows over "
-            f"{ways} of {mesh.size} devices in {jax.process_count()} processes; keep tensor within a process"
+            f"{split} of {mesh.size} devices in {jax.process_count()} processes; keep tensor within a process"
         )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

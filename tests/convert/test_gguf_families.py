@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from contract.shapes import perturbed
 
 from slmjax.convert import gguf_gate, gguf_write
 from slmjax.convert.gguf_export import export_gguf
@@ -16,6 +18,8 @@ from slmjax.convert.safetensors_io import Tensors
 from slmjax.data.tokenizer import Bytes
 from slmjax.errors import UserError
 from slmjax.models import FAMILIES
+from slmjax.models.gpt2 import gpt2
+from slmjax.nn.embedding import Logits
 
 VOCAB = 288  # 258 ids of the tokenizer, and rows that have none
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -161,9 +165,24 @@ def test_our_export_passes_the_gate(tmp_path, reference, name):
         reference_python=reference.python,
     )
     assert [check.passed for check in made.checks] == [True] * 4
-    assert (
-        GGUF(tmp_path / "a.gguf").metadata["general.architecture"] == architecture_of(CONFIGS[name]["model_type"]).name
+    # A Phi-3 without LongRoPE is also a Llama, and written as the first class that fits.
+    expected = "llama" if name == "phi3" else architecture_of(CONFIGS[name]["model_type"]).name
+    assert GGUF(tmp_path / "a.gguf").metadata["general.architecture"] == expected
+
+
+def test_scalars_that_llama_cpp_lacks_are_folded(tmp_path, reference):
+    plain = gpt2(layers=2, width=32, heads=4, vocab=VOCAB, context=64)
+    decoder = replace(plain, embed_scale=3.0, logits=Logits(scale=0.5))
+    params = perturbed(decoder)
+    made = export_gguf(
+        decoder,
+        params,
+        tmp_path / "a.gguf",
+        tokenizer=Bytes().make([], pathlib.Path()),
+        reference_python=reference.python,
     )
+    assert [check.passed for check in made.checks] == [True] * 5
+    assert made.folded == ("embed_scale = 3", "logits.scale = 0.5")
 
 
 WRONG = {
