@@ -147,7 +147,7 @@ def test_prefill_and_decode_equal_the_full_forward(decoder, made):
 
 
 def test_every_way_of_computing_gives_the_same_gradient(name, decoder, made):
-    _, params = made
+    params = parameters(decoder, made[0], scale=0.2)  # larger ones make gradients that magnify rounding
     kernels = {"window": xla_attention, "alibi": xla_attention, "softcap": xla_attention}
     way = Compute(attention=kernels.get(name, cpu_attention), unroll=None, remat=Remat())
 
@@ -160,7 +160,7 @@ def test_every_way_of_computing_gives_the_same_gradient(name, decoder, made):
     assert value == pytest.approx(float(expected), rel=1e-5)
     for path, g in flatten(gradient).items():
         reference = flatten(exact)[path]
-        assert jnp.abs(g - reference).max() <= 3e-4 * max(1.0, float(jnp.abs(reference).max())), path
+        assert jnp.abs(g - reference).max() <= 1e-5 * max(1.0, float(jnp.abs(reference).max())), path
 
 
 def test_what_a_window_hides():
