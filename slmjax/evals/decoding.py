@@ -119,11 +119,6 @@ def decoding(decoder: Decoder, compute: Compute, sampler: Sampler, eos: tuple[in
     )
 
 
-def _into(empty: jax.Array, old: jax.Array) -> jax.Array:
-    """The old slots first, then empty ones."""
-    return jax.lax.dynamic_update_slice(empty, old, (0,) * empty.ndim)
-
-
 def unrolled(decoder: Decoder) -> Decoder:
     """The same function with each layer's parameters in arrays of their own: `layers/0/...`, `layers/1/...`."""
     return replace(decoder, pattern=decoder.blocks(), repeats=1, tail=())

@@ -124,8 +124,9 @@ class Attention(Queries):
     """A name under which later layers find these keys and values (`SharedAttention.source`)"""
 
     def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
-        """Room for the keys and values of `length` tokens, k and v [B, length, G, K]."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
+        """Room for the keys and values of `length` tokens, k and v [B, G, length, K]: as the products of attention
+        read them, which would else reorder the whole cache for each token."""
+        shape = (batch, self.kv_heads, length, self.head_dim)
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
@@ -141,7 +142,9 @@ class Attention(Queries):
         if flow.cache is not None:
             start, depth = flow.mask.start, flow.depth
             cache = {name: _write(flow.cache[name], new, depth, start) for name, new in (("k", k), ("v", v))}
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], depth, keepdims=False) for name in ("k", "v"))
+            # Held apart: else XLA writes once for those who read it here and once for the next token, into copies.
+            cache = jax.lax.optimization_barrier(cache)
+            k, v = (_read(cache[name], depth) for name in ("k", "v"))
             flow = flow._replace(cache=cache)
         if self.shares is not None:
             flow = flow._replace(shared={**flow.shared, self.shares: {"k": k, "v": v}})
@@ -172,5 +175,10 @@ class SharedAttention(Queries):
 
 
 def _write(stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:
-    """stack [L, B, S, G, K] with new [B, T, G, K] at layer `depth` from slot `start` on."""
-    return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (depth, 0, start, 0, 0))
+    """stack [L, B, G, S, K] with new [B, T, G, K] at layer `depth` from slot `start` on."""
+    return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype).swapaxes(1, 2)[None], (depth, 0, 0, start, 0))
+
+
+def _read(stack: jax.Array, depth: jax.Array) -> jax.Array:
+    """stack [L, B, G, S, K] -> [B, S, G, K] of layer `depth`."""
+    return jax.lax.dynamic_index_in_dim(stack, depth, keepdims=False).swapaxes(1, 2)

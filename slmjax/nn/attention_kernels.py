@@ -72,7 +72,8 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, ru
         scores = scores + bias.reshape(groups, h // groups, *bias.shape[1:])
     scores = jnp.where(mask.dense(rule)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bsge->btgre", weights, v).reshape(b, t, h, e)
+    values = jnp.einsum("bgrts,bsge->bgrte", weights, v)  # in this order v is the right side of a plain product
+    return values.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:

@@ -1,5 +1,8 @@
 """Generation with the cache against running the whole sequence anew for every token."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.models.gpt2 import gpt2
 from slmjax.models.llama import llama
 from slmjax.nn.compute import Compute
+from slmjax.platform import jaxlib_version
 from slmjax.types import Params
 
 LLAMA = llama(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocab=258, context=256)
@@ -196,6 +200,29 @@ def test_the_context_is_never_exceeded(tokenizer):
         g(["x"], max_tokens=0)
     with pytest.raises(UserError, match="no prompt"):
         g([])
+
+
+# Of float32 keys, XLA before 0.12 makes the transpose that a product reads.
+IN_PLACE = ["bfloat16", "float32"] if jaxlib_version() >= (0, 12) else ["bfloat16"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", IN_PLACE)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_token_copies_or_reorders_the_cache(dtype, rows):
+    """Read from the compiled program: no copy is as large as the keys of a layer."""
+    compute, slots = Compute(dtype=dtype), 133
+    programs = decoding.decoding(LLAMA, compute, generate.GREEDY, (0,))
+    prepared = programs.prepare(lively(LLAMA))
+    keys, limits = jax.random.split(jax.random.key(0), rows), np.full(rows, 100)
+    prompt = np.ones((2, rows, 16), np.int32)
+    state = programs.prefill(prepared, *prompt, keys, limits, length=slots)
+    text = programs.decode.lower(prepared, state, keys, limits, count=4).compile().as_text()
+    size = math.prod(state.cache.layers[0][0]["k"].shape)
+    moved = [line for line in text.splitlines() if " copy(" in line]  # a `transpose` is only another name for an axis
+    sizes = [math.prod(int(n) for n in re.search(r"\[([\d,]*)\]", line)[1].split(",") if n) for line in moved]
+    assert str(slots) in text
+    assert [line for line, n in zip(moved, sizes, strict=True) if n >= size] == []
 
 
 @pytest.mark.fast
