@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slmjax.errors import UserError
-from slmjax.models.decoder import Stage
+from slmjax.models.decoder import Decoder, Stage
 from slmjax.nn.block import AnyBlock
 
 
@@ -43,6 +43,11 @@ def layers_of(blocks: Sequence[AnyBlock]) -> dict[str, Any]:
         raise UserError("model: 0 layers; give at least one")
     first, *tail = arranged(blocks)
     return {"pattern": first.pattern, "repeats": first.repeats, "tail": tuple(tail)}
+
+
+def repeated(block: AnyBlock, layers: int, **fields: Any) -> Decoder:
+    """`layers` times this block; `fields` are further ones of `Decoder`, whose final norm is else that of the block."""
+    return Decoder(**{"pattern": (block,), "repeats": layers, "final_norm": block.norm, **fields})
 
 
 def _repeats(kinds: Sequence[int], n: int) -> int:

@@ -1,4 +1,4 @@
-"""What the families of encoders have in common: their classes in `transformers`, one for each head."""
+"""What the families of encoders have in common: their classes in `transformers`, one for each head, rows and fields."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
 from slmjax.models.encoder import Encoder
-from slmjax.models.hf_config import Fields
-from slmjax.models.table import Asked, Row
-from slmjax.nn.block import PostNorm
+from slmjax.models.hf_config import NUMBER, Fields, Names
+from slmjax.models.table import Asked, Row, attention_rows, dense_rows, norm_rows
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
+from slmjax.nn.mlp import MLP
 
 GREEK = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Names in files older than 2019, as `transformers` renames them"""
@@ -41,9 +41,16 @@ def kinds(name: str, prefix: str, *, pooler: bool) -> tuple[Kind, ...]:
     )
 
 
-def kind_of(known: tuple[Kind, ...], encoder: Encoder) -> Kind | None:
-    """The class that has the head of this encoder."""
-    return next((kind for kind in known if kind.head is type(encoder.head)), None)
+def kind_of(known: tuple[Kind, ...], model: Any) -> Kind | None:
+    """The class that has the head of this encoder; None if none has, or it is no encoder."""
+    head = type(getattr(model, "head", None))
+    return next((kind for kind in known if kind.head is head), None)
+
+
+def prefix_of(known: tuple[Kind, ...], encoder: Encoder) -> str:
+    """Of the keys of the encoder inside the class that has its head."""
+    kind = kind_of(known, encoder)
+    return "" if kind is None else kind.prefix
 
 
 def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
@@ -59,8 +66,9 @@ def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
     return of
 
 
-def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], words: MaskedWords) -> Head:
-    """The head of the class that a config.json names; `words` if that is the one for masked words.
+def head_of(known: tuple[Kind, ...], config: Mapping[str, Any]) -> Head | None:
+    """The head of the class that a config.json names; None if that is the one for masked words, as families' functions
+    take it.
 
     Raises:
         UserError: it names none, or another.
@@ -76,7 +84,7 @@ def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], words: MaskedWor
         raise UserError("config.json: is_decoder = True is not supported; only False is")
     if found.head is Classifier:
         return Classifier(labels=_labels(config))
-    return words if found.head is MaskedWords else found.head()
+    return None if found.head is MaskedWords else found.head()
 
 
 def head_fields(encoder: Encoder) -> dict[str, Any]:
@@ -90,40 +98,45 @@ def head_fields(encoder: Encoder) -> dict[str, Any]:
 def ignore_dropout(fields: Fields, *names: str) -> None:
     """Takes probabilities that matter in training with `transformers` alone."""
     for name in names:
-        fields.take(name, (float, int), 0.0)
+        fields.take(name, NUMBER, 0.0)
 
 
-def plain(encoder: Any) -> bool:
-    """Whether this is an encoder of one kind of post-norm block."""
-    one = isinstance(encoder, Encoder) and len(encoder.pattern) == 1 and not encoder.tail
-    return one and isinstance(encoder.pattern[0], PostNorm)
+NAMES = Names()
 
 
-def attention_rows(layer: str, q: str, k: str, v: str, o: str) -> tuple[Row, ...]:
-    """Rows of attention whose four parts have these names below `layer`."""
-    found = [
-        row
-        for ours, theirs in (("q", q), ("k", k), ("v", v))
-        for row in (
-            Row(f"layers/attn/{ours}", f"{layer}.{theirs}.weight", "(h k) d -> d h k"),
-            Row(f"layers/attn/{ours}_bias", f"{layer}.{theirs}.bias", "(h k) -> h k"),
-        )
-    ]
-    return (
-        *found,
-        Row("layers/attn/o", f"{layer}.{o}.weight", "d (h k) -> h k d"),
-        Row("layers/attn/o_bias", f"{layer}.{o}.bias", "d -> d"),
-    )
+def bert_config(encoder: Encoder, kind: Kind, model_type: str, heads: int, mlp: MLP, eps: float) -> dict[str, Any]:
+    """What `bert_fields` reads."""
+    return {
+        **NAMES.written(encoder, kind.architecture, model_type, heads, mlp),
+        "type_vocab_size": encoder.types,
+        "layer_norm_eps": eps,
+        "tie_word_embeddings": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **head_fields(encoder),
+    }
 
 
-def norm_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Rows of a norm."""
-    return Row(f"{ours}/scale", f"{theirs}.weight", "d -> d"), Row(f"{ours}/bias", f"{theirs}.bias", "d -> d")
+def bert_fields(fields: Fields, config: Mapping[str, Any], known: tuple[Kind, ...], **defaults: Any) -> dict[str, Any]:
+    """The arguments of BERT's function that it shares with MobileBERT's; `defaults` are those of `Names.read`.
+
+    Raises:
+        UserError: a field has no counterpart here, by name.
+    """
+    ignore_dropout(fields, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    fields.expect("tie_word_embeddings", True)
+    return {
+        **NAMES.read(fields, vocab=30522, context=512, **defaults),
+        "types": fields.take("type_vocab_size", int, 2),
+        "eps": float(fields.take("layer_norm_eps", NUMBER, 1e-12)),
+        "head": head_of(known, config),
+    }
 
 
-def dense_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Rows of a matrix and its bias."""
-    return Row(ours, f"{theirs}.weight", "e d -> d e"), Row(f"{ours}_bias", f"{theirs}.bias", "e -> e")
+def self_attention_rows(layer: str) -> tuple[Row, ...]:
+    """Attention and its norm, as BERT and MobileBERT name them below `layer`."""
+    named = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    return *attention_rows(layer, *named), *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm")
 
 
 def pooled_rows(prefix: str) -> tuple[Row, ...]:

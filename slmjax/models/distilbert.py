@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from slmjax.models.bert import bert
-from slmjax.models.bert_like import (
-    GREEK,
-    asked,
-    attention_rows,
-    dense_rows,
-    embedding_rows,
-    head_of,
-    ignore_dropout,
-    kind_of,
-    kinds,
-    norm_rows,
-    plain,
-)  # fmt: skip
+from slmjax.models.bert_like import GREEK, asked, embedding_rows, head_of, ignore_dropout, kind_of, kinds, prefix_of
 from slmjax.models.encoder import Encoder
-from slmjax.models.hf_config import Fields, activation_name
-from slmjax.models.table import Family, Row, present
-from slmjax.nn.attention import Attention
-from slmjax.nn.heads import Head, MaskedWords
-from slmjax.nn.layer import Initial
-from slmjax.nn.mlp import MLP, gelu
-from slmjax.nn.norm import LayerNorm
+from slmjax.models.gpt_like import parts
+from slmjax.models.hf_config import Fields, Names, exact, finished
+from slmjax.models.table import Family, Row, attention_rows, dense_rows, norm_rows, present
+from slmjax.nn.heads import Head
+from slmjax.nn.mlp import gelu
 
 
 def distilbert(
@@ -69,8 +54,7 @@ KINDS = kinds("DistilBert", "distilbert.", pooler=False)
 
 def rows(encoder: Encoder) -> tuple[Row, ...]:
     """The rows of the class with this head."""
-    kind = kind_of(KINDS, encoder)
-    prefix = "" if kind is None else kind.prefix
+    prefix = prefix_of(KINDS, encoder)
     layer = f"{prefix}transformer.layer.{{}}"
     names = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
     table = (
@@ -87,33 +71,22 @@ def rows(encoder: Encoder) -> tuple[Row, ...]:
     return present(table, encoder)
 
 
+NAMES = Names(layers="n_layers", width="dim", heads="n_heads", hidden="hidden_dim", activation="activation")
+
+
 def to_config(encoder: Any) -> dict[str, Any] | None:
     """The DistilBertConfig of this encoder, or None if there is none."""
-    kind = kind_of(KINDS, encoder) if plain(encoder) else None
-    if kind is None:
-        return None
-    mixer, mlp = encoder.pattern[0].mixer, encoder.pattern[0].mlp
-    if not (isinstance(mixer, Attention) and isinstance(mlp, MLP)):
-        return None
-    if activation_name(mlp.activation) is None or encoder.width % mixer.heads:
+    kind, first = kind_of(KINDS, encoder), parts(encoder)
+    if kind is None or first is None:
         return None
     config = {
-        "architectures": [kind.architecture],
-        "model_type": "distilbert",
-        "vocab_size": encoder.vocab,
-        "max_position_embeddings": encoder.context,
-        "dim": encoder.width,
-        "n_layers": encoder.layers,
-        "n_heads": mixer.heads,
-        "hidden_dim": mlp.hidden,
-        "activation": activation_name(mlp.activation),
-        "initializer_range": encoder.initial.std,
+        **NAMES.written(encoder, kind.architecture, "distilbert", first.mixer.heads, first.mlp),
         "sinusoidal_pos_embds": False,
         "tie_word_embeddings": True,
         "dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    return config if replace(from_config(config), initial=encoder.initial) == encoder else None
+    return exact(config, from_config, encoder)
 
 
 def from_config(config: Mapping[str, Any]) -> Encoder:
@@ -127,20 +100,8 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
     fields.take("sinusoidal_pos_embds", bool, False)  # how positions were drawn; they are stored either way
     fields.expect("tie_word_embeddings", True)
     fields.expect("tie_weights_", True)
-    activation = fields.activation("activation", "gelu")
-    encoder = distilbert(
-        layers=fields.take("n_layers", int, 6),
-        width=fields.take("dim", int, 768),
-        heads=fields.take("n_heads", int, 12),
-        hidden=fields.take("hidden_dim", int, 3072),
-        vocab=fields.take("vocab_size", int, 30522),
-        context=fields.take("max_position_embeddings", int, 512),
-        activation=activation,
-        head=head_of(KINDS, config, MaskedWords(norm=LayerNorm(eps=1e-12), activation=activation)),
-    )
-    std = fields.take("initializer_range", (float, int), 0.02)
-    fields.close()
-    return replace(encoder, initial=Initial(std=std))
+    common = NAMES.read(fields, layers=6, width=768, heads=12, hidden=3072, vocab=30522, context=512, activation="gelu")
+    return finished(fields, distilbert(**common, head=head_of(KINDS, config)))
 
 
 FAMILY = Family(

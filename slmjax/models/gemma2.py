@@ -11,7 +11,7 @@ from typing import Any
 
 from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.hf_config import NUMBER, Fields, activation_name, exact, finished
 from slmjax.models.hf_rope import both_versions
 from slmjax.models.llama_like import (
     ATTENTION,
@@ -22,15 +22,13 @@ from slmjax.models.llama_like import (
     Common,
     Sizes,
     common_config,
-    exact,
-    finished,
     layer_type_names,
     layer_windows,
     sizes_from,
     whole_rope,
 )
-from slmjax.models.table import Family, Row, present
-from slmjax.nn.block import Sandwich
+from slmjax.models.table import Family, table
+from slmjax.nn.block import AnyBlock, Sandwich
 from slmjax.nn.embedding import Logits
 from slmjax.nn.mlp import gelu_tanh
 from slmjax.nn.norm import RMSNorm
@@ -48,35 +46,37 @@ def gemma2(
     attention_bias: bool = False,
 ) -> Decoder:
     """`windows`: of each layer. Scores are divided by the root of `query_scalar`, not of the width of a head."""
-    norm = RMSNorm(eps=sizes.eps, offset=1.0, round_first=False)
     blocks = [
-        sizes.block(
-            position,
-            norm,
-            kind=Sandwich,
-            window=window,
-            scale=query_scale(sizes, query_scalar),
-            softcap=score_cap,
-            qkv_bias=attention_bias,
-            o_bias=attention_bias,
-        )
-        for window in windows
+        gemma_block(sizes, position, window, query_scalar, attention_bias, softcap=score_cap) for window in windows
     ]
     return sizes.decoder(blocks, embed_scale=math.sqrt(sizes.width), logits=Logits(softcap=logit_cap))
 
 
-def query_scale(sizes: Sizes, query_scalar: int) -> float | None:
-    """`Attention.scale`: None where it is what it would be anyway."""
-    return None if query_scalar == sizes.head_dim else query_scalar**-0.5
+def gemma_norm(sizes: Sizes) -> RMSNorm:
+    """Every norm of Gemma 2 and 3."""
+    return RMSNorm(eps=sizes.eps, offset=1.0, round_first=False)
+
+
+def gemma_block(
+    sizes: Sizes, position: Rope, window: int | None, query_scalar: int, bias: bool, **attention: Any
+) -> AnyBlock:
+    """A layer of Gemma 2 or 3, `bias` that of its attention; `attention` are further fields of `Attention`."""
+    scale = None if query_scalar == sizes.head_dim else query_scalar**-0.5  # None: it would be that anyway
+    return sizes.block(
+        position, gemma_norm(sizes), kind=Sandwich, window=window, scale=scale, qkv_bias=bias, o_bias=bias, **attention
+    )
+
+
+DEFAULTS = Sizes(
+    layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, hidden=9216, vocab=256000, context=8192, tied=True,
+    eps=1e-6, activation=gelu_tanh,
+)  # fmt: skip
+"""Of Gemma2Config: the size of the 2B"""
 
 
 def gemma2_2b() -> Decoder:
     """2,614,341,888 parameters."""
-    sizes = Sizes(
-        layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, hidden=9216, vocab=256000, context=8192, tied=True,
-        eps=1e-6, activation=gelu_tanh,
-    )  # fmt: skip
-    return gemma2(sizes, position=Rope(theta=1e4), windows=(4096, None) * 13)
+    return gemma2(DEFAULTS, position=Rope(theta=1e4), windows=(4096, None) * 13)
 
 
 def gemma2_9b() -> Decoder:
@@ -90,11 +90,6 @@ def gemma2_9b() -> Decoder:
 
 HF = (*TABLES, *SANDWICH_NORMS, *ATTENTION, *QK_NORMS, *MLP)
 """Parameters as Gemma2ForCausalLM saves them, and Gemma3ForCausalLM, which has the norms of queries and keys"""
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -128,12 +123,6 @@ def gemma_config(common: Common, decoder: Decoder) -> dict[str, Any]:
     }
 
 
-DEFAULTS = Sizes(
-    layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, hidden=9216, vocab=256000, context=8192, tied=True,
-    eps=1e-6, activation=gelu_tanh,
-)  # fmt: skip
-
-
 def from_config(config: Mapping[str, Any]) -> Decoder:
     """Gemma2Config -> decoder. Absent fields have the defaults of Gemma2Config.
 
@@ -148,8 +137,8 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         position=whole_rope(fields, sizes.context),
         windows=layer_windows(fields, length, [i % 2 == 0 for i in range(sizes.layers)]),
         query_scalar=fields.take("query_pre_attn_scalar", int, 256),
-        score_cap=fields.nullable("attn_logit_softcapping", (float, int), 50.0),
-        logit_cap=fields.nullable("final_logit_softcapping", (float, int), 30.0),
+        score_cap=fields.nullable("attn_logit_softcapping", NUMBER, 50.0),
+        logit_cap=fields.nullable("final_logit_softcapping", NUMBER, 30.0),
         attention_bias=fields.take("attention_bias", bool, False),
     )
     return finished(fields, decoder)
@@ -171,7 +160,7 @@ def gemma_sizes(fields: Fields, defaults: Sizes) -> Sizes:
 FAMILY = Family(
     name="Gemma 2",
     model_type="gemma2",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={"gemma2/2b": gemma2_2b, "gemma2/9b": gemma2_9b},

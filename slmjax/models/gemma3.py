@@ -6,20 +6,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from slmjax.errors import UserError
+from slmjax.models import gemma2
 from slmjax.models.decoder import Decoder
-from slmjax.models.gemma2 import gemma_config, gemma_sizes, query_scale, rows
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import NUMBER, Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import Sizes, common_config, exact, finished, layer_windows, whole_rope
-from slmjax.models.table import Family
+from slmjax.models.llama_like import Sizes, common_config, layer_windows, whole_rope
+from slmjax.models.table import Family, table
 from slmjax.nn.attention import QKNorm
-from slmjax.nn.block import Sandwich
 from slmjax.nn.embedding import Logits
 from slmjax.nn.mlp import gelu_tanh
-from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
 
 LOCAL, GLOBAL = Rope(theta=1e4), Rope(theta=1e6)
@@ -37,19 +36,11 @@ def gemma3(
     attention_bias: bool = False,
 ) -> Decoder:
     """`windows`: of each layer. Positions are `local` in layers that have one, `everywhere` in the others."""
-    norm = RMSNorm(eps=sizes.eps, offset=1.0, round_first=False)
+    qk_norm = QKNorm(norm=gemma2.gemma_norm(sizes))
+    ropes = [everywhere if window is None else local for window in windows]
     blocks = [
-        sizes.block(
-            everywhere if window is None else local,
-            norm,
-            kind=Sandwich,
-            window=window,
-            scale=query_scale(sizes, query_scalar),
-            qk_norm=QKNorm(norm=norm),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias,
-        )
-        for window in windows
+        gemma2.gemma_block(sizes, rope, window, query_scalar, attention_bias, qk_norm=qk_norm)
+        for rope, window in zip(ropes, windows, strict=True)
     ]
     return sizes.decoder(blocks, embed_scale=math.sqrt(sizes.width), logits=Logits(softcap=logit_cap))
 
@@ -86,7 +77,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     local, everywhere = ropes.get(True, LOCAL), ropes.get(False, GLOBAL)
     versions = both_versions(everywhere)
     config = {
-        **gemma_config(common, decoder),
+        **gemma2.gemma_config(common, decoder),
         **versions,
         "rope_local_base_freq": local.theta,
         "rope_parameters": {
@@ -98,10 +89,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     return exact(config, from_config, decoder)
 
 
-DEFAULTS = Sizes(
-    layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, hidden=9216, vocab=262208, context=131072, tied=True,
-    eps=1e-6, activation=gelu_tanh,
-)  # fmt: skip
+DEFAULTS = replace(gemma2.DEFAULTS, vocab=262208, context=131072)
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
@@ -111,7 +99,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field that has no counterpart here, by name.
     """
     fields = Fields(config)
-    sizes = gemma_sizes(fields, DEFAULTS)
+    sizes = gemma2.gemma_sizes(fields, DEFAULTS)
     fields.expect("attn_logit_softcapping", None)  # which transformers reads and does not apply
     local, everywhere = _ropes_from(fields, sizes.context)
     length = fields.nullable("sliding_window", int, 4096)
@@ -126,7 +114,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         local=local,
         everywhere=everywhere,
         query_scalar=fields.take("query_pre_attn_scalar", int, 256),
-        logit_cap=fields.nullable("final_logit_softcapping", (float, int), None),
+        logit_cap=fields.nullable("final_logit_softcapping", NUMBER, None),
         attention_bias=fields.take("attention_bias", bool, False),
     )
     return finished(fields, decoder)
@@ -141,8 +129,8 @@ def _ropes_from(fields: Fields, context: int) -> tuple[Rope, Rope]:
         raise UserError(
             f"config.json: rope_parameters has {next(iter(nested))}; it needs sliding_attention and full_attention"
         )
-    local["rope_theta"] = fields.take("rope_local_base_freq", (float, int), None)
-    everywhere["rope_theta"] = fields.take("rope_theta", (float, int), None)
+    local["rope_theta"] = fields.take("rope_local_base_freq", NUMBER, None)
+    everywhere["rope_theta"] = fields.take("rope_theta", NUMBER, None)
     everywhere["rope_scaling"] = fields.take("rope_scaling", Mapping, None)
     return (
         whole_rope(Fields(local), context, theta=LOCAL.theta),
@@ -153,7 +141,7 @@ def _ropes_from(fields: Fields, context: int) -> tuple[Rope, Rope]:
 FAMILY = Family(
     name="Gemma 3",
     model_type="gemma3_text",
-    rows=rows,
+    rows=table(gemma2.HF),
     to_config=to_config,
     from_config=from_config,
     sizes={"gemma3/270m": gemma3_270m, "gemma3/1b": gemma3_1b},

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
+from slmjax.models.arrange import repeated
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.gpt_like import gpt_block, megatron_rows, parts
+from slmjax.models.hf_config import NUMBER, Fields, Names, exact, finished
 from slmjax.models.hf_rope import rope_from_config, rope_to_config
-from slmjax.models.table import Family, Row, present
-from slmjax.nn.attention import Attention
+from slmjax.models.table import Family, Row, norm_rows, table
 from slmjax.nn.block import AnyBlock, Parallel
-from slmjax.nn.layer import Initial
-from slmjax.nn.mlp import MLP, gelu
+from slmjax.nn.mlp import gelu
 from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import Rope
 
@@ -34,25 +33,17 @@ def gpt_neox(
     wiring: type[AnyBlock] = Parallel,
 ) -> Decoder:
     """LayerNorm, rotary positions on a quarter of each head, attention and MLP side by side, each with its own norm."""
-    mixer = Attention(
-        heads=heads,
-        kv_heads=heads,
-        head_dim=width // heads,
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        position=position,
-    )
-    norm = LayerNorm(eps=eps)
-    mlp = MLP(hidden=4 * width if hidden is None else hidden, activation=activation, bias=True)
-    return Decoder(
-        vocab=vocab,
+    block = gpt_block(
         width=width,
-        pattern=(wiring(mixer=mixer, mlp=mlp, norm=norm),),
-        repeats=layers,
-        context=context,
-        tied=tied,
-        final_norm=norm,
+        heads=heads,
+        hidden=hidden,
+        norm=LayerNorm(eps=eps),
+        activation=activation,
+        kind=wiring,
+        position=position,
+        attention_bias=attention_bias,
     )
+    return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied)
 
 
 def pythia_14m() -> Decoder:
@@ -90,69 +81,40 @@ def pythia_1_4b() -> Decoder:
     return gpt_neox(layers=24, width=2048, heads=16)
 
 
-_QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
-_QKV_BIAS = ("layers/attn/q_bias", "layers/attn/k_bias", "layers/attn/v_bias")
-_LAYER = "gpt_neox.layers.{}"
 HF = (
     Row("embed/table", "gpt_neox.embed_in.weight", "v d -> v d"),
-    Row("layers/attn_norm/scale", f"{_LAYER}.input_layernorm.weight", "d -> d"),
-    Row("layers/attn_norm/bias", f"{_LAYER}.input_layernorm.bias", "d -> d"),
-    Row(_QKV, f"{_LAYER}.attention.query_key_value.weight", "(h n k) d -> n d h k"),
-    Row(_QKV_BIAS, f"{_LAYER}.attention.query_key_value.bias", "(h n k) -> n h k"),
-    Row("layers/attn/o", f"{_LAYER}.attention.dense.weight", "d (h k) -> h k d"),
-    Row("layers/attn/o_bias", f"{_LAYER}.attention.dense.bias", "d -> d"),
-    Row("layers/mlp_norm/scale", f"{_LAYER}.post_attention_layernorm.weight", "d -> d"),
-    Row("layers/mlp_norm/bias", f"{_LAYER}.post_attention_layernorm.bias", "d -> d"),
-    Row("layers/mlp/up", f"{_LAYER}.mlp.dense_h_to_4h.weight", "f d -> d f"),
-    Row("layers/mlp/up_bias", f"{_LAYER}.mlp.dense_h_to_4h.bias", "f -> f"),
-    Row("layers/mlp/down", f"{_LAYER}.mlp.dense_4h_to_h.weight", "d f -> f d"),
-    Row("layers/mlp/down_bias", f"{_LAYER}.mlp.dense_4h_to_h.bias", "d -> d"),
-    Row("final_norm/scale", "gpt_neox.final_layer_norm.weight", "d -> d"),
-    Row("final_norm/bias", "gpt_neox.final_layer_norm.bias", "d -> d"),
+    *megatron_rows("gpt_neox.layers.{}", "attention"),
+    *norm_rows("final_norm", "gpt_neox.final_layer_norm"),
     Row("unembed/table", "embed_out.weight", "v d -> v d", alias="lm_head.weight"),
 )
-"""Parameters as GPTNeoXForCausalLM saves them: q, k and v lie side by side in each head. The output table is `lm_head`
-in the live model of transformers 5, `embed_out` in its files and in those of 4."""
+"""Parameters as GPTNeoXForCausalLM saves them. The output table is `lm_head` in the live model of transformers 5,
+`embed_out` in its files and in those of 4."""
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
+NAMES = Names()
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The GPTNeoXConfig of this decoder, with the keys of transformers 4 beside those of 5; None if there is none."""
-    block = decoder.pattern[0]
-    mixer, mlp, norm = block.mixer, block.mlp, block.norm
-    if not (isinstance(mixer, Attention) and isinstance(mlp, MLP) and isinstance(norm, LayerNorm)):
+    first = parts(decoder)
+    if first is None or not isinstance(first.mixer.position, Rope):
         return None
-    position = mixer.position
-    if not isinstance(position, Rope) or decoder.width % mixer.heads or activation_name(mlp.activation) is None:
-        return None
-    parameters = rope_to_config(position)
+    position = first.mixer.position
     config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": mixer.heads,
-        "intermediate_size": mlp.hidden,
-        "hidden_act": activation_name(mlp.activation),
-        "max_position_embeddings": decoder.context,
-        "initializer_range": decoder.initial.std,
-        "layer_norm_eps": norm.eps,
+        **NAMES.written(decoder, "GPTNeoXForCausalLM", "gpt_neox", first.mixer.heads, first.mlp),
+        "layer_norm_eps": first.norm.eps,
         "tie_word_embeddings": decoder.tied,
-        "use_parallel_residual": isinstance(block, Parallel),
-        "attention_bias": mixer.qkv_bias,
+        "use_parallel_residual": isinstance(decoder.pattern[0], Parallel),
+        "attention_bias": first.mixer.qkv_bias,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "rotary_pct": position.fraction,
         "rotary_emb_base": position.theta,
-        "rope_parameters": {**parameters, "partial_rotary_factor": position.fraction},  # its default is 0.25, not 1
+        # its default is 0.25, not 1
+        "rope_parameters": {**rope_to_config(position), "partial_rotary_factor": position.fraction},
         "use_cache": True,
     }
-    return config if replace(from_config(config), initial=decoder.initial) == decoder else None
+    return exact(config, from_config, decoder)
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
@@ -162,36 +124,30 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field that has no counterpart here, by name.
     """
     fields = Fields(config)
-    context = fields.take("max_position_embeddings", int, 2048)
+    common = NAMES.read(
+        fields, layers=44, width=6144, heads=64, hidden=24576, vocab=50432, context=2048, activation="gelu"
+    )
     decoder = gpt_neox(
-        layers=fields.take("num_hidden_layers", int, 44),
-        width=fields.take("hidden_size", int, 6144),
-        heads=fields.take("num_attention_heads", int, 64),
-        hidden=fields.take("intermediate_size", int, 24576),
-        vocab=fields.take("vocab_size", int, 50432),
-        context=context,
+        **common,
         tied=fields.take("tie_word_embeddings", bool, False),
         position=rope_from_config(
             fields,
             fraction=0.25,
             fraction_keys=("partial_rotary_factor", "rotary_pct"),
             theta_keys=("rope_theta", "rotary_emb_base"),
-            context=context,
+            context=common["context"],
         ),
-        eps=fields.take("layer_norm_eps", (float, int), 1e-5),
-        activation=fields.activation("hidden_act", "gelu"),
+        eps=fields.take("layer_norm_eps", NUMBER, 1e-5),
         attention_bias=fields.take("attention_bias", bool, True),
         wiring=Parallel if fields.take("use_parallel_residual", bool, True) else Block,
     )
-    std = fields.take("initializer_range", (float, int), 0.02)
-    fields.close()
-    return replace(decoder, initial=Initial(std=std))
+    return finished(fields, decoder)
 
 
 FAMILY = Family(
     name="GPT-NeoX",
     model_type="gpt_neox",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={

@@ -14,12 +14,11 @@ from typing import Any
 from slmjax.errors import UserError
 from slmjax.models import llama
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import NUMBER, Fields, exact
 from slmjax.models.table import Family
 from slmjax.nn.attention import Attention
 from slmjax.nn.embedding import Logits
 
-NUMBER = (float, int)
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -87,7 +86,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "residual_multiplier": block.branch_scale,
         "logits_scaling": _inverse(decoder.logits.scale),
     }
-    return config if replace(from_config(config), initial=decoder.initial) == decoder else None
+    return exact(config, from_config, decoder)
 
 
 def _inverse(x: float) -> float:
@@ -136,7 +135,7 @@ def _not_zero(key: str, value: float) -> None:
 FAMILY = Family(
     name="Granite",
     model_type="granite",
-    rows=llama.rows,
+    rows=llama.FAMILY.rows,
     to_config=to_config,
     from_config=from_config,
     sizes={"granite/3.1-2b": granite_3_1_2b, "granite/3.1-8b": granite_3_1_8b},
@@ -145,7 +144,7 @@ FAMILY = Family(
 MINICPM = Family(
     name="MiniCPM",
     model_type="minicpm",
-    rows=llama.rows,
+    rows=llama.FAMILY.rows,
     to_config=lambda decoder: None,  # its class is remote code; Granite computes the same
     from_config=from_minicpm_config,
     sizes={"minicpm/1b": minicpm_1b, "minicpm/2b": minicpm_2b},

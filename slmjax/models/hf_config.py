@@ -1,12 +1,19 @@
-"""Reading another library's config.json without overlooking anything in it."""
+"""Another library's config.json: read without overlooking anything in it, and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from slmjax.errors import UserError
-from slmjax.nn.mlp import gelu, gelu_tanh, relu, silu
+from slmjax.models.assembly import Assembly
+from slmjax.nn.layer import Initial
+from slmjax.nn.mlp import MLP, GatedMLP, gelu, gelu_tanh, relu, silu
+
+AnyModel = TypeVar("AnyModel", bound=Assembly)
+
+NUMBER = (float, int)
 
 ACTIVATIONS: Mapping[str, Callable] = {
     "silu": silu,
@@ -152,3 +159,75 @@ class Fields:
                     f"config.json: {key} = {str(value)[:60]!s} is not known for this model and may change what it "
                     "computes; remove the field if it does not"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a class of transformers calls the fields that each of them has."""
+
+    layers: str = "num_hidden_layers"
+    width: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    hidden: str = "intermediate_size"
+    vocab: str = "vocab_size"
+    context: str = "max_position_embeddings"
+    activation: str = "hidden_act"
+    std: str = "initializer_range"
+
+    def written(
+        self, model: Assembly, architecture: str, model_type: str, heads: int, mlp: MLP | GatedMLP
+    ) -> dict[str, Any]:
+        """These fields of a model whose layers are like this."""
+        return {
+            "architectures": [architecture],
+            "model_type": model_type,
+            self.vocab: model.vocab,
+            self.width: model.width,
+            self.layers: model.layers,
+            self.heads: heads,
+            self.hidden: mlp.hidden,
+            self.activation: activation_name(mlp.activation),
+            self.context: model.context,
+            self.std: model.initial.std,
+        }
+
+    def read(
+        self, fields: Fields, *, layers: int, width: int, heads: int, hidden: int | None, vocab: int, context: int,
+        activation: str,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The arguments of these names; absent fields have these defaults, which are those of the class.
+
+        Raises:
+            UserError: a field is of another kind, or the activation is not known here.
+        """
+        return {
+            "layers": fields.take(self.layers, int, layers),
+            "width": fields.take(self.width, int, width),
+            "heads": fields.take(self.heads, int, heads),
+            "hidden": fields.take(self.hidden, int, hidden),
+            "vocab": fields.take(self.vocab, int, vocab),
+            "context": fields.take(self.context, int, context),
+            "activation": fields.activation(self.activation, activation),
+        }
+
+
+def finished(fields: Fields, model: AnyModel, std: str = Names.std) -> AnyModel:
+    """The model with its initial values, whose deviation is the field `std`, when every field has been taken.
+
+    Raises:
+        UserError: a field is left that may change what the model computes.
+    """
+    initial = Initial(std=fields.take(std, NUMBER, 0.02))
+    fields.close()
+    return replace(model, initial=initial)
+
+
+def exact(
+    config: dict[str, Any], from_config: Callable[[Mapping[str, Any]], Assembly], model: Assembly
+) -> dict[str, Any] | None:
+    """`config` if it is read as this very model, initial values aside; None if as another one, or not at all."""
+    try:
+        read = from_config(config)
+    except UserError:
+        return None
+    return config if replace(read, initial=model.initial) == model else None

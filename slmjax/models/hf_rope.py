@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.errors import UserError
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import NUMBER, Fields
 from slmjax.nn.position import Rope
 from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling, LongRope, RopeScaling
-
-NUMBER = (float, int)
 
 
 def rope_from_config(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from slmjax.errors import UserError
 from slmjax.models.arrange import layers_of
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import NUMBER, Fields, exact, finished
 from slmjax.models.hf_rope import both_versions, rope_from_config
-from slmjax.models.table import Family, Row, present
+from slmjax.models.table import Family, Row, attention_rows, dense_rows, table
 from slmjax.nn.attention import Attention, QKNorm
-from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import SwiGLU
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
@@ -87,18 +85,14 @@ HF = (
     Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
     Row("layers/attn_norm/scale", "model.layers.{}.operator_norm.weight", "d -> d"),
     Row("layers/conv_norm/scale", "model.layers.{}.operator_norm.weight", "d -> d"),
-    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/o", f"{_ATTENTION}.out_proj.weight", "d (h k) -> h k d"),
+    *attention_rows(_ATTENTION, "q_proj", "k_proj", "v_proj", "out_proj"),
     Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_layernorm.weight", "k -> k"),
     Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_layernorm.weight", "k -> k"),
     Row(_GATES, f"{_CONV}.in_proj.weight", "c d -> d c", split=0),
     Row(tuple(f"{path}_bias" for path in _GATES), f"{_CONV}.in_proj.bias", "c -> c", split=0),
     Row("layers/conv/taps", f"{_CONV}.conv.weight", "c 1 t -> c t"),
     Row("layers/conv/taps_bias", f"{_CONV}.conv.bias", "c -> c"),
-    Row("layers/conv/out", f"{_CONV}.out_proj.weight", "d c -> c d"),
-    Row("layers/conv/out_bias", f"{_CONV}.out_proj.bias", "d -> d"),
+    *dense_rows("layers/conv/out", f"{_CONV}.out_proj"),
     Row("layers/mlp_norm/scale", "model.layers.{}.ffn_norm.weight", "d -> d"),
     Row("layers/mlp/gate", f"{_MLP}.w1.weight", "f d -> d f"),
     Row("layers/mlp/up", f"{_MLP}.w3.weight", "f d -> d f"),
@@ -107,11 +101,6 @@ HF = (
     Row("unembed/table", "lm_head.weight", "v d -> v d"),
 )
 """Parameters as Lfm2ForCausalLM saves them"""
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -143,9 +132,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         **both_versions(attention.position),
         "use_cache": True,
     }
-    if "" in config["layer_types"]:
-        return None
-    return config if replace(from_config(config), initial=decoder.initial) == decoder else None
+    return exact(config, from_config, decoder)
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
@@ -157,7 +144,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     fields = Fields(config)
     width = fields.take("hidden_size", int, 2560)
     heads = fields.take("num_attention_heads", int, 32)
-    eps = fields.take("norm_eps", (float, int), 1e-5)
+    eps = fields.take("norm_eps", NUMBER, 1e-5)
     context = fields.take("max_position_embeddings", int, 128000)
     position = rope_from_config(fields, theta=1e6, context=context)
     if position.fraction != 1.0:
@@ -178,7 +165,6 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         conv_bias=fields.take("conv_bias", bool, False),
         eps=eps,
     )
-    std = fields.take("initializer_range", (float, int), 0.02)
     # What the first release wrote besides, and the class does not read: it may say nothing else.
     said = {"block_dim": width, "conv_dim": width, "conv_dim_out": width, "num_heads": heads, "block_norm_eps": eps}
     for key, value in {**said, "theta": position.theta, "block_use_swiglu": True, "use_pos_enc": True}.items():
@@ -187,8 +173,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         fields.take(key, (float, int, bool), None)  # initial values only
     if tied is not None:
         fields.expect("tie_word_embeddings", tied)
-    fields.close()
-    return replace(decoder, initial=Initial(std=std))
+    return finished(fields, decoder)
 
 
 def _attends(fields: Fields) -> list[bool]:
@@ -215,7 +200,7 @@ def _hidden(fields: Fields) -> int:
         raise UserError(f"config.json: intermediate_size = {size} but block_ff_dim = {older}; remove one of them")
     size = 12288 if older is None else older
     multiple = fields.take("block_multiple_of", int, 256)
-    factor = fields.take("block_ffn_dim_multiplier", (float, int), 1.0)
+    factor = fields.take("block_ffn_dim_multiplier", NUMBER, 1.0)
     if not fields.take("block_auto_adjust_ff_dim", bool, True):
         return size
     return -(-int(factor * int(2 * size / 3)) // multiple) * multiple
@@ -224,7 +209,7 @@ def _hidden(fields: Fields) -> int:
 FAMILY = Family(
     name="LFM2",
     model_type="lfm2",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={"lfm2/350m": lfm2_350m, "lfm2/700m": lfm2_700m, "lfm2/1.2b": lfm2_1_2b, "lfm2/2.6b": lfm2_2_6b},

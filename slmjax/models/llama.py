@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import LLAMA, Sizes, common_config, exact, finished, sizes_from, whole_rope
-from slmjax.models.table import Family, Row, present
+from slmjax.models.llama_like import LLAMA, Sizes, common_config, sizes_from, whole_rope
+from slmjax.models.table import Family, table
 from slmjax.nn.mlp import silu
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
@@ -144,11 +144,6 @@ def fox_1_1_6b() -> Decoder:
     )
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows whose parameters this decoder has."""
-    return present(LLAMA, decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The LlamaConfig of this decoder, with the keys of transformers 4 beside those of 5; None if there is none."""
     common = common_config(decoder, "LlamaForCausalLM", "llama")
@@ -188,7 +183,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="Llama",
     model_type="llama",
-    rows=rows,
+    rows=table(LLAMA),
     to_config=to_config,
     from_config=from_config,
     sizes={

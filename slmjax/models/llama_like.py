@@ -6,19 +6,18 @@ it differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
 from slmjax.models.arrange import layers_of
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.hf_config import NUMBER, Fields, Names, activation_name
 from slmjax.models.hf_rope import rope_from_config
-from slmjax.models.table import Row
+from slmjax.models.table import Row, attention_rows, dense_rows, norm_rows
 from slmjax.nn.attention import Attention
 from slmjax.nn.block import AnyBlock
-from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import GatedMLP, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.parts import Norm
@@ -59,6 +58,10 @@ class Sizes:
         mlp = GatedMLP(hidden=self.hidden, activation=self.activation, bias=mlp_bias)
         return kind(mixer=mixer, mlp=mlp, norm=norm)
 
+    def each(self, windows: Sequence[int | None]) -> Sequence[int | None]:
+        """The window of each layer, where one stands for all."""
+        return list(windows) * (self.layers if len(windows) == 1 else 1)
+
     def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
         """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
         laid_out = layers_of(blocks)
@@ -76,12 +79,6 @@ class Sizes:
 _LAYER = "model.layers.{}"
 _ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
 
-
-def norm_rows(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Gain and bias of a norm."""
-    return (Row(f"{ours}/scale", f"{theirs}.weight", "d -> d"), Row(f"{ours}/bias", f"{theirs}.bias", "d -> d"))
-
-
 TABLES = (
     Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
     *norm_rows("final_norm", "model.norm"),
@@ -98,28 +95,16 @@ SANDWICH_NORMS = (
     *norm_rows("layers/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
 )
 """Of which a block that norms only after its branches has the second and the fourth"""
-ATTENTION = (
-    Row("layers/attn/q", f"{_ATTENTION}.q_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/k", f"{_ATTENTION}.k_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/v", f"{_ATTENTION}.v_proj.weight", "(h k) d -> d h k"),
-    Row("layers/attn/o", f"{_ATTENTION}.o_proj.weight", "d (h k) -> h k d"),
-    Row("layers/attn/q_bias", f"{_ATTENTION}.q_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/k_bias", f"{_ATTENTION}.k_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/v_bias", f"{_ATTENTION}.v_proj.bias", "(h k) -> h k"),
-    Row("layers/attn/o_bias", f"{_ATTENTION}.o_proj.bias", "d -> d"),
-)
+ATTENTION = attention_rows(_ATTENTION, "q_proj", "k_proj", "v_proj", "o_proj")
 QK_NORMS = (
-    Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_norm.weight", "k -> k"),
-    Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_norm.weight", "k -> k"),
+    *norm_rows("layers/attn/q_norm", f"{_ATTENTION}.q_norm"),
+    *norm_rows("layers/attn/k_norm", f"{_ATTENTION}.k_norm"),
 )
 """One gain for all heads"""
 MLP = (
-    Row("layers/mlp/gate", f"{_MLP}.gate_proj.weight", "f d -> d f"),
-    Row("layers/mlp/up", f"{_MLP}.up_proj.weight", "f d -> d f"),
-    Row("layers/mlp/down", f"{_MLP}.down_proj.weight", "d f -> f d"),
-    Row("layers/mlp/gate_bias", f"{_MLP}.gate_proj.bias", "f -> f"),
-    Row("layers/mlp/up_bias", f"{_MLP}.up_proj.bias", "f -> f"),
-    Row("layers/mlp/down_bias", f"{_MLP}.down_proj.bias", "d -> d"),
+    *dense_rows("layers/mlp/gate", f"{_MLP}.gate_proj"),
+    *dense_rows("layers/mlp/up", f"{_MLP}.up_proj"),
+    *dense_rows("layers/mlp/down", f"{_MLP}.down_proj"),
 )
 LLAMA = (*TABLES, *PRE_NORMS, *ATTENTION, *MLP)
 """Parameters as LlamaForCausalLM saves them"""
@@ -161,18 +146,9 @@ def common_config(
     if not isinstance(norm, (RMSNorm, LayerNorm)) or activation_name(mlp.activation) is None:
         return None
     config = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": mlp.hidden,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": mixers[0].heads,
+        **Names(activation=activation).written(decoder, architecture, model_type, mixers[0].heads, mlp),
         "num_key_value_heads": mixers[0].kv_heads,
         **({"head_dim": mixers[0].head_dim} if head_dim else {}),
-        activation: activation_name(mlp.activation),
-        "max_position_embeddings": decoder.context,
-        "initializer_range": decoder.initial.std,
         eps: norm.eps,
         "tie_word_embeddings": decoder.tied,
         "attention_dropout": 0.0,
@@ -181,31 +157,24 @@ def common_config(
     return Common(config, mixers, mlp, ropes[0])
 
 
-def exact(
-    config: dict[str, Any], from_config: Callable[[Mapping[str, Any]], Decoder], decoder: Decoder
-) -> dict[str, Any] | None:
-    """`config` if it is read as this very decoder, initial values aside; None if as another one, or not at all."""
-    try:
-        read = from_config(config)
-    except UserError:
-        return None
-    return config if replace(read, initial=decoder.initial) == decoder else None
-
-
 def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", activation: str = "hidden_act") -> Sizes:
     """The fields that `common_config` writes; absent ones have the defaults of the class."""
+    common = Names(activation=activation).read(
+        fields,
+        layers=defaults.layers,
+        width=defaults.width,
+        heads=defaults.heads,
+        hidden=defaults.hidden,
+        vocab=defaults.vocab,
+        context=defaults.context,
+        activation=activation_name(defaults.activation) or "",
+    )
     return Sizes(
-        layers=fields.take("num_hidden_layers", int, defaults.layers),
-        width=fields.take("hidden_size", int, defaults.width),
-        heads=fields.take("num_attention_heads", int, defaults.heads),
+        **common,
         kv_heads=fields.nullable("num_key_value_heads", int, defaults.kv_heads),
         head_dim=fields.nullable("head_dim", int, defaults.head_dim),
-        hidden=fields.take("intermediate_size", int, defaults.hidden),
-        vocab=fields.take("vocab_size", int, defaults.vocab),
-        context=fields.take("max_position_embeddings", int, defaults.context),
         tied=fields.take("tie_word_embeddings", bool, defaults.tied),
-        eps=fields.take(eps, (float, int), defaults.eps),
-        activation=fields.activation(activation, activation_name(defaults.activation) or ""),
+        eps=fields.take(eps, NUMBER, defaults.eps),
     )
 
 
@@ -259,17 +228,22 @@ def _kind(slides: bool) -> str:
     return "sliding_attention" if slides else "full_attention"
 
 
+def window_in_use(fields: Fields, default: int | None) -> int | None:
+    """`sliding_window` where `use_sliding_window` says that layers have one."""
+    used, length = fields.take("use_sliding_window", bool, False), fields.nullable("sliding_window", int, default)
+    return length if used else None
+
+
+def windows_to_config(mixers: Sequence[Attention]) -> dict[str, Any]:
+    """The fields that `window_in_use` and `layer_windows` read, for the first window among these layers."""
+    lengths = [mixer.window for mixer in mixers if mixer.window is not None]
+    return {
+        "use_sliding_window": bool(lengths),
+        "sliding_window": lengths[0] if lengths else None,
+        "layer_types": layer_type_names(mixers),
+    }
+
+
 def layer_type_names(mixers: Sequence[Attention]) -> list[str]:
     """`layer_types` of these layers."""
     return [_kind(mixer.window is not None) for mixer in mixers]
-
-
-def finished(fields: Fields, decoder: Decoder) -> Decoder:
-    """The decoder with its initial values, when every field has been taken.
-
-    Raises:
-        UserError: a field is left that may change what the model computes.
-    """
-    std = fields.take("initializer_range", (float, int), 0.02)
-    fields.close()
-    return replace(decoder, initial=Initial(std=std))

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import LLAMA, Sizes, common_config, exact, finished, sizes_from, whole_rope
-from slmjax.models.table import Family, Row, present
+from slmjax.models.llama_like import LLAMA, Sizes, common_config, sizes_from, whole_rope
+from slmjax.models.table import Family, table
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
 
@@ -35,11 +35,6 @@ def mistral_nemo_12b() -> Decoder:
     """12,247,782,400 parameters."""
     sizes = Sizes(layers=40, width=5120, heads=32, kv_heads=8, head_dim=128, hidden=14336, vocab=131072, context=131072)
     return mistral(sizes, position=Rope(theta=1e6))
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The names of Llama."""
-    return present(LLAMA, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -71,7 +66,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="Mistral",
     model_type="mistral",
-    rows=rows,
+    rows=table(LLAMA),
     to_config=to_config,
     from_config=from_config,
     sizes={

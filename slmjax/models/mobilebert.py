@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from slmjax.models.bert_like import (
     GREEK,
     PREDICTIONS,
     asked,
-    attention_rows,
-    dense_rows,
+    bert_config,
+    bert_fields,
     embedding_rows,
-    head_fields,
-    head_of,
-    ignore_dropout,
     kind_of,
     kinds,
-    norm_rows,
     pooled_rows,
-)  # fmt: skip
+    prefix_of,
+    self_attention_rows,
+)
 from slmjax.models.encoder import Encoder
-from slmjax.models.hf_config import Fields, activation_name
-from slmjax.models.table import Family, Row, present
+from slmjax.models.hf_config import Fields, activation_name, exact, finished
+from slmjax.models.table import Family, Row, dense_rows, norm_rows, present
 from slmjax.nn.bottleneck import Affine, Bottleneck, SplitAttention
 from slmjax.nn.heads import Head, MaskedWords
-from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import MLP, relu
 from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import NoPosition
@@ -89,15 +85,11 @@ KINDS = kinds("MobileBert", "mobilebert.", pooler=True)
 
 def rows(encoder: Encoder) -> tuple[Row, ...]:
     """The rows of the class with this head."""
-    kind = kind_of(KINDS, encoder)
-    prefix = "" if kind is None else kind.prefix
+    prefix = prefix_of(KINDS, encoder)
     layer = f"{prefix}encoder.layer.{{}}"
     table = (
         *embedding_rows(prefix),
-        *attention_rows(
-            layer, "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
-        ),
-        *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm"),
+        *self_attention_rows(layer),
         *_narrow("narrow", f"{layer}.bottleneck.input"),
         *_narrow("read", f"{layer}.bottleneck.attention"),
         *_feeds(encoder, layer),
@@ -132,10 +124,8 @@ def _feeds(encoder: Encoder, layer: str) -> tuple[Row, ...]:
 
 def to_config(encoder: Any) -> dict[str, Any] | None:
     """The MobileBertConfig of this encoder, or None if there is none."""
-    if not isinstance(encoder, Encoder) or encoder.trigram is None:
-        return None
-    kind, block = kind_of(KINDS, encoder), encoder.pattern[0]
-    if kind is None or not isinstance(block, Bottleneck):
+    kind = kind_of(KINDS, encoder)
+    if kind is None or not isinstance(block := encoder.pattern[0], Bottleneck):
         return None
     mixer, mlp = block.mixer, block.mlp
     norm = encoder.head.norm if isinstance(encoder.head, MaskedWords) else None
@@ -143,29 +133,16 @@ def to_config(encoder: Any) -> dict[str, Any] | None:
         return None
     if activation_name(mlp.activation) is None or block.inner % mixer.heads or encoder.types < 1:
         return None
+    eps = norm.eps if isinstance(norm, LayerNorm) else 1e-12
     config = {
-        "architectures": [kind.architecture],
-        "model_type": "mobilebert",
-        "vocab_size": encoder.vocab,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.layers,
-        "num_attention_heads": mixer.heads,
-        "intermediate_size": mlp.hidden,
-        "hidden_act": activation_name(mlp.activation),
-        "max_position_embeddings": encoder.context,
-        "type_vocab_size": encoder.types,
-        "layer_norm_eps": norm.eps if isinstance(norm, LayerNorm) else 1e-12,
-        "initializer_range": encoder.initial.std,
+        **bert_config(encoder, kind, "mobilebert", mixer.heads, mlp, eps),
         "embedding_size": encoder.trigram,
         "intra_bottleneck_size": block.inner,
         "true_hidden_size": block.inner,
         "num_feedforward_networks": block.feeds,
         **PUBLISHED,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **head_fields(encoder),
     }
-    return config if replace(from_config(config), initial=encoder.initial) == encoder else None
+    return exact(config, from_config, encoder)
 
 
 PUBLISHED = {
@@ -175,7 +152,6 @@ PUBLISHED = {
     "key_query_shared_bottleneck": True,
     "normalization_type": "no_norm",
     "classifier_activation": True,
-    "tie_word_embeddings": True,
 }
 """Switches of the configuration in the position of the published model; no other is supported"""
 
@@ -187,30 +163,17 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
         UserError: a field that has no counterpart here, by name.
     """
     fields = Fields(config)
-    ignore_dropout(fields, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     for name, value in PUBLISHED.items():
         fields.expect(name, value)
-    activation = fields.activation("hidden_act", "relu")
     inner = fields.take("intra_bottleneck_size", int, 128)
     fields.expect("true_hidden_size", inner)
-    eps = float(fields.take("layer_norm_eps", (float, int), 1e-12))
     encoder = mobilebert(
-        layers=fields.take("num_hidden_layers", int, 24),
-        width=fields.take("hidden_size", int, 512),
+        **bert_fields(fields, config, KINDS, layers=24, width=512, heads=4, hidden=512, activation="relu"),
         inner=inner,
-        heads=fields.take("num_attention_heads", int, 4),
-        hidden=fields.take("intermediate_size", int, 512),
         embedding=fields.take("embedding_size", int, 128),
         feeds=fields.take("num_feedforward_networks", int, 4),
-        vocab=fields.take("vocab_size", int, 30522),
-        context=fields.take("max_position_embeddings", int, 512),
-        types=fields.take("type_vocab_size", int, 2),
-        activation=activation,
-        head=head_of(KINDS, config, MaskedWords(norm=LayerNorm(eps=eps), activation=activation)),
     )
-    std = fields.take("initializer_range", (float, int), 0.02)
-    fields.close()
-    return replace(encoder, initial=Initial(std=std))
+    return finished(fields, encoder)
 
 
 FAMILY = Family(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
 from slmjax.models.llama_like import (
     ATTENTION,
@@ -19,12 +19,10 @@ from slmjax.models.llama_like import (
     TABLES,
     Sizes,
     common_config,
-    exact,
-    finished,
     sizes_from,
     whole_rope,
 )
-from slmjax.models.table import Family, Row, present
+from slmjax.models.table import Family, table
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.block import PostBranch
 from slmjax.nn.norm import RMSNorm
@@ -63,11 +61,6 @@ HF = (*TABLES, *SANDWICH_NORMS, *ATTENTION, *_QK_NORMS, *MLP)
 """Parameters as Olmo2ForCausalLM saves them"""
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The Olmo2Config of this decoder; None if there is none."""
     common = common_config(decoder, "Olmo2ForCausalLM", "olmo2")
@@ -95,7 +88,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="OLMo 2",
     model_type="olmo2",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={"olmo2/1b": olmo2_1b, "olmo2/7b": olmo2_7b},

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.errors import UserError
+from slmjax.models.arrange import repeated
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields
-from slmjax.models.table import Family, Row, present
+from slmjax.models.hf_config import NUMBER, Fields
+from slmjax.models.table import QKV, Family, Row, norm_rows, out_rows, table
 from slmjax.nn.attention import Attention, QKNorm
 from slmjax.nn.mlp import SwiGLU
 from slmjax.nn.norm import LayerNorm, RMSNorm
@@ -43,16 +44,9 @@ def open_lm(
         qk_norm=QKNorm(norm=norm, whole=True) if qk_norm else None,
     )
     mlp = SwiGLU(hidden=256 * -(-int(8 * width / 3) // 256))
-    return Decoder(
-        vocab=vocab,
-        width=width,
-        pattern=(Block(mixer=mixer, mlp=mlp, norm=norm),),
-        repeats=layers,
-        context=context,
-        tied=tied,
-        final_norm=norm,
-        embed_norm=norm if embed_norm else None,
-    )
+    block = Block(mixer=mixer, mlp=mlp, norm=norm)
+    embed = norm if embed_norm else None
+    return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied, embed_norm=embed)
 
 
 def dclm_1b() -> Decoder:
@@ -66,33 +60,21 @@ def dclm_7b() -> Decoder:
 
 
 _ATTENTION, _MLP = "model.layers.{}.attention", "model.layers.{}.feed_forward"
-_QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
 HF = (
     Row("embed/table", "model.tok_embeddings.weight", "v d -> v d"),
-    Row("embed/norm/scale", "model.post_embed_norm.weight", "d -> d"),
-    Row("embed/norm/bias", "model.post_embed_norm.bias", "d -> d"),
-    Row("layers/attn_norm/scale", "model.layers.{}.attention_norm.weight", "d -> d"),
-    Row("layers/attn_norm/bias", "model.layers.{}.attention_norm.bias", "d -> d"),
-    Row(_QKV, f"{_ATTENTION}.in_proj.weight", "(h k) d -> d h k", split=0),
-    Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_norm.weight", "(h k) -> h k"),
-    Row("layers/attn/q_norm/bias", f"{_ATTENTION}.q_norm.bias", "(h k) -> h k"),
-    Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_norm.weight", "(h k) -> h k"),
-    Row("layers/attn/k_norm/bias", f"{_ATTENTION}.k_norm.bias", "(h k) -> h k"),
-    Row("layers/attn/o", f"{_ATTENTION}.out_proj.weight", "d (h k) -> h k d"),
-    Row("layers/mlp_norm/scale", "model.layers.{}.ffn_norm.weight", "d -> d"),
-    Row("layers/mlp_norm/bias", "model.layers.{}.ffn_norm.bias", "d -> d"),
+    *norm_rows("embed/norm", "model.post_embed_norm"),
+    *norm_rows("layers/attn_norm", "model.layers.{}.attention_norm"),
+    Row(QKV, f"{_ATTENTION}.in_proj.weight", "(h k) d -> d h k", split=0),
+    *norm_rows("layers/attn/q_norm", f"{_ATTENTION}.q_norm", "(h k) -> h k"),
+    *norm_rows("layers/attn/k_norm", f"{_ATTENTION}.k_norm", "(h k) -> h k"),
+    *out_rows(f"{_ATTENTION}.out_proj"),
+    *norm_rows("layers/mlp_norm", "model.layers.{}.ffn_norm"),
     Row(("layers/mlp/gate", "layers/mlp/up"), f"{_MLP}.w12.weight", "f d -> d f", split=0),
     Row("layers/mlp/down", f"{_MLP}.w3.weight", "d f -> f d"),
-    Row("final_norm/scale", "model.norm.weight", "d -> d"),
-    Row("final_norm/bias", "model.norm.bias", "d -> d"),
+    *norm_rows("final_norm", "model.norm"),
     Row("unembed/table", "model.output.weight", "v d -> v d"),
 )
 """Parameters as OpenLMForCausalLM saves them: queries, keys and values one after another, and gate before up"""
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
 
 
 def norms(eps: float) -> dict[str, Norm]:
@@ -115,7 +97,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field that has no counterpart here, by name.
     """
     fields = Fields(config)
-    known = norms(float(fields.take("norm_eps", (float, int), 1e-5)))
+    known = norms(float(fields.take("norm_eps", NUMBER, 1e-5)))
     kind = fields.take("norm_type", str, "default_layer_norm")
     if kind not in known:
         raise UserError(f"config.json: norm_type = {kind!r} is not supported; there are {', '.join(known)}")
@@ -135,7 +117,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     fields.expect("positional_embedding_type", "rotary")
     fields.expect("moe_freq", 0)  # without experts, what else is said of them says nothing
     for key in ("loss_weight", "capacity_factor", "num_experts", "top_k"):
-        fields.take(f"moe_{key}", (int, float), None)
+        fields.take(f"moe_{key}", NUMBER, None)
     for key in ("moe_expert_model_parallelism", "moe_weight_parallelism"):
         fields.take(key, bool, None)
     fields.take("attn_name", str, None)  # which kernel
@@ -158,7 +140,7 @@ def refusal(decoder: Decoder) -> str | None:
 FAMILY = Family(
     name="OpenLM (DCLM)",
     model_type="openlm",
-    rows=rows,
+    rows=table(HF),
     to_config=lambda decoder: None,
     from_config=from_config,
     sizes={"dclm/1b": dclm_1b, "dclm/7b": dclm_7b},

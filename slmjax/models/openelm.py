@@ -6,7 +6,6 @@ Its class is remote code, which is never run: weights are read from its files, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ import numpy as np
 from slmjax.errors import UserError
 from slmjax.models.arrange import layers_of
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields
-from slmjax.models.table import Family, Row, present
+from slmjax.models.hf_config import NUMBER, Fields, finished
+from slmjax.models.table import QKV, Family, Row, table
 from slmjax.nn.attention import Attention, QKNorm
-from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import SwiGLU
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
@@ -111,7 +109,7 @@ _LAYER = "transformer.layers.{}"
 HF = (
     Row("embed/table", "transformer.token_embeddings.weight", "v d -> v d"),
     Row("layers/attn_norm/scale", f"{_LAYER}.attn_norm.weight", "d -> d"),
-    Row(("layers/attn/q", "layers/attn/k", "layers/attn/v"), f"{_LAYER}.attn.qkv_proj.weight", "(h k) d -> d h k", 0),
+    Row(QKV, f"{_LAYER}.attn.qkv_proj.weight", "(h k) d -> d h k", 0),
     Row("layers/attn/q_norm/scale", f"{_LAYER}.attn.q_norm.weight", "k -> k"),
     Row("layers/attn/k_norm/scale", f"{_LAYER}.attn.k_norm.weight", "k -> k"),
     Row("layers/attn/o", f"{_LAYER}.attn.out_proj.weight", "d (h k) -> h k d"),
@@ -122,11 +120,6 @@ HF = (
     Row("unembed/table", "lm_head.weight", "v d -> v d"),
 )
 """Parameters as OpenELMForCausalLM saves them: queries, keys and values one after another, and gate before up"""
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
@@ -157,16 +150,14 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         vocab=fields.take("vocab_size", int, 32000),
         context=fields.take("max_context_length", int, 2048),
         tied=fields.take("share_input_output_layers", bool, False),
-        theta=float(fields.take("rope_freq_constant", (float, int), 1e4)),
+        theta=float(fields.take("rope_freq_constant", NUMBER, 1e4)),
         qk_norm=fields.take("normalize_qk_projections", bool, False),
     )
-    std = fields.take("initializer_range", (float, int), 0.02)
     fields.take("rope_max_length", int, None)  # how long a table its code keeps
     fields.expect("ffn_with_glu", True)
     fields.expect("activation_fn_name", "swish")
     fields.expect("normalization_layer_name", "rms_norm")
-    fields.close()
-    return replace(decoder, initial=Initial(std=std))
+    return finished(fields, decoder)
 
 
 def _multipliers(fields: Fields, key: str, default: float, layers: int) -> list[float]:
@@ -195,7 +186,7 @@ def refusal(decoder: Decoder) -> str | None:
 FAMILY = Family(
     name="OpenELM",
     model_type="openelm",
-    rows=rows,
+    rows=table(HF),
     to_config=lambda decoder: None,
     from_config=from_config,
     sizes={

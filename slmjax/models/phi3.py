@@ -10,11 +10,11 @@ from typing import Any
 
 from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions, rope_from_config
-from slmjax.models.llama_like import PRE_NORMS, TABLES, Sizes, common_config, divided, exact, finished, sizes_from
+from slmjax.models.llama_like import PRE_NORMS, TABLES, Sizes, common_config, divided, sizes_from
 from slmjax.models.phi3_factors import PHI_3_5_MINI, PHI_4_MINI
-from slmjax.models.table import Family, Row, present
+from slmjax.models.table import QKV, Family, Row, table
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
 from slmjax.nn.rope_scaling import LongRope
@@ -50,22 +50,12 @@ _LAYER = "model.layers.{}"
 HF = (
     *TABLES,
     *PRE_NORMS,
-    Row(
-        ("layers/attn/q", "layers/attn/k", "layers/attn/v"),
-        f"{_LAYER}.self_attn.qkv_proj.weight",
-        "(h k) d -> d h k",
-        split=0,
-    ),
+    Row(QKV, f"{_LAYER}.self_attn.qkv_proj.weight", "(h k) d -> d h k", split=0),
     Row("layers/attn/o", f"{_LAYER}.self_attn.o_proj.weight", "d (h k) -> h k d"),
     Row(("layers/mlp/gate", "layers/mlp/up"), f"{_LAYER}.mlp.gate_up_proj.weight", "f d -> d f", split=0),
     Row("layers/mlp/down", f"{_LAYER}.mlp.down_proj.weight", "d f -> f d"),
 )
 """Parameters as Phi3ForCausalLM saves them"""
-
-
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
@@ -121,7 +111,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="Phi-3",
     model_type="phi3",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={"phi3/mini-4k": phi3_mini_4k, "phi3.5/mini": phi3_5_mini, "phi4/mini": phi4_mini},

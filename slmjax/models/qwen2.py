@@ -9,20 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
 from slmjax.models.llama_like import (
     LLAMA,
     Sizes,
     common_config,
-    exact,
-    finished,
-    layer_type_names,
     layer_windows,
     sizes_from,
     whole_rope,
+    window_in_use,
+    windows_to_config,
 )
-from slmjax.models.table import Family, Row, present
+from slmjax.models.table import Family, table
 from slmjax.nn.attention import Attention
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
@@ -31,8 +30,7 @@ from slmjax.nn.position import Rope
 def qwen2(sizes: Sizes, *, position: Rope, windows: Sequence[int | None] = (None,)) -> Decoder:
     """`windows`: of each layer, or one for all."""
     norm = RMSNorm(eps=sizes.eps)
-    windows = list(windows) * (sizes.layers if len(windows) == 1 else 1)
-    return sizes.decoder([sizes.block(position, norm, qkv_bias=True, window=window) for window in windows])
+    return sizes.decoder([sizes.block(position, norm, qkv_bias=True, window=window) for window in sizes.each(windows)])
 
 
 def _sized(
@@ -82,29 +80,19 @@ def qwen2_5_7b() -> Decoder:
     return _sized(layers=28, width=3584, heads=28, kv_heads=4, hidden=18944, context=131072, tied=False)
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The names of Llama."""
-    return present(LLAMA, decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The Qwen2Config of this decoder; None if there is none."""
     common = common_config(decoder, "Qwen2ForCausalLM", "qwen2")
     if common is None:
         return None
-    config = {**common.config, **both_versions(common.rope), **windows_to_config(common.mixers)}
+    config = {**common.config, **both_versions(common.rope), **some_windows(common.mixers)}
     return exact(config, from_config, decoder)
 
 
-def windows_to_config(mixers: Sequence[Attention]) -> dict[str, Any]:
+def some_windows(mixers: Sequence[Attention]) -> dict[str, Any]:
     """The fields that `windows_from` reads, for the first window among these layers."""
     windowed = [i for i, mixer in enumerate(mixers) if mixer.window is not None]
-    return {
-        "use_sliding_window": bool(windowed),
-        "sliding_window": mixers[windowed[0]].window if windowed else None,
-        "max_window_layers": windowed[0] if windowed else len(mixers),
-        "layer_types": layer_type_names(mixers),
-    }
+    return {**windows_to_config(mixers), "max_window_layers": windowed[0] if windowed else len(mixers)}
 
 
 def windows_from(fields: Fields, layers: int) -> tuple[int | None, ...]:
@@ -113,10 +101,8 @@ def windows_from(fields: Fields, layers: int) -> tuple[int | None, ...]:
     Raises:
         UserError: layers are to have a window whose length is not given.
     """
-    used = fields.take("use_sliding_window", bool, False)
-    length = fields.nullable("sliding_window", int, 4096)
+    length = window_in_use(fields, 4096)
     first = fields.take("max_window_layers", int, 28)
-    length = length if used else None
     return layer_windows(fields, length, [length is not None and i >= first for i in range(layers)])
 
 
@@ -140,7 +126,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="Qwen2",
     model_type="qwen2",
-    rows=rows,
+    rows=table(LLAMA),
     to_config=to_config,
     from_config=from_config,
     sizes={

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import LLAMA, QK_NORMS, Sizes, common_config, exact, finished, sizes_from, whole_rope
-from slmjax.models.qwen2 import windows_from, windows_to_config
-from slmjax.models.table import Family, Row, present
+from slmjax.models.llama_like import LLAMA, QK_NORMS, Sizes, common_config, sizes_from, whole_rope
+from slmjax.models.qwen2 import some_windows, windows_from
+from slmjax.models.table import Family, table
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
@@ -22,8 +22,7 @@ def qwen3(
     """`windows`: of each layer, or one for all."""
     norm = RMSNorm(eps=sizes.eps)
     mixer = {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": QKNorm(norm=norm)}
-    windows = list(windows) * (sizes.layers if len(windows) == 1 else 1)
-    return sizes.decoder([sizes.block(position, norm, window=window, **mixer) for window in windows])
+    return sizes.decoder([sizes.block(position, norm, window=window, **mixer) for window in sizes.each(windows)])
 
 
 def _sized(*, layers: int, width: int, heads: int, hidden: int, tied: bool = True) -> Decoder:
@@ -62,11 +61,6 @@ def qwen3_8b() -> Decoder:
     return _sized(layers=36, width=4096, heads=32, hidden=12288, tied=False)
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The names of Llama, and two norms."""
-    return present((*LLAMA, *QK_NORMS), decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The Qwen3Config of this decoder; None if there is none."""
     common = common_config(decoder, "Qwen3ForCausalLM", "qwen3")
@@ -75,7 +69,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     config = {
         **common.config,
         **both_versions(common.rope),
-        **windows_to_config(common.mixers),
+        **some_windows(common.mixers),
         "attention_bias": common.mixers[0].qkv_bias,
     }
     return exact(config, from_config, decoder)
@@ -115,7 +109,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="Qwen3",
     model_type="qwen3",
-    rows=rows,
+    rows=table((*LLAMA, *QK_NORMS)),
     to_config=to_config,
     from_config=from_config,
     sizes={

@@ -7,20 +7,19 @@ from typing import Any
 
 from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions
 from slmjax.models.llama_like import (
     LLAMA,
     Sizes,
     common_config,
-    exact,
-    finished,
-    layer_type_names,
     layer_windows,
     sizes_from,
     whole_rope,
+    window_in_use,
+    windows_to_config,
 )
-from slmjax.models.table import Family, Row, present
+from slmjax.models.table import Family, table
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import NoPosition, Rope
 
@@ -37,10 +36,9 @@ def smollm3(
     """`rotary`: for each layer, whether it has positions. `windows`: of each layer, or one for all."""
     norm = RMSNorm(eps=sizes.eps)
     biases: dict[str, Any] = {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
-    windows = list(windows) * (sizes.layers if len(windows) == 1 else 1)
     blocks = [
         sizes.block(position if turns else NoPosition(), norm, window=window, **biases)
-        for turns, window in zip(rotary, windows, strict=True)
+        for turns, window in zip(rotary, sizes.each(windows), strict=True)
     ]
     return sizes.decoder(blocks)
 
@@ -58,24 +56,16 @@ def smollm3_3b() -> Decoder:
     return smollm3(sizes, position=Rope(theta=5e6), rotary=every(4, 36))
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The names of Llama."""
-    return present(LLAMA, decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The SmolLM3Config of this decoder; None if there is none."""
     common = common_config(decoder, "SmolLM3ForCausalLM", "smollm3")
     if common is None:
         return None
-    windows = [mixer.window for mixer in common.mixers if mixer.window is not None]
     config = {
         **common.config,
         **both_versions(common.rope),
         "no_rope_layers": [int(isinstance(mixer.position, Rope)) for mixer in common.mixers],
-        "use_sliding_window": bool(windows),
-        "sliding_window": windows[0] if windows else None,
-        "layer_types": layer_type_names(common.mixers),
+        **windows_to_config(common.mixers),
         "attention_bias": common.mixers[0].qkv_bias,
         "mlp_bias": common.mlp.bias,
     }
@@ -121,16 +111,14 @@ def _rotary_from(fields: Fields, layers: int) -> list[bool]:
 
 def _windows_from(fields: Fields, rotary: Sequence[bool]) -> tuple[int | None, ...]:
     """By `layer_types`, or, if windows are used at all, in the layers without positions."""
-    used = fields.take("use_sliding_window", bool, False)
-    length = fields.nullable("sliding_window", int, None)
-    length = length if used else None
+    length = window_in_use(fields, None)
     return layer_windows(fields, length, [length is not None and not turns for turns in rotary])
 
 
 FAMILY = Family(
     name="SmolLM3",
     model_type="smollm3",
-    rows=rows,
+    rows=table(LLAMA),
     to_config=to_config,
     from_config=from_config,
     sizes={"smollm3/3b": smollm3_3b},

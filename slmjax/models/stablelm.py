@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields
+from slmjax.models.hf_config import Fields, exact, finished
 from slmjax.models.hf_rope import both_versions, rope_from_config
-from slmjax.models.llama_like import LLAMA, Sizes, common_config, divided, exact, finished, sizes_from
-from slmjax.models.table import Family, Row, present
+from slmjax.models.llama_like import LLAMA, Sizes, common_config, divided, sizes_from
+from slmjax.models.table import Family, Row, table
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.block import ParallelShared
 from slmjax.nn.norm import LayerNorm
@@ -63,11 +63,6 @@ HF = (
 """Parameters as StableLmForCausalLM saves them"""
 
 
-def rows(decoder: Decoder) -> tuple[Row, ...]:
-    """The rows of `HF` whose parameters this decoder has."""
-    return present(HF, decoder)
-
-
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The StableLmConfig of this decoder; None if there is none."""
     common = common_config(decoder, "StableLmForCausalLM", "stablelm", eps="layer_norm_eps", head_dim=False)
@@ -114,7 +109,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 FAMILY = Family(
     name="StableLM",
     model_type="stablelm",
-    rows=rows,
+    rows=table(HF),
     to_config=to_config,
     from_config=from_config,
     sizes={

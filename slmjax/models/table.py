@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from slmjax.models.assembly import Assembly
@@ -92,3 +93,35 @@ def present(rows: tuple[Row, ...], decoder: Any) -> tuple[Row, ...]:
                 placed = moved[0] if isinstance(row.ours, str) else moved
                 found.append(row._replace(ours=placed, numbers=place.numbers))
     return tuple(found)
+
+
+def table(rows: tuple[Row, ...]) -> Callable[[Any], tuple[Row, ...]]:
+    """`Family.rows` of a family that has one table for all its models."""
+    return partial(present, rows)
+
+
+QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
+QKV_BIAS = ("layers/attn/q_bias", "layers/attn/k_bias", "layers/attn/v_bias")
+"""For rows of tensors that hold the three"""
+
+
+def norm_rows(ours: str, theirs: str, pattern: str = "d -> d") -> tuple[Row, ...]:
+    """Gain and bias of a norm."""
+    return Row(f"{ours}/scale", f"{theirs}.weight", pattern), Row(f"{ours}/bias", f"{theirs}.bias", pattern)
+
+
+def dense_rows(ours: str, theirs: str, weight: str = "e d -> d e", bias: str = "e -> e") -> tuple[Row, ...]:
+    """A matrix and its bias."""
+    return Row(ours, f"{theirs}.weight", weight), Row(f"{ours}_bias", f"{theirs}.bias", bias)
+
+
+def out_rows(theirs: str) -> tuple[Row, ...]:
+    """What attention puts its heads together with."""
+    return dense_rows("layers/attn/o", theirs, "e (h k) -> h k e")
+
+
+def attention_rows(layer: str, q: str, k: str, v: str, o: str) -> tuple[Row, ...]:
+    """Attention whose four parts have these names below `layer`."""
+    heads = zip(QKV, (q, k, v), strict=True)
+    found = (dense_rows(ours, f"{layer}.{name}", "(h k) d -> d h k", "(h k) -> h k") for ours, name in heads)
+    return (*(row for rows in found for row in rows), *out_rows(f"{layer}.{o}"))

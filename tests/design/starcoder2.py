@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from slmjax.models.arrange import repeated
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.hf_config import Fields, activation_name
+from slmjax.models.gpt_like import parts
+from slmjax.models.hf_config import NUMBER, Fields, Names, exact, finished
 from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import ATTENTION, PRE_NORMS, TABLES, exact, finished, whole_rope
-from slmjax.models.table import Family, Row, present
+from slmjax.models.llama_like import ATTENTION, PRE_NORMS, TABLES, whole_rope
+from slmjax.models.table import Family, dense_rows, table
 from slmjax.nn.attention import Attention
 from slmjax.nn.mlp import MLP, gelu_tanh
 from slmjax.nn.norm import LayerNorm
@@ -21,8 +23,7 @@ def starcoder2(*, layers, width, heads, kv_heads, hidden, position, vocab=49152,
     mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=width // heads, qkv_bias=bias, o_bias=bias,
                       position=position, window=window)  # fmt: skip
     block = Block(mixer=mixer, mlp=MLP(hidden=hidden, activation=activation, bias=bias), norm=norm)
-    return Decoder(vocab=vocab, width=width, pattern=(block,), repeats=layers, context=context, tied=tied,
-                   final_norm=norm)  # fmt: skip
+    return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied)
 
 
 def starcoder2_3b() -> Decoder:
@@ -31,39 +32,27 @@ def starcoder2_3b() -> Decoder:
                       position=Rope(theta=999999.4420358813))  # fmt: skip
 
 
-_MLP = "model.layers.{}.mlp"
 HF = (
     *TABLES, *PRE_NORMS, *ATTENTION,  # named as Llama's
-    Row("layers/mlp/up", f"{_MLP}.c_fc.weight", "f d -> d f"),
-    Row("layers/mlp/up_bias", f"{_MLP}.c_fc.bias", "f -> f"),
-    Row("layers/mlp/down", f"{_MLP}.c_proj.weight", "d f -> f d"),
-    Row("layers/mlp/down_bias", f"{_MLP}.c_proj.bias", "d -> d"),
+    *dense_rows("layers/mlp/up", "model.layers.{}.mlp.c_fc"),
+    *dense_rows("layers/mlp/down", "model.layers.{}.mlp.c_proj"),
 )  # fmt: skip
+NAMES = Names()  # the usual ones
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
     """The Starcoder2Config of this decoder, or None if it cannot say all of it."""
-    mixer, mlp, norm = (getattr(decoder.pattern[0], part) for part in ("mixer", "mlp", "norm"))
-    known = isinstance(mixer, Attention) and isinstance(mlp, MLP) and isinstance(norm, LayerNorm)
-    if not (known and isinstance(mixer.position, Rope) and activation_name(mlp.activation)):
+    first = parts(decoder)
+    if first is None or not isinstance(first.mixer.position, Rope):
         return None
     config = {
-        "architectures": ["Starcoder2ForCausalLM"],
-        "model_type": "starcoder2",
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": mlp.hidden,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": mixer.heads,
-        "num_key_value_heads": mixer.kv_heads,
-        "hidden_act": activation_name(mlp.activation),
-        "max_position_embeddings": decoder.context,
-        "initializer_range": decoder.initial.std,
-        "norm_epsilon": norm.eps,
-        "sliding_window": mixer.window,
-        "use_bias": mlp.bias,
+        **NAMES.written(decoder, "Starcoder2ForCausalLM", "starcoder2", first.mixer.heads, first.mlp),
+        "num_key_value_heads": first.mixer.kv_heads,
+        "norm_epsilon": first.norm.eps,
+        "sliding_window": first.mixer.window,
+        "use_bias": first.mlp.bias,
         "tie_word_embeddings": decoder.tied,
-        **both_versions(mixer.position),
+        **both_versions(first.mixer.position),
     }
     return exact(config, from_config, decoder)
 
@@ -71,26 +60,21 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 def from_config(config: Mapping[str, Any]) -> Decoder:
     """Starcoder2Config -> decoder. Absent fields have the defaults of that class; unknown ones are refused by name."""
     fields = Fields(config)
-    context = fields.take("max_position_embeddings", int, 4096)
     for key in ("residual_dropout", "embedding_dropout"):
-        fields.take(key, (float, int), 0.0)  # of training alone
+        fields.take(key, NUMBER, 0.0)  # of training alone
+    common = NAMES.read(fields, layers=30, width=3072, heads=24, hidden=12288, vocab=49152, context=4096,
+                        activation="gelu_pytorch_tanh")  # fmt: skip
     decoder = starcoder2(
-        layers=fields.take("num_hidden_layers", int, 30),
-        width=fields.take("hidden_size", int, 3072),
-        heads=fields.take("num_attention_heads", int, 24),
+        **common,
         kv_heads=fields.take("num_key_value_heads", int, 2),
-        hidden=fields.take("intermediate_size", int, 12288),
-        vocab=fields.take("vocab_size", int, 49152),
-        context=context,
         tied=fields.take("tie_word_embeddings", bool, True),
-        position=whole_rope(fields, context),
+        position=whole_rope(fields, common["context"]),
         window=fields.take("sliding_window", int, None),
         bias=fields.take("use_bias", bool, True),
-        eps=fields.take("norm_epsilon", (float, int), 1e-5),
-        activation=fields.activation("hidden_act", "gelu_pytorch_tanh"),
+        eps=fields.take("norm_epsilon", NUMBER, 1e-5),
     )
     return finished(fields, decoder)
 
 
-FAMILY = Family(name="StarCoder2", model_type="starcoder2", rows=lambda decoder: present(HF, decoder),
-                to_config=to_config, from_config=from_config, sizes={"starcoder2/3b": starcoder2_3b})  # fmt: skip
+FAMILY = Family(name="StarCoder2", model_type="starcoder2", rows=table(HF), to_config=to_config,
+                from_config=from_config, sizes={"starcoder2/3b": starcoder2_3b})  # fmt: skip

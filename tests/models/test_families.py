@@ -36,6 +36,10 @@ PUBLISHED = {
     gpt2.gpt2_medium: 354_823_168,
     gpt2.gpt2_large: 774_030_080,
     gpt2.gpt2_xl: 1_557_611_200,
+    # GPT-2 and one row of the table, for [PAD].
+    gpt2.lamini_gpt_124m: 124_439_808 + 768,
+    gpt2.lamini_gpt_774m: 774_030_080 + 1280,
+    gpt2.lamini_gpt_1_5b: 1_557_611_200 + 1600,
 }
 LLAMAS = {
     "tied": tiny_llama(),
