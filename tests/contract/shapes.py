@@ -76,7 +76,7 @@ def padded(decoder, rows=3, length=None, seed=0):
 
 
 def changed(decoder, **block):
-    """The decoder with fields of its block's parts replaced: changed(d, mlp={"activation": relu})."""
+    """The decoder with fields of its block, or of the block's parts, replaced: changed(d, mlp={"activation": relu})."""
     (only,) = decoder.pattern
-    parts = {part: replace(getattr(only, part), **fields) for part, fields in block.items()}
-    return replace(decoder, pattern=(replace(only, **parts),))
+    fields = {k: replace(getattr(only, k), **v) if isinstance(v, dict) else v for k, v in block.items()}
+    return replace(decoder, pattern=(replace(only, **fields),))

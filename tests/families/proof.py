@@ -48,6 +48,14 @@ def assert_close(ours, theirs, mask, least=1.0):
     assert np.abs(ours - theirs).max() <= 1e-5 * max(1.0, np.abs(theirs).max())
 
 
+def same_tensors(ours, theirs):
+    """The same keys, shapes and bytes."""
+    assert set(ours) == set(theirs)
+    for key in theirs:
+        assert ours[key].shape == theirs[key].shape, key
+        assert np.asarray(ours[key]).tobytes() == np.asarray(theirs[key]).tobytes(), key
+
+
 def prove(reference, folder, config, *, seed=0, length=24, rows=2, tokens=0):
     """A stock model with random weights, read, computed, written again and read by stock transformers.
 
@@ -73,11 +81,7 @@ def prove(reference, folder, config, *, seed=0, length=24, rows=2, tokens=0):
 
     (folder / "ours").mkdir()
     write_hf(folder / "ours", decoder, imported.params, family=family)
-    saved, again = Tensors(folder / "theirs"), Tensors(folder / "ours")
-    assert set(again) == set(saved)
-    for key in saved:
-        assert again[key].shape == saved[key].shape, key
-        assert np.asarray(again[key]).tobytes() == np.asarray(saved[key]).tobytes(), key
+    same_tensors(Tensors(folder / "ours"), Tensors(folder / "theirs"))
     back, report = reference.logits(folder / "ours", x, mask)
     assert report == NOTHING
     assert_close(ours, back["logits"], mask)
@@ -117,13 +121,21 @@ def moves(right, wrong, params, *, length=24, seed=0):
     return float(np.abs(a - b).max()) > 1e-3
 
 
-def prove_any(reference, configs, **options):
-    """`prove` and `decodes_as_it_computes` over a Hypothesis strategy of configurations."""
+def each(configs, check):
+    """`check(folder, config, seed)` over a Hypothesis strategy of configurations."""
 
     @FEW
     @given(configs, st.integers(0, 9))
     def run(config, seed):
         with tempfile.TemporaryDirectory() as folder:
-            decodes_as_it_computes(prove(reference, pathlib.Path(folder), config, seed=seed, **options), seed=seed)
+            check(pathlib.Path(folder), config, seed)
 
     run()
+
+
+def prove_any(reference, configs):
+    """`prove` and `decodes_as_it_computes` over a Hypothesis strategy of configurations."""
+    each(
+        configs,
+        lambda folder, config, seed: decodes_as_it_computes(prove(reference, folder, config, seed=seed), seed=seed),
+    )

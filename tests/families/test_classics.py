@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from contract.shapes import padded, perturbed
+from contract.shapes import changed, padded, perturbed
 from families.proof import logits, moves, prove, prove_any
 from hypothesis import strategies as st
 
@@ -147,18 +147,14 @@ def wired(decoder, kind):
     return replace(decoder, pattern=(kind(mixer=block.mixer, mlp=block.mlp, norm=block.norm),))
 
 
-def changed(decoder, part, **fields):
-    (block,) = decoder.pattern
-    return replace(decoder, pattern=(replace(block, **{part: replace(getattr(block, part), **fields)}),))
-
-
+SCALED = Rope(fraction=0.25, scaling=LinearScaling(factor=4.0))
 SWITCHES = {
     "one after the other, not side by side": (NEOX, wired(NEOX, Block)),
     "two norms side by side": (NEOX, wired(NEOX, ParallelShared)),
-    "rotated share": (NEOX, changed(NEOX, "mixer", position=Rope(fraction=0.75))),
-    "rotary scaling": (NEOX, changed(NEOX, "mixer", position=Rope(fraction=0.25, scaling=LinearScaling(factor=4.0)))),
-    "tanh or erf": (NEOX, changed(NEOX, "mlp", activation=gelu_tanh)),
-    "alibi": (BLOOM, changed(BLOOM, "mixer", position=NoPosition())),
+    "rotated share": (NEOX, changed(NEOX, mixer={"position": Rope(fraction=0.75)})),
+    "rotary scaling": (NEOX, changed(NEOX, mixer={"position": SCALED})),
+    "tanh or erf": (NEOX, changed(NEOX, mlp={"activation": gelu_tanh})),
+    "alibi": (BLOOM, changed(BLOOM, mixer={"position": NoPosition()})),
     "norm of the embedding": (BLOOM, replace(BLOOM, embed_norm=None)),
     "first row of positions": (OPT, replace(OPT, position=Learned(), context=OPT.context + 2)),
     "norm after": (OPT, wired(OPT, PostNorm)),

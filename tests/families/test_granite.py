@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from contract.shapes import padded
+from families.llama_shaped import SHAPES
 from families.paper_proof import prove_any_paper, prove_paper
 from families.proof import assert_close, moves, prove, prove_any
 from hypothesis import strategies as st
@@ -15,8 +16,6 @@ from slmjax.errors import UserError
 from slmjax.models import granite, llama
 from slmjax.models.flops import nonembedding_count, parameter_count
 from slmjax.nn.embedding import Logits
-
-HEADS = st.sampled_from([(3, 1, 8, 24), (4, 2, 6, 32), (2, 2, 16, 32)])  # heads, kv_heads, head_dim, width
 
 
 def granite_config(**changes):
@@ -32,12 +31,8 @@ def granite_config(**changes):
 
 @st.composite
 def granites(draw):
-    heads, kv_heads, head_dim, width = draw(HEADS)
     return granite_config(
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=width,
+        **draw(st.sampled_from(SHAPES)),
         num_hidden_layers=draw(st.integers(1, 3)),
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),

@@ -1,11 +1,9 @@
 """OpenELM, OpenLM (DCLM) and Apple's shared keys and values: no class in transformers, so against their papers."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
-from contract.shapes import padded
+from contract.shapes import changed, padded
 from families.paper_proof import prove_any_paper, prove_paper
 from families.proof import assert_close, decodes_as_it_computes, logits, moves
 from hypothesis import strategies as st
@@ -98,17 +96,8 @@ def test_the_norm_over_all_heads_is_not_one_a_head(reference, tmp_path):
     right = prove_paper(reference, tmp_path, "openlm", open_lm_config(), seed=2)
     d = right.decoder
     for qk_norm in (None, QK_A_HEAD):
-        assert moves(d, _mixer(d, qk_norm=qk_norm), right.params)
-    assert moves(d, _norm(d, LayerNorm(eps=1e-1, bias=False)), right.params)
-
-
-def _mixer(d, **changes):
-    (block,) = d.pattern
-    return replace(d, pattern=(replace(block, mixer=replace(block.mixer, **changes)),))
-
-
-def _norm(d, norm):
-    return replace(d, pattern=(replace(d.pattern[0], norm=norm),))
+        assert moves(d, changed(d, mixer={"qk_norm": qk_norm}), right.params)
+    assert moves(d, changed(d, norm=LayerNorm(eps=1e-1, bias=False)), right.params)
 
 
 QK_A_HEAD = open_lm.QKNorm(norm=open_lm.GAIN_ONLY, gain_per_head=True)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from contract.shapes import changed
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
@@ -68,16 +69,12 @@ def test_decoders_are_not_offered_to_families_of_encoders():
             assert family.to_config(decoder) is None
 
 
-def _changed(encoder, **changes):
-    return replace(encoder, pattern=(replace(encoder.pattern[0], **changes),))
-
-
 @pytest.mark.parametrize(
     "encoder",
     [
-        _changed(POOLED, mixer=replace(POOLED.pattern[0].mixer, causal=True)),
-        _changed(POOLED, mixer=replace(POOLED.pattern[0].mixer, scale=0.3)),
-        _changed(POOLED, norm=LayerNorm(eps=1e-5)),  # the embedding's differs
+        changed(POOLED, mixer={"causal": True}),
+        changed(POOLED, mixer={"scale": 0.3}),
+        changed(POOLED, norm=LayerNorm(eps=1e-5)),  # the embedding's differs
         replace(POOLED, pattern=POOLED.pattern * 2, repeats=1),
         replace(POOLED, head=Bare()),
         replace(POOLED, types=0),
