@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slmjax.models.bert_like import (
-    GREEK,
-    PREDICTIONS,
-    asked,
-    bert_config,
-    bert_fields,
-    embedding_rows,
-    kind_of,
-    kinds,
-    pooled_rows,
-    prefix_of,
-    self_attention_rows,
-)
+from slmjax.models.bert_like import GREEK, asked, bert_config, bert_fields, bert_rows, kind_of, kinds
 from slmjax.models.encoder import Encoder
 from slmjax.models.gpt_like import gpt_block, parts
 from slmjax.models.hf_config import Fields, exact, finished
-from slmjax.models.table import Family, Row, dense_rows, norm_rows, present
+from slmjax.models.table import Family, Row, dense_rows, norm_rows
 from slmjax.nn.block import PostNorm
 from slmjax.nn.heads import Head, MaskedWords, Pooler
 from slmjax.nn.mlp import gelu
@@ -85,20 +73,12 @@ def minilm_6l() -> Encoder:
 KINDS = kinds("Bert", "bert.", pooler=True)
 
 
-def rows(encoder: Encoder) -> tuple[Row, ...]:
-    """The rows of the class with this head."""
-    prefix = prefix_of(KINDS, encoder)
-    layer = f"{prefix}encoder.layer.{{}}"
-    table = (
-        *embedding_rows(prefix),
-        *self_attention_rows(layer),
+def _fed(layer: str, encoder: Encoder) -> tuple[Row, ...]:
+    return (
         *dense_rows("layers/mlp/up", f"{layer}.intermediate.dense"),
         *dense_rows("layers/mlp/down", f"{layer}.output.dense"),
         *norm_rows("layers/mlp_norm", f"{layer}.output.LayerNorm"),
-        *pooled_rows(prefix),
-        *PREDICTIONS,
     )
-    return present(table, encoder)
 
 
 def to_config(encoder: Any) -> dict[str, Any] | None:
@@ -131,7 +111,7 @@ FAMILY = Family(
     name="BERT",
     model_type="bert",
     kind=Encoder,
-    rows=rows,
+    rows=bert_rows(KINDS, _fed),
     to_config=to_config,
     from_config=from_config,
     asked=asked(KINDS),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from slmjax.errors import UserError
 from slmjax.models.encoder import Encoder
 from slmjax.models.hf_config import NUMBER, Fields, Names
-from slmjax.models.table import Asked, Row, attention_rows, dense_rows, norm_rows
+from slmjax.models.table import Asked, Row, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
 from slmjax.nn.mlp import MLP
 
@@ -133,26 +133,6 @@ def bert_fields(fields: Fields, config: Mapping[str, Any], known: tuple[Kind, ..
     }
 
 
-def self_attention_rows(layer: str) -> tuple[Row, ...]:
-    """Attention and its norm, as BERT and MobileBERT name them below `layer`."""
-    named = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
-    return *attention_rows(layer, *named), *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm")
-
-
-def pooled_rows(prefix: str) -> tuple[Row, ...]:
-    """Rows of the heads that describe a sequence."""
-    return (*dense_rows("head/pool", f"{prefix}pooler.dense"), *dense_rows("head/classify", "classifier"))
-
-
-PREDICTIONS = (
-    *dense_rows("head/transform", "cls.predictions.transform.dense"),
-    *norm_rows("head/norm", "cls.predictions.transform.LayerNorm"),
-    Row("head/rest", "cls.predictions.dense.weight", "e v -> v e"),
-    Row("head/bias", "cls.predictions.bias", "v -> v"),
-)
-"""Rows of the head for masked words"""
-
-
 def embedding_rows(prefix: str) -> tuple[Row, ...]:
     """Rows of tables and their norm."""
     return (
@@ -162,6 +142,31 @@ def embedding_rows(prefix: str) -> tuple[Row, ...]:
         *dense_rows("embed/project", f"{prefix}embeddings.embedding_transformation"),
         *norm_rows("embed/norm", f"{prefix}embeddings.LayerNorm"),
     )
+
+
+def bert_rows(
+    known: tuple[Kind, ...], fed: Callable[[str, Encoder], tuple[Row, ...]]
+) -> Callable[[Encoder], tuple[Row, ...]]:
+    """`Family.rows` of BERT and MobileBERT; `fed` gives, for a layer's prefix, what comes after attention and norm."""
+
+    def rows(encoder: Encoder) -> tuple[Row, ...]:
+        prefix = prefix_of(known, encoder)
+        layer = f"{prefix}encoder.layer.{{}}"
+        found = (
+            *embedding_rows(prefix),
+            *attention_rows(f"{layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
+            *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm"),
+            *fed(layer, encoder),
+            *dense_rows("head/pool", f"{prefix}pooler.dense"),
+            *dense_rows("head/classify", "classifier"),
+            *dense_rows("head/transform", "cls.predictions.transform.dense"),
+            *norm_rows("head/norm", "cls.predictions.transform.LayerNorm"),
+            Row("head/rest", "cls.predictions.dense.weight", "e v -> v e"),
+            Row("head/bias", "cls.predictions.bias", "v -> v"),
+        )
+        return present(found, encoder)
+
+    return rows
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slmjax.models.bert_like import (
-    GREEK,
-    PREDICTIONS,
-    asked,
-    bert_config,
-    bert_fields,
-    embedding_rows,
-    kind_of,
-    kinds,
-    pooled_rows,
-    prefix_of,
-    self_attention_rows,
-)
+from slmjax.models.bert_like import GREEK, asked, bert_config, bert_fields, bert_rows, kind_of, kinds
 from slmjax.models.encoder import Encoder
 from slmjax.models.hf_config import Fields, activation_name, exact, finished
-from slmjax.models.table import Family, Row, dense_rows, norm_rows, present
+from slmjax.models.table import Family, Row, dense_rows, norm_rows
 from slmjax.nn.bottleneck import Affine, Bottleneck, SplitAttention
 from slmjax.nn.heads import Head, MaskedWords
 from slmjax.nn.mlp import MLP, relu
@@ -83,22 +71,14 @@ def mobilebert_base() -> Encoder:
 KINDS = kinds("MobileBert", "mobilebert.", pooler=True)
 
 
-def rows(encoder: Encoder) -> tuple[Row, ...]:
-    """The rows of the class with this head."""
-    prefix = prefix_of(KINDS, encoder)
-    layer = f"{prefix}encoder.layer.{{}}"
-    table = (
-        *embedding_rows(prefix),
-        *self_attention_rows(layer),
+def _fed(layer: str, encoder: Encoder) -> tuple[Row, ...]:
+    return (
         *_narrow("narrow", f"{layer}.bottleneck.input"),
         *_narrow("read", f"{layer}.bottleneck.attention"),
         *_feeds(encoder, layer),
         *dense_rows("layers/widen", f"{layer}.output.bottleneck.dense"),
         *norm_rows("layers/out_norm", f"{layer}.output.bottleneck.LayerNorm"),
-        *pooled_rows(prefix),
-        *PREDICTIONS,
     )
-    return present(table, encoder)
 
 
 def _narrow(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -180,7 +160,7 @@ FAMILY = Family(
     name="MobileBERT",
     model_type="mobilebert",
     kind=Encoder,
-    rows=rows,
+    rows=bert_rows(KINDS, _fed),
     to_config=to_config,
     from_config=from_config,
     asked=asked(KINDS),

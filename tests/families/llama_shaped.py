@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+from families.proof import moves, prove
 from hypothesis import strategies as st
 
 SHAPES = (  # heads, kv_heads, head_dim, width; the heads of the second and third do not share the width
@@ -47,6 +49,23 @@ def every_block(decoder, change):
     stages = [replace(stage, pattern=tuple(map(change, stage.pattern))) for stage in decoder.stages]
     first, *tail = stages
     return replace(decoder, pattern=first.pattern, repeats=first.repeats, tail=tuple(tail))
+
+
+def proved_each(sizes, configs):
+    """A fixture for a module: the model_type, and what `prove` has imported with 64 tokens, of each configuration."""
+
+    @pytest.fixture(params=configs, scope="module")
+    def proved(request, reference, tmp_path_factory):
+        config = {**sizes, "model_type": request.param, **configs[request.param]}
+        return request.param, prove(reference, tmp_path_factory.mktemp(request.param), config, seed=1, tokens=64)
+
+    return proved
+
+
+def all_seen(imported, wrong):
+    """Each of these changes of all blocks moves the logits."""
+    for what, change in wrong.items():
+        assert moves(imported.decoder, every_block(imported.decoder, change), imported.params), what
 
 
 def mixer(**changes):

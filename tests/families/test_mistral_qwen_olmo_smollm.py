@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
-from families.llama_shaped import common, every_block, mixer
-from families.proof import moves, prove, prove_any
+from families.llama_shaped import all_seen, common, mixer, proved_each
+from families.proof import prove_any
 from hypothesis import strategies as st
 
 from slmjax.nn.attention import QKNorm
@@ -119,13 +119,9 @@ GREEDY = {
 }
 
 
-@pytest.fixture(params=GREEDY, scope="module")
-def proved(request, reference, tmp_path_factory):
-    config = {**SIZES, "model_type": request.param, **GREEDY[request.param]}
-    return request.param, prove(reference, tmp_path_factory.mktemp(request.param), config, seed=1, tokens=64)
+proved = proved_each(SIZES, GREEDY)
 
 
 def test_each_switch_moves_the_logits(proved):
     name, imported = proved
-    for wrong in WRONG[name].values():
-        assert moves(imported.decoder, every_block(imported.decoder, wrong), imported.params)
+    all_seen(imported, WRONG[name])

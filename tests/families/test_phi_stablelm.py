@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from families.llama_shaped import ROPES, common, every_block, mixer
-from families.proof import moves, prove, prove_any
+from families.llama_shaped import ROPES, all_seen, common, mixer, proved_each
+from families.proof import prove_any
 from hypothesis import strategies as st
 
 from slmjax.nn.norm import LayerNorm, RMSNorm
@@ -118,13 +118,9 @@ WRONG = {
 }
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
-def proved(request, reference, tmp_path_factory):
-    config = {**SIZES, "model_type": request.param, **CONFIGS[request.param]}
-    return request.param, prove(reference, tmp_path_factory.mktemp(request.param), config, seed=1, tokens=64)
+proved = proved_each(SIZES, CONFIGS)
 
 
 def test_each_switch_moves_the_logits(proved):
     name, imported = proved
-    for what, wrong in WRONG[name].items():
-        assert moves(imported.decoder, every_block(imported.decoder, wrong), imported.params), what
+    all_seen(imported, WRONG[name])
