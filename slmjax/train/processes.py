@@ -3,7 +3,7 @@
 A process that fails tells the others through the key-value store of JAX's coordination service (it lives in process 0)
 and leaves by `os._exit`: a clean shutdown would wait for the others, which wait for it in a collective. A process that
 dies without a word (SIGKILL, a lost node) is noticed by the collective that breaks, at once with gloo, or by its
-heartbeat, when JAX itself aborts the others.
+heartbeat, when JAX itself aborts the others: see `aborts`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from slmjax.errors import Diverged, Lost, Preempted, UserError
+from slmjax.train import aborts
 
 FAILED = "slmjax/failed"
 """The key under which the first process that fails says why"""
@@ -181,18 +182,20 @@ def together(distributed: Distributed) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = _Watch(_client())
-    try:
-        yield
-    except (Preempted, Diverged):
-        watch.stop()
-        jax.distributed.shutdown()
-        raise
-    except BaseException as error:
-        watch.leave(error)
-    else:
-        watch.stop()
-        jax.distributed.shutdown()
+    gone = _gone("JAX has ended this one, for the reason above")
+    with aborts.explained(f"slmjax: error: {gone}", gone.code):
+        watch = _Watch(_client())
+        try:
+            yield
+        except (Preempted, Diverged):
+            watch.stop()
+            jax.distributed.shutdown()
+            raise
+        except BaseException as error:
+            watch.leave(error)
+        else:
+            watch.stop()
+            jax.distributed.shutdown()
 
 
 def _client() -> Any:
@@ -226,11 +229,8 @@ class _Watch:
             self._exit(*self._said())
         self._stopped.set()
         if _lost(error):
-            lost = Lost(
-                f"lost another process ({_first_line(_lost(error) or error)}); look at the logs of the others, then "
-                "start all of them again: they go on from the last checkpoint"
-            )
-            self._exit(str(lost), lost.code)
+            gone = _gone(_first_line(_lost(error) or error))
+            self._exit(str(gone), gone.code)
         code = int(getattr(error, "code", 130 if isinstance(error, KeyboardInterrupt) else 1) or 0)
         said = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, UserError | KeyboardInterrupt):
@@ -267,6 +267,13 @@ def _lost(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _gone(why: str) -> Lost:
+    return Lost(
+        f"lost another process, which died or hangs ({why}); look at the logs of the others, then start all of them "
+        "again: they go on from the last checkpoint"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from running import ROOT, runtime, slmjax
 
 from slmjax.track.jsonl import read
 from slmjax.track.ledger import state_of
-from slmjax.train.checkpoint import steps
+from slmjax.train.checkpoint_folder import steps
 
 STEPS = 60
 
@@ -101,6 +101,26 @@ def test_one_of_two_is_killed_and_both_or_one_alone_go_on(tiny, tmp_path, one):
     assert code == 0, err
     assert "resumed after step " in err
     check_rows(alone, one)
+
+
+@pytest.mark.parametrize(("index", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_who_is_aborted_by_jax_says_why_last(tiny, tmp_path, index, number):
+    """Process 0 holds the coordination service; one that is stopped closes no connection: JAX aborts the other."""
+    run = tmp_path / "run"
+    beat = ["--runtime.distributed.heartbeat", 20]  # less is missed where the machine is busy
+    pair = start_two(tiny, run, "--steps", 100_000, *beat)
+    while 10 not in steps(run / "checkpoints"):
+        assert pair[0].poll() is None, ended(pair[0])
+        time.sleep(0.01)
+    pair[index].send_signal(number)
+    code, _, err = ended(pair[1 - index])
+    pair[index].kill()
+    ended(pair[index])
+    (said,) = mistakes(err)
+    assert code == 75
+    assert err.splitlines()[-1] == said
+    assert "lost another process" in said
+    assert "start all of them again" in said
 
 
 @pytest.mark.parametrize(
