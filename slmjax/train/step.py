@@ -60,6 +60,11 @@ class Ahead:
             give_back()
         return program(state, frozen, batch)
 
+    @property
+    def compiled(self) -> int:
+        """How many programs there are: one for each shape of batch that it was called with."""
+        return len(self._programs)
+
 
 def init_state(
     init: Callable[[Key], Params], optimizer: Optimizer, view: ParamView, guard: Guard, key: Key

@@ -77,7 +77,7 @@ def test_every_mesh_gives_the_loss_of_one_device(one_device, decoder, recipe, me
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-6, err_msg=f"{name} of step {step}")
     for path, x in tree.flatten(state).items():
         assert x.sharding.is_equivalent_to(tree.flatten(run.abstract)[path].sharding, x.ndim), path
-    assert len(run.step._programs) == 1
+    assert run.step.compiled == 1
 
 
 def test_parameters_and_their_optimizer_state_are_split():

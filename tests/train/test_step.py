@@ -158,7 +158,7 @@ def test_the_state_is_donated_and_the_step_compiled_once():
         state, _ = program.step(state, frozen, program.put(toy.batch(i)))
         assert all(x.is_deleted() for x in jax.tree.leaves(before))
     assert not frozen["teacher"].is_deleted()
-    assert len(program.step._programs) == 1
+    assert program.step.compiled == 1
     assert int(state.step) == 4
 
 
