@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     from slmjax.convert.memory import to_device
     from slmjax.models.flops import parameter_count
     from slmjax.serialise import to_json
-    from slmjax.train.checkpoint import save_params
+    from slmjax.train.checkpoint_folder import save_params
 
     source = Path(args.model)
     with publish(Path(args.out), overwrite=None) as folder:

@@ -27,7 +27,7 @@ from slmjax.nn.compute import Compute, for_backend
 from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import Trackers, open_trackers
-from slmjax.train.checkpoint import extra, latest_step
+from slmjax.train.checkpoint_folder import extra, latest_step
 from slmjax.train.hooks import Evaluate, Hook, Profile, Sample
 from slmjax.train.lock import lock
 from slmjax.train.loop import Speed

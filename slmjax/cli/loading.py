@@ -88,7 +88,7 @@ def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None
         experiment = from_json(config["experiment"])
         params = _run_params(folder / "checkpoints", step, experiment)
         return Loaded(decoder=experiment.model, params=params, step=step, experiment=experiment, **about)
-    from slmjax.train.checkpoint import restore_params
+    from slmjax.train.checkpoint_folder import restore_params
 
     params = restore_params(folder / "checkpoints", step)
     return Loaded(decoder=from_json(config["model"]), params=_on_device(params), **about)
@@ -157,7 +157,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]) -> int:
     """The newest intact step, or the wanted one. Nothing is moved: the run may be going on."""
     from slmjax.train import manifest
-    from slmjax.train.checkpoint import steps
+    from slmjax.train.checkpoint_folder import steps
 
     there = steps(checkpoints)
     if wanted is not None and wanted not in there:
@@ -179,7 +179,7 @@ def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]
 
 def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
     """The parameters that training evaluated with: after the optimizer's averaging and the view."""
-    from slmjax.train.checkpoint import restore
+    from slmjax.train.checkpoint_folder import restore
     from slmjax.train.sharding import Mesh
     from slmjax.train.step import program
 

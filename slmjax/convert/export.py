@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slmjax import __version__
-from slmjax.convert import gate, memory
+from slmjax.convert import gate, gate_stock, memory
 from slmjax.convert.card import Facts, render
 from slmjax.convert.expressed import expressed
 from slmjax.convert.folder import MARK, Rejected, publish
@@ -103,7 +103,7 @@ def export_hf(
             raise Rejected(f"the export cannot be read back: {e}") from e
         imported = replace(imported, params=memory.to_device(imported.params))
         checks += gate.check_reload(before, imported, probe)
-        checks += gate.check_stock(imported, folder, python, probe, tokenizer)
+        checks += gate_stock.check_stock(imported, folder, python, probe, tokenizer)
         record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
         record["checks"] = [check.json() for check in checks]
         (folder / MARK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")

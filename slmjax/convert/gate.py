@@ -1,16 +1,15 @@
-"""The gate behind an export: what was written is read back, by us and by stock transformers, and has to agree."""
+"""The gate behind an export: what was written is read back, and has to agree with the model that was in memory.
+
+`gate_stock` has it read by stock transformers, `gguf_gate` by llama.cpp.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
 import importlib.util
-import json
 import os
-import pathlib
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -19,14 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from slmjax.convert import memory
 from slmjax.convert.folder import Rejected
 from slmjax.convert.hf import Imported
-from slmjax.convert.tokenizer_files import PROBES
-from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
@@ -135,11 +130,11 @@ def compare(name: str, ours: Forward, other: Forward, probe: Probe) -> Check:
     """Logits within the tolerance wherever there is no padding; if not, the first stage that drifts is named."""
     real = probe.mask.astype(bool)
     told = real[:, : ours.logits.shape[1]]
-    error, limit = _distance(ours.logits[told], other.logits[told])
+    error, most = _distance(ours.logits[told], other.logits[told])
     found = f"max|Δ| {error:.1e}"
-    if not error <= limit:
+    if not error <= most:
         found += f", {first_drift(ours, other, probe)}"
-    return Check(name=name, found=found, expected=f"≤ {limit:.1e}", passed=bool(error <= limit))
+    return Check(name=name, found=found, expected=f"≤ {most:.1e}", passed=bool(error <= most))
 
 
 def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
@@ -147,8 +142,8 @@ def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
     real = probe.mask.astype(bool)
     last = len(ours.stages) - 1
     for i, (a, b) in enumerate(zip(ours.stages, other.stages, strict=True)):
-        error, limit = _distance(a[real], b[real])
-        if not error <= limit:
+        error, most = _distance(a[real], b[real])
+        if not error <= most:
             place = "embedding" if i == 0 else f"block {i - 1}" if i < last else f"block {i - 1} or the final norm"
             return f"drifts first in the {place} (max|Δ| {error:.1e})"
     return "drifts only in the unembedding"
@@ -167,12 +162,12 @@ def check_fold(model: tuple[Assembly, Params], folded: tuple[Assembly, Params], 
     """The model with its scalars in the weights against the model as it is: the stages between differ by design."""
     real = probe.mask.astype(bool)
     ours, theirs = (forward(decoder, params, probe).logits[real] for decoder, params in (model, folded))
-    error, limit = _distance(ours, theirs)
+    error, most = _distance(ours, theirs)
     return Check(
         name="fold: logits of the folded and the unfolded model",
         found=f"max|Δ| {error:.1e}",
-        expected=f"≤ {limit:.1e}",
-        passed=bool(error <= limit),
+        expected=f"≤ {most:.1e}",
+        passed=bool(error <= most),
     )
 
 
@@ -215,47 +210,6 @@ def find_python(given: str | None, *needs: str) -> str | None:
     return sys.executable if have else None
 
 
-def check_stock(
-    imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
-) -> list[Check]:
-    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens if it generates, same
-    tokenizer. How it is asked is the family's to say (`Family.asked`)."""
-    if python is None:
-        hint = f"not run: give --reference-python or {ENVIRONMENT}"
-        return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
-    asked = imported.family.asked(imported.decoder)
-    prompts = make_probe(probe.tokens, imported.decoder.context, length=max(1, min(9, probe.tokens.shape[1] // 2)))
-    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1]) if asked.generates else 0
-    texts = list(PROBES) if tokenizer else []
-    request = {"new_tokens": new_tokens, "texts": texts, "loader": asked.loader, "output": asked.output}
-    report, tensors = _run_stock(folder, python, probe, prompts, request)
-
-    name = f"transformers {report['transformers']}"
-    bad = {k: report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
-    loads = Check(
-        name=f"{name}: {report['class']} loads it",
-        found="; ".join(f"{k} {v[0]} ({len(v)})" for k, v in bad.items()) or "nothing missing or unexpected",
-        expected="nothing missing or unexpected",
-        passed=not bad,
-    )
-    ours = forward(imported.decoder, imported.params, probe)
-    hidden = tuple(tensors[f"hidden.{i}"] for i in range(len(ours.stages)))
-    theirs = Forward(tensors["logits"], hidden)
-    if asked.first:
-        ours, theirs = ours._replace(logits=ours.logits[:, :1]), theirs._replace(logits=theirs.logits[:, None])
-    checks = [loads, compare(f"{name}: {asked.output}", ours, theirs, probe)]
-    if asked.generates:
-        checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
-    if tokenizer:
-        wanted = [tokenizer.encode(text, bos=True, eos=asked.closes) for text in texts]
-        # a BOS that only the chat template uses has a name, too
-        special = [tokenizer.raw.token_to_id(tokenizer.names.get(name) or "") for name in ("bos_token", "eos_token")]
-        same = report["encoded"] == wanted and report["special"] == special
-        found = "identical" if same else f"{report['encoded'][0]}, BOS and EOS {report['special']}"
-        checks.append(Check(name=f"{name}: AutoTokenizer", found=found, expected="ids as in training", passed=same))
-    return checks
-
-
 def demand(checks: list[Check]) -> None:
     """Raises Rejected naming the first check that failed."""
     for check in checks:
@@ -263,50 +217,12 @@ def demand(checks: list[Check]) -> None:
             raise Rejected(f"the export failed its check: {check.name}: {check.found}; expected {check.expected}")
 
 
-def _compare_greedy(name: str, imported: Imported, prompts: Probe, theirs: np.ndarray, ours: Forward) -> Check:
-    model = imported.decoder.build(Compute(dtype="float32"))
-    tokens, margins = greedy(model, imported.params, prompts, theirs.shape[1])
-    expected = f"{len(theirs)} x {theirs.shape[1]} identical"
-    found, passed = expected, True
-    for row in np.flatnonzero((tokens != theirs).any(axis=1)):
-        at = int(np.argmax(tokens[row] != theirs[row]))
-        # rounding decides between two tokens that are equally likely: that is no error of the export
-        tie = bool(margins[row, at] <= 2 * _limit(ours.logits))
-        passed = passed and tie
-        found = f"prompt {row}: {at} identical, then {'a tie of' if tie else 'differ, margin'} {margins[row, at]:.1e}"
-    return Check(name=name, found=found, expected=expected, passed=passed)
-
-
-def _run_stock(
-    folder: pathlib.Path, python: str, probe: Probe, prompts: Probe, request: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    program = importlib.resources.files("slmjax.convert").joinpath("stock_transformers.py.txt")
-    arrays = {"tokens": probe.tokens, "mask": probe.mask, "positions": probe.positions}
-    arrays |= {"prompts": prompts.tokens, "prompts_mask": prompts.mask}
-    with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
-        asked, answered = pathlib.Path(tmp, "request.safetensors"), pathlib.Path(tmp, "answer.safetensors")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, asked, {"request": json.dumps(request)})
-        command = [python, str(script), str(folder), str(asked), str(answered)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        lines = done.stderr.strip().splitlines()
-        if done.returncode and lines and "ModuleNotFoundError" in lines[-1]:
-            raise UserError(f"--reference-python {python}: {lines[-1]}; it needs torch and transformers")
-        if done.returncode:
-            raise Rejected(f"stock transformers failed on the export: {lines[-1] if lines else done.returncode}")
-        try:
-            with safe_open(answered, "numpy") as f:
-                return json.loads(f.metadata()["report"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise Rejected(f"stock transformers left no answer: {e}") from e
-
-
 def _distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """max|a - b| (NaN if either has one), and what is allowed."""
-    return float(np.abs(a - b).max()), _limit(a)
+    return float(np.abs(a - b).max()), limit(a)
 
 
-def _limit(x: np.ndarray) -> float:
+def limit(x: np.ndarray) -> float:
     return TOLERANCE * max(1.0, float(np.abs(x).max()))
 
 

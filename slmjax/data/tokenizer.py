@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from slmjax.data import tokenizer_config
 from slmjax.data.chat import ChatTemplate
 from slmjax.errors import DataError
 from slmjax.types import Special
@@ -157,11 +158,11 @@ class Tokenizer:
             raw = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise DataError(f"{file}: not a tokenizer.json: {error}") from error
-        config = _config(file.with_name(FILES[1]))
-        names = _special_tokens(config, file.with_name(FILES[1]))
+        config = tokenizer_config.read(file.with_name(FILES[1]))
+        names = tokenizer_config.special_tokens(config, file.with_name(FILES[1]))
         # a BOS that only the chat template uses
         begins = None if config.get("add_bos_token") is False else names.get("bos_token")
-        source = _template(file.with_name(TEMPLATE), config)
+        source = tokenizer_config.template(file.with_name(TEMPLATE), config)
         try:
             return cls(
                 raw,
@@ -278,45 +279,3 @@ def _letters_of_bytes() -> list[str]:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     shifted = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(shifted)) for byte in range(256)]
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """tokenizer_config.json; empty if it is not there.
-
-    Raises:
-        DataError: it is no JSON object.
-    """
-    try:
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{file}: expected a JSON object, found a {type(config).__name__}")
-    return config
-
-
-def _special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json names, as text or as objects with `content`: bos_token, ...
-
-    Raises:
-        DataError: BOS or EOS is something else than that.
-    """
-    named = {}
-    for field in sorted(key for key in config if key.endswith("_token")):
-        token = config[field]
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str):
-            named[field] = name
-        elif field in ("bos_token", "eos_token") and (name is not None or isinstance(token, dict)):
-            raise DataError(f"{file}: {field} is {token!r}; expected a string, an object with `content`, or null")
-    return {field: name for field, name in named.items() if name}
-
-
-def _template(file: Path, config: dict[str, Any]) -> str | None:
-    """The chat template: a file of its own, or a field of tokenizer_config.json; of several the default one."""
-    if file.is_file():
-        return file.read_text("utf-8")
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
-    return found if isinstance(found, str) and found else None

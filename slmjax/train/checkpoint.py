@@ -1,33 +1,28 @@
-"""Checkpoints: asynchronous, atomic, checksummed; a bad one is set aside and the previous good one used.
+"""Checkpoints of a run: asynchronous, atomic, checksummed; a bad one is set aside and the previous good one used.
 
-A folder `checkpoints/<step>/` holds three items: `params`, `train` (step, optimizer, view) and `extra` (JSON: data
-position, tracker, rollbacks), and `SHA256SUMS`. Orbax writes them under another name; once the sums are written and
-synced, one rename makes it a checkpoint. A process killed before leaves the older checkpoints and a leftover that the
-next run removes.
+How they lie on disk: `checkpoint_folder`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
-from orbax.checkpoint.path import atomicity
 
-from slmjax.errors import StorageError, UserError
-from slmjax.train import manifest
+from slmjax.errors import UserError
+from slmjax.train import checkpoint_folder, manifest
+from slmjax.train.checkpoint_folder import Checksummed, Restored, beside, steps, storage
 from slmjax.train.lock import lock
-from slmjax.types import Params, TrainState
+from slmjax.types import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +46,6 @@ class Checkpoints:
                 raise UserError(f"checkpoints.{name} is {getattr(self, name)}; expected at least {least}")
 
 
-class Restored(NamedTuple):
-    """What a checkpoint held."""
-
-    step: int
-    state: TrainState
-    extra: dict[str, Any]
-
-
-AT_ONCE = 1 << 27
-
-
-class _Checksummed(atomicity.AtomicRenameTemporaryPath):
-    """The folder of a save in flight. `finalize` is its commit, called on the first process when all have written."""
-
-    async def finalize(self) -> None:
-        folder = Path(self.get())
-        if folder.name.split(".")[0].isdigit():  # a step; its items pass here as well
-            await asyncio.to_thread(manifest.write, folder)
-        await super().finalize()
-
-
 class Checkpointer:
     """Saves and restores the checkpoints of one run, whose folder it holds while it is entered."""
 
@@ -85,7 +59,7 @@ class Checkpointer:
         Raises:
             Locked: another run holds the folder.
         """
-        with contextlib.ExitStack() as stack, _storage(self.folder, "open"):
+        with contextlib.ExitStack() as stack, storage(self.folder, "open"):
             if jax.process_index() == 0:
                 stack.enter_context(lock(self.folder))
             self.manager = ocp.CheckpointManager(
@@ -95,7 +69,7 @@ class Checkpointer:
                         list(_preserved(self.folder, self.policy))
                     ),
                     cleanup_tmp_directories=True,
-                    temporary_path_class=_Checksummed,
+                    temporary_path_class=Checksummed,
                 ),
                 item_names=("params", "train", "extra"),
             )
@@ -103,7 +77,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._held, _storage(self.folder, "finish a save") if kind is None else contextlib.suppress(Exception):
+        with self._held, storage(self.folder, "finish a save") if kind is None else contextlib.suppress(Exception):
             if kind is None or jax.process_count() == 1:  # else it would wait for processes that may have died
                 self.manager.close()
 
@@ -113,14 +87,14 @@ class Checkpointer:
         Raises:
             StorageError: this save, or the one before it, failed. Earlier checkpoints are intact.
         """
-        with _storage(self.folder, f"save step {step}"):
+        with storage(self.folder, f"save step {step}"):
             if step in self.manager.all_steps():
                 return
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
-                    train=ocp.args.StandardSave(_train(state)),
+                    train=ocp.args.StandardSave(beside(state)),
                     extra=ocp.args.JsonSave({**extra, "metrics": dict(metrics)}),
                 ),
             )
@@ -133,12 +107,12 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises StorageError if a save in the background has failed."""
-        with _storage(self.folder, "save"):
+        with storage(self.folder, "save"):
             self.manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the save in flight is on disk. Raises StorageError if it failed."""
-        with _storage(self.folder, "save"):
+        with storage(self.folder, "save"):
             self.manager.wait_until_finished()
 
     def restore(self, abstract: TrainState) -> Restored | None:
@@ -156,7 +130,7 @@ class Checkpointer:
         step = self._newest_good()
         if step is None:
             return None
-        return restore(self.folder, step, abstract)
+        return checkpoint_folder.restore(self.folder, step, abstract)
 
     def _newest_good(self) -> int | None:
         """The first process reads and judges the files; the others are told."""
@@ -176,89 +150,6 @@ class Checkpointer:
         return None if found < 0 else found
 
 
-def steps(folder: Path) -> list[int]:
-    """The steps that have a committed checkpoint, oldest first."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
-
-
-def latest_step(folder: Path) -> int | None:
-    return max(steps(folder), default=None)
-
-
-def extra(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The JSON of a checkpoint (of the latest one by default); empty if there is none or it cannot be read."""
-    step = latest_step(folder) if step is None else step
-    try:
-        return json.loads((folder / str(step) / "extra" / "metadata").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def restore(folder: Path, step: int, abstract: TrainState) -> Restored:
-    """One checkpoint as it lies there, unverified, into the shapes and shardings of `abstract`."""
-    at = folder.absolute() / str(step)
-    with _storage(folder, f"restore step {step}"), _reader() as reader:
-        params = reader.restore(at / "params", args=ocp.args.StandardRestore(abstract.params))
-        train = reader.restore(at / "train", args=ocp.args.StandardRestore(_train(abstract)))
-        return Restored(step, TrainState(params=params, **train), extra(folder, step))
-
-
-def restore_params(folder: Path, step: int | None = None, abstract: Params | None = None) -> Params:
-    """The stored parameters alone, after a check of their sums.
-
-    Args:
-        folder: holds `<step>/params`; the latest step by default.
-        abstract: ShapeDtypeStructs with shardings; without it, whole arrays on the first device.
-
-    Raises:
-        StorageError: no such checkpoint, or a damaged one.
-    """
-    step = latest_step(folder) if step is None else step
-    at = folder.absolute() / str(step)
-    if step is None or not at.is_dir():
-        there = ", ".join(map(str, steps(folder))) or "none"
-        raise StorageError(f"{folder}: no checkpoint of step {step}; there are: {there}")
-    if wrong := manifest.problems(at):
-        raise StorageError(f"{at} is damaged: {wrong[0]}; choose another step of: {', '.join(map(str, steps(folder)))}")
-    with _storage(folder, f"restore step {step}"), _reader() as reader:
-        wanted = abstract or _whole(at / "params")
-        return reader.restore(at / "params", args=ocp.args.StandardRestore(wanted))
-
-
-def save_params(folder: Path, params: Params, extra: dict[str, Any], step: int = 0) -> None:
-    """A checkpoint of parameters alone (an import), as atomic and as checksummed as any.
-
-    What waits to be written is bounded, so that a large model is not held twice (of arrays on a device; numpy arrays
-    are copied first).
-    """
-    most = max([AT_ONCE, *(x.nbytes for x in jax.tree.leaves(params))])
-    bound: Any = 1.05 * most / 1e9  # the library counts in (any) gigabytes, and refuses an array that exceeds them
-    handlers: dict[str, Any] = {
-        "params": ocp.StandardCheckpointHandler(save_concurrent_gb=bound),
-        "extra": ocp.JsonCheckpointHandler(),
-    }
-    with _storage(folder, f"save step {step}"):
-        manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(temporary_path_class=_Checksummed),
-            item_handlers=handlers,
-        )
-        with contextlib.closing(manager):
-            items = {"params": ocp.args.StandardSave(params), "extra": ocp.args.JsonSave(extra)}
-            manager.save(step, args=ocp.args.Composite(**items))
-
-
-def _train(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt": state.opt, "view": state.view}
-
-
-def _whole(at: Path) -> Params:
-    """Abstract arrays as the files describe them, on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    described = ocp.StandardCheckpointHandler().metadata(epath.Path(at))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), described.tree)
-
-
 def _set_aside(folder: Path, step: int) -> str:
     names = (f"bad-{step}" + (f"-{i}" if i > 1 else "") for i in range(1, 1000))
     name = next(n for n in names if not (folder / n).exists())
@@ -267,8 +158,9 @@ def _set_aside(folder: Path, step: int) -> str:
 
 
 def _score(folder: Path, step: int, metric: str) -> float:
-    """A metric as a checkpoint on disk holds it (one in flight does not yet), infinite if it does not."""
-    return extra(folder, step).get("metrics", {}).get(metric, float("inf"))
+    """A metric as a checkpoint on disk holds it (one in flight does not yet); infinite if it does not, or is NaN."""
+    score = checkpoint_folder.extra(folder, step).get("metrics", {}).get(metric, math.inf)
+    return score if math.isfinite(score) else math.inf  # NaN would be neither less nor more than the others
 
 
 @dataclass(frozen=True)
@@ -280,7 +172,7 @@ class _Best:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         scores = [_score(self.folder, c.step, self.metric) for c in checkpoints]
-        return [score == min(scores) < float("inf") for score in scores]
+        return [score == min(scores) < math.inf for score in scores]
 
 
 def _preserved(folder: Path, policy: Checkpoints) -> Iterator[Any]:
@@ -289,23 +181,3 @@ def _preserved(folder: Path, policy: Checkpoints) -> Iterator[Any]:
         yield checkpoint_managers.EveryNSteps(policy.keep_every)
     if policy.best:
         yield _Best(folder, policy.best)
-
-
-@contextlib.contextmanager
-def _reader() -> Iterator[ocp.Checkpointer]:
-    with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
-        yield reader
-
-
-@contextlib.contextmanager
-def _storage(folder: Path, doing: str) -> Iterator[None]:
-    """Whatever the file system or Orbax raises -> one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = (str(error) or type(error).__name__).splitlines()[0][:300]
-        full = "No space" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        hint = "; free some space and run the same command again" if full else ""
-        raise StorageError(f"{folder}: cannot {doing}: {said}; earlier checkpoints are intact{hint}") from error

@@ -13,7 +13,7 @@ from slmjax.config import override
 from slmjax.convert.hf import write_hf
 from slmjax.errors import StorageError, UserError
 from slmjax.serialise import from_json, to_json
-from slmjax.train.checkpoint import save_params
+from slmjax.train.checkpoint_folder import save_params
 from slmjax.views import EMA
 
 

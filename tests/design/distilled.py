@@ -15,7 +15,7 @@ from slmjax.experiment_file import load_config, load_experiment
 from slmjax.models.llama import llama
 from slmjax.objectives import ObjectiveSpec
 from slmjax.serialise import from_json
-from slmjax.train.checkpoint import restore_params
+from slmjax.train.checkpoint_folder import restore_params
 from slmjax.types import Model, Objective
 
 

@@ -15,7 +15,7 @@ from running import ROOT, slmjax
 from slmjax import tree
 from slmjax.experiment_file import load_experiment, load_module
 from slmjax.track.jsonl import read
-from slmjax.train.checkpoint import restore_params
+from slmjax.train.checkpoint_folder import restore_params
 from slmjax.types import Batch
 
 INT4 = ROOT / "tests" / "design" / "int4_weights.py"

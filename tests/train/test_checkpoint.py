@@ -17,9 +17,10 @@ from train import toy
 
 from slmjax import tree
 from slmjax.errors import StorageError, UserError
-from slmjax.train import checkpoint, manifest
+from slmjax.train import checkpoint_folder, manifest
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.sharding import Mesh
+from slmjax.types import TrainState
 
 HERE = Path(__file__).parent
 EXTRA = {"data": {"next": 3}, "tracker": {"id": "x"}, "rollbacks": 0}
@@ -64,7 +65,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, one):
     assert_equal(restored.state, state)
     assert jax.tree.structure(restored.state) == jax.tree.structure(state)
     assert (restored.step, restored.extra) == (3, EXTRA | {"at": 3, "metrics": {}})
-    assert checkpoint.extra(tmp_path)["data"] == {"next": 3}
+    assert checkpoint_folder.extra(tmp_path)["data"] == {"next": 3}
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(data=2, fsdp=4), Mesh(data=2, fsdp=2, tensor=2)])
@@ -93,22 +94,22 @@ def test_steps_that_follow_do_not_touch_a_save_in_flight(tmp_path):
     policy = Checkpoints(keep_last=5)
     with Checkpointer(folder, policy, print) as saved:
         for step in range(1, 5):
-            state = checkpoint.TrainState(jnp.asarray(step), params, (), ())
+            state = TrainState(jnp.asarray(step), params, (), ())
             saved.save(step, state, EXTRA, {})
             for _ in range(3):
                 params = advance(params)
     for step in range(1, 5):
-        got = checkpoint.restore_params(folder, step)
+        got = checkpoint_folder.restore_params(folder, step)
         assert (np.asarray(got["w"]) == 3 * step - 2).all()
 
 
 def test_what_is_kept(tmp_path, one):
     _, state = one
     policy = Checkpoints(keep_last=2, keep_every=40, best="loss")
-    losses = {10: 5.0, 20: 3.0, 30: 4.0, 40: 3.5, 50: 3.2, 60: 3.1}
+    losses = {10: 5.0, 20: 3.0, 30: np.nan, 40: 3.5, 50: 3.2, 60: 3.1}
     metrics = {step: {"loss": x} for step, x in losses.items()}
     save(tmp_path, state, *losses, policy=policy, metrics=metrics)
-    assert checkpoint.steps(tmp_path) == [20, 40, 50, 60]
+    assert checkpoint_folder.steps(tmp_path) == [20, 40, 50, 60]
     with Checkpointer(tmp_path, policy, print) as saved:
         assert saved.improves({"loss": 2.9})
         assert not saved.improves({"loss": 3.05})
@@ -196,7 +197,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, one
     save(tmp_path, state, 3)
     damage(tmp_path / "3")
     with pytest.raises(StorageError, match="3 is damaged"):
-        checkpoint.restore_params(tmp_path, 3)
+        checkpoint_folder.restore_params(tmp_path, 3)
     said = []
     restored = restore(tmp_path, program, said)
     assert restored.step == 1
@@ -225,21 +226,21 @@ def test_a_checkpoint_of_another_model_is_not_damaged_but_refused(tmp_path, one)
     save(tmp_path, state._replace(params={"other": jnp.ones(3)}), 3)
     with pytest.raises(StorageError, match="cannot restore step 3"):
         restore(tmp_path, program)
-    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint_folder.steps(tmp_path) == [3]
 
 
 def test_parameters_alone(tmp_path, one):
     _, state = one
     save(tmp_path / "run", state, 3)
-    got = checkpoint.restore_params(tmp_path / "run")
+    got = checkpoint_folder.restore_params(tmp_path / "run")
     assert_equal(got, state.params)
-    checkpoint.save_params(tmp_path / "imported", got, {"from": "elsewhere"})
-    assert_equal(checkpoint.restore_params(tmp_path / "imported"), state.params)
-    assert checkpoint.extra(tmp_path / "imported") == {"from": "elsewhere"}
+    checkpoint_folder.save_params(tmp_path / "imported", got, {"from": "elsewhere"})
+    assert_equal(checkpoint_folder.restore_params(tmp_path / "imported"), state.params)
+    assert checkpoint_folder.extra(tmp_path / "imported") == {"from": "elsewhere"}
     with pytest.raises(StorageError, match="no checkpoint of step 7; there are: 3"):
-        checkpoint.restore_params(tmp_path / "run", 7)
+        checkpoint_folder.restore_params(tmp_path / "run", 7)
     with pytest.raises(StorageError, match="there are: none"):
-        checkpoint.restore_params(tmp_path / "nowhere")
+        checkpoint_folder.restore_params(tmp_path / "nowhere")
 
 
 def test_two_runs_on_one_folder(tmp_path, one):
@@ -256,7 +257,7 @@ def test_two_runs_on_one_folder(tmp_path, one):
         other.kill()
         other.wait()
     save(tmp_path, state, 3)
-    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint_folder.steps(tmp_path) == [3]
 
 
 @contextlib.contextmanager
@@ -280,7 +281,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, one):
     with pytest.raises(StorageError, match="Permission denied") as raised, without_permission(tmp_path):
         save(tmp_path, state, 4)
     assert raised.value.code == 5
-    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint_folder.steps(tmp_path) == [3]
     assert_equal(restore(tmp_path, program).state, state)
 
 
@@ -288,7 +289,8 @@ WRITER = """
 import pathlib, sys
 import jax.numpy as jnp
 import numpy as np
-from slmjax.train.checkpoint import Checkpointer, Checkpoints, TrainState
+from slmjax.train.checkpoint import Checkpointer, Checkpoints
+from slmjax.types import TrainState
 
 def state(step):
     w = np.random.default_rng(step).standard_normal(int(sys.argv[2]), np.float32)
@@ -306,12 +308,12 @@ if __name__ == "__main__":
 READER = """
 import pathlib, sys
 import numpy as np
-from slmjax.train import checkpoint
+from slmjax.train import checkpoint_folder
 
 folder = pathlib.Path(sys.argv[1])
-for step in checkpoint.steps(folder):
+for step in checkpoint_folder.steps(folder):
     written = np.random.default_rng(step).standard_normal(int(sys.argv[2]), np.float32)
-    print("intact", step, (checkpoint.restore_params(folder, step)["w"] == written).all())
+    print("intact", step, (checkpoint_folder.restore_params(folder, step)["w"] == written).all())
 """
 
 
@@ -338,7 +340,7 @@ def test_killed_in_mid_save(tmp_path):
     rng = np.random.default_rng(0)
     in_flight = 0
     for attempt in range(6):
-        first = max(checkpoint.steps(folder), default=0) + 1
+        first = max(checkpoint_folder.steps(folder), default=0) + 1
         code = script.read_text().replace("range(1,", f"range({first},")
         with subprocess.Popen(
             [sys.executable, "-c", code, folder, "2000000", "1000"], stdout=subprocess.PIPE, text=True
@@ -350,10 +352,10 @@ def test_killed_in_mid_save(tmp_path):
             writer.wait()
             step = max([step, *map(int, writer.stdout.read().split())])
         in_flight += any("tmp" in p.name for p in folder.iterdir())
-        newest = max(checkpoint.steps(folder), default=0)
+        newest = max(checkpoint_folder.steps(folder), default=0)
         assert step - 1 <= newest <= step
         if newest:
             assert not manifest.problems(folder / str(newest))
             written = np.random.default_rng(newest).standard_normal(2_000_000, np.float32)
-            np.testing.assert_array_equal(checkpoint.restore_params(folder, newest)["w"], written)
+            np.testing.assert_array_equal(checkpoint_folder.restore_params(folder, newest)["w"], written)
     assert in_flight >= 3

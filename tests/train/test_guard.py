@@ -11,7 +11,8 @@ from train import toy
 
 from slmjax.errors import Diverged, UserError
 from slmjax.train import loop
-from slmjax.train.checkpoint import Checkpoints, steps
+from slmjax.train.checkpoint import Checkpoints
+from slmjax.train.checkpoint_folder import steps
 from slmjax.train.guard import Halt, Rollback, Skip
 
 pytestmark = pytest.mark.fast

@@ -18,7 +18,8 @@ from train import toy
 from slmjax.errors import Preempted
 from slmjax.evals.perplexity import summarise
 from slmjax.train import consensus, loop
-from slmjax.train.checkpoint import Checkpoints, extra, steps
+from slmjax.train.checkpoint import Checkpoints
+from slmjax.train.checkpoint_folder import extra, steps
 from slmjax.train.guard import Rollback, Skip
 from slmjax.train.hooks import Evaluate, Profile, Sample, standard_error
 from slmjax.train.lock import Locked, lock

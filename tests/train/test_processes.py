@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from train import toy
 
-from slmjax.train import checkpoint, loop
+from slmjax.train import checkpoint_folder, loop
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.guard import Skip
 
@@ -97,7 +97,7 @@ def test_two_processes_stop_together_and_go_on_as_one_would(tmp_path, one):
     the losses of one process that was left alone; and one process reads what two have written."""
     first, second = run(tmp_path, stop_at=3)
     assert (first["code"], second["code"]) == (75, 75)
-    (step,) = checkpoint.steps(tmp_path / "checkpoints")
+    (step,) = checkpoint_folder.steps(tmp_path / "checkpoints")
     assert step in (4, 5)
     assert f"stopped by another process after step {step}" in first["said"][-1]
     assert f"stopped by SIGTERM after step {step}" in second["said"][-1]
@@ -114,7 +114,7 @@ def test_two_processes_stop_together_and_go_on_as_one_would(tmp_path, one):
     assert again["status"] == "complete"
 
     program = toy.program()
-    restored = checkpoint.restore(tmp_path / "checkpoints", 10, program.abstract)
+    restored = checkpoint_folder.restore(tmp_path / "checkpoints", 10, program.abstract)
     assert int(restored.state.step) == 10
     norm = float(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(restored.state.params))))
     np.testing.assert_allclose(norm, one[10]["param_norm"], rtol=1e-5)
