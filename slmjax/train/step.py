@@ -113,9 +113,9 @@ def make_step(
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             return _float32({"loss": loss, **metrics}), grads
 
-        now = jax.random.fold_in(key, state.step)
-        batch = objective.ask(batch, now)
-        metrics, grads = micro.accumulated(loss_and_grads, state.params, batch, now, pieces(batch))
+        asking, losing = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = objective.ask(batch, asking)
+        metrics, grads = micro.accumulated(loss_and_grads, state.params, batch, losing, pieces(batch))
         grad_norm = optax.tree.norm(grads)
         good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
 
@@ -149,15 +149,19 @@ def make_evaluate(
     pieces: Callable[[Batch], int] = lambda batch: 1,
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], Metrics]:
-    """(state, frozen, batch) -> the objective's metrics under the evaluation parameters, in micro-batches too."""
+    """(state, frozen, batch) -> the objective's metrics under the evaluation parameters, in micro-batches too.
+
+    What is random follows from the key and the batch's tokens: another draw for each batch, the same at each evaluation.
+    """
 
     def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
         def measured(params: Params, batch: Batch, key: Key) -> tuple[Metrics, tuple[()]]:
             loss, metrics = objective.loss(params, frozen, batch, key)
             return _float32({"loss": loss, **metrics}), ()
 
-        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.ask(batch, key)
-        return micro.accumulated(measured, effective, batch, key, pieces(batch))[0]
+        asking, losing = jax.random.split(jax.random.fold_in(key, jnp.sum(batch.tokens, dtype=jnp.uint32)))
+        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.ask(batch, asking)
+        return micro.accumulated(measured, effective, batch, losing, pieces(batch))[0]
 
     return evaluate_step
 

@@ -193,6 +193,27 @@ def test_randomness_depends_on_seed_step_and_micro_batch():
     assert len({*drawn(0), *drawn(1), *drawn(0, accumulate=2)}) == 9
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_asked_and_what_the_loss_draws_are_independent(accumulate):
+    """`split(key, n)[i]` is `fold_in(key, i)`: what splits the step's key must not meet the keys of micro-batches."""
+
+    def ask(batch, key):
+        return batch._replace(weights=jnp.full_like(batch.weights, jax.random.uniform(jax.random.split(key, 3)[0])))
+
+    def loss(params, frozen, batch, key):
+        asked, drawn = batch.weights[0, 0], jax.random.uniform(key)
+        value = drawn + 0 * params["final_norm"]["scale"].sum()
+        return value, {"loss": value, "asked": asked, "same": asked == drawn, "weight": jnp.ones(())}
+
+    program = toy.program(objective=Objective(loss, ask=ask), accumulate=accumulate, micro_tokens=toy.B * toy.T // 2)
+    state, batches = program.init(), [program.put(toy.batch(i)) for i in (0, 1, 0)]
+    one, two, again = (program.evaluate(state, (), batch) for batch in batches)
+    _, step = program.step(state, (), batches[0])
+    assert [float(x["same"]) for x in (step, one, two)] == [0.0, 0.0, 0.0]
+    assert len({float(x["asked"]) for x in (step, one, two)}) == 3
+    assert float(again["asked"]) == float(one["asked"])
+
+
 def test_a_view_is_trained_through_and_another_evaluated():
     half = ParamView(
         init=lambda params: jnp.zeros(()),
