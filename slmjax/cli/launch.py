@@ -26,9 +26,9 @@ from slmjax.models.flops import flops_per_token, parameter_count
 from slmjax.nn.compute import Compute, for_backend
 from slmjax.track import environment
 from slmjax.track.progress import si
-from slmjax.track.trackers import Trackers, open_trackers
+from slmjax.track.trackers import open_trackers
 from slmjax.train.checkpoint_folder import extra, latest_step
-from slmjax.train.hooks import Evaluate, Hook, Profile, Sample
+from slmjax.train.hooks import Evaluate, Hook, Profile, Sample, Silent, Tracker, silent
 from slmjax.train.lock import lock
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
@@ -151,7 +151,7 @@ def _run(
     peak, peak_source = peak_flops(built.compute.dtype)
     slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
-    tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Trackers(), _silent)
+    tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, stores, peak, peak_source))
     if slow:
@@ -164,7 +164,7 @@ def _run(
         tracker=tracker,
         guard=experiment.guard,
         checkpoints=runtime.checkpoints,
-        hooks=_hooks(experiment, runtime, held_out, built),
+        hooks=_hooks(experiment, runtime, held_out, built, done=latest_step(folder / "checkpoints") or 0),
         frozen=frozen,
         speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
         log_every=runtime.log_every,
@@ -174,7 +174,7 @@ def _run(
 
 def _open_trackers(
     experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str]
-) -> tuple[Trackers, Callable[[str], None]]:
+) -> tuple[Tracker, Callable[[str], None]]:
     """Everything that records the run, with the run's identities of the checkpoint it goes on from."""
     about = environment.collect(devices=jax.devices())
     runs.write_json(folder / "environment.json", about)
@@ -200,11 +200,9 @@ def _open_trackers(
     return trackers, progress.say
 
 
-def _silent(line: str) -> None:
-    """What processes other than the first say."""
-
-
-def _hooks(experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenStore], built: Built) -> list[Hook]:
+def _hooks(
+    experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenStore], built: Built, done: int
+) -> list[Hook]:
     """Evaluation, samples and profiling, those that are asked for."""
     hooks: list[Hook] = []
     evaluation = experiment.evaluation
@@ -224,7 +222,7 @@ def _hooks(experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenSto
     if runtime.samples.every:
         hooks.append(Sample(every=runtime.samples.every, generate=_sampler(experiment, runtime, held_out[0], built)))
     if runtime.profile:
-        hooks.append(Profile())
+        hooks.append(Profile.of(done, experiment.steps))
     return hooks
 
 

@@ -36,7 +36,7 @@ class Checkpoints:
     keep_last: int = 3
     """The newest ones kept"""
     keep_every: int = 0
-    """Steps that are multiples of this are kept forever; 0 for none"""
+    """Steps that are multiples of this are saved and kept forever; 0 for none"""
     best: str = ""
     """A metric, less is better (`validation/loss`): the best one is saved and kept as well; empty for none"""
 
@@ -44,6 +44,10 @@ class Checkpoints:
         for name, least in (("every", 0), ("seconds", 0), ("keep_last", 1), ("keep_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"checkpoints.{name} is {getattr(self, name)}; expected at least {least}")
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be saved, whatever the clock and the metrics say."""
+        return any(n > 0 and step % n == 0 for n in (self.every, self.keep_every))
 
 
 class Checkpointer:

@@ -49,6 +49,25 @@ class Tracker(Protocol):
         ...
 
 
+class Silent:
+    """The tracker of processes other than the first."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def artifact(self, path: Path, kind: str, metadata: dict[str, Any]) -> None: ...
+
+    def resume(self, step: int) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, status: str) -> None: ...
+
+
+def silent(line: str) -> None:
+    """What processes other than the first say."""
+
+
 class At(NamedTuple):
     """What a hook sees after a step."""
 
@@ -128,17 +147,21 @@ class Profile:
     """Steps before it: compilation, caches"""
     steps: int = 5
 
+    @classmethod
+    def of(cls, done: int, last: int) -> Profile:
+        """Of the steps that a run has left, after `done`: the sixth last at the latest, so that there is a trace."""
+        return cls(start=max(min(done + cls.start, last - cls.steps), done + 1))
+
     def due(self, step: int, last: int) -> bool:
-        return step in (self.start, self.start + self.steps, last)
+        return self.start < last and step in (self.start, min(self.start + self.steps, last))
 
     def __call__(self, at: At) -> Mapping[str, float]:
         jax.block_until_ready(at.state)
-        if at.step == self.start:
-            jax.profiler.start_trace(at.workdir / "profile")
-            return {}
-        with contextlib.suppress(RuntimeError):  # resumed after `start`: there is no trace to stop
+        with contextlib.suppress(RuntimeError):  # there is no trace to stop: before it, or rolled back since
             jax.profiler.stop_trace()
             at.say(f"the trace of steps {self.start + 1} to {at.step} is in {at.workdir / 'profile'}")
+        if at.step == self.start:
+            jax.profiler.start_trace(at.workdir / "profile")
         return {}
 
 

@@ -20,7 +20,7 @@ from slmjax.errors import Diverged, Preempted
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
-from slmjax.train.hooks import At, Data, Hook, Tracker
+from slmjax.train.hooks import At, Data, Hook, Silent, Tracker, silent
 from slmjax.train.lock import Locked
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
@@ -92,7 +92,7 @@ def train(
         StorageError: a checkpoint cannot be written or read.
     """
     first = jax.process_index() == 0
-    tracker, say = (tracker, say) if first else (_Silent(), _silent)
+    tracker, say = (tracker, say) if first else (Silent(), silent)
     status = "failed"
     try:
         with Signals() as signals, Checkpointer(workdir / "checkpoints", checkpoints, say) as saved:
@@ -162,7 +162,7 @@ class _Run:
                 self.log(late.step, settled.metrics)
 
             due = [hook for hook in self.hooks if hook.due(step, self.steps)]
-            save |= step == self.steps or (policy.every > 0 and step % policy.every == 0)
+            save |= step == self.steps or policy.due(step)
             if not (due or save or stop):
                 continue
 
@@ -173,6 +173,10 @@ class _Run:
             row = settled.metrics
             for hook in due:
                 row |= hook(At(step, state, self.program, self.frozen, self.workdir, self.say))
+            if step == self.steps and policy.best and policy.best not in row:
+                self.say(
+                    f"no checkpoint was the best: checkpoints.best is {policy.best!r}; there are: {', '.join(row)}"
+                )
             self.log(step, row, always=bool(due))
             if save or stop or settled.save or settled.stop or self.saved.improves(row):
                 extra = {"data": pending.position, "tracker": self.tracker.state(), "rollbacks": self.rollbacks}
@@ -184,8 +188,7 @@ class _Run:
             pending = None
             self.marked = (time.monotonic(), step)
         self.saved.wait()
-        at = self.saved.folder / str(step)
-        self.tracker.artifact(at, "checkpoint", {"step": step})
+        self.tracker.artifact(self.saved.folder / str(step), "checkpoint", {"step": step})
         return state
 
     def restore(self) -> tuple[TrainState, int]:
@@ -258,8 +261,8 @@ class _Run:
         at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
         at.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **pending.batch._asdict())
-        said = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
-        said = {"step": pending.step, **said, "data": pending.position}
+        finite = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
+        said = {"step": pending.step, **finite, "data": pending.position}
         (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(said, indent=1))
         return at
 
@@ -278,22 +281,3 @@ def memory_bytes() -> int:
     peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
     unit = 1 if sys.platform == "darwin" else 1024
     return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _silent(line: str) -> None:
-    """What processes other than the first say."""
-
-
-class _Silent:
-    """The tracker of processes other than the first."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def artifact(self, path: Path, kind: str, metadata: dict[str, Any]) -> None: ...
-
-    def resume(self, step: int) -> None: ...
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def finish(self, status: str) -> None: ...

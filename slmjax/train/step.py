@@ -151,7 +151,7 @@ def make_evaluate(
 ) -> Callable[[TrainState, Frozen, Batch], Metrics]:
     """(state, frozen, batch) -> the objective's metrics under the evaluation parameters, in micro-batches too.
 
-    What is random follows from the key and the batch's tokens: another draw for each batch, the same at each evaluation.
+    What is random follows from the key and the batch's tokens: another draw for each batch, the same each time.
     """
 
     def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:

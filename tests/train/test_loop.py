@@ -244,11 +244,33 @@ def test_samples_are_written(tmp_path):
     assert said == ["sample after step 2: norm True", "sample after step 3: norm True"]
 
 
-def test_a_trace_is_written(tmp_path):
+def test_a_trace_is_written_also_where_the_run_rolls_back_in_it(tmp_path):
     said = []
-    train(tmp_path, last=6, hooks=(Profile(start=2, steps=2),), say=said.append)
+    hooks = (Profile(start=2, steps=2),)
+    train(tmp_path, data=toy.Data(nan=(3,)), last=6, guard=Rollback(), hooks=hooks, every=100, say=said.append)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    assert said == [f"the trace of steps 3 to 4 is in {tmp_path / 'profile'}"]
+    assert said[-1] == f"the trace of steps 3 to 4 is in {tmp_path / 'profile'}"
+    assert any(line.startswith("rolled back") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("done", "last", "due"),
+    [(0, 100, [10, 15]), (40, 100, [50, 55]), (0, 12, [7, 12]), (90, 100, [95, 100]), (0, 3, [1, 3]), (9, 10, [])],
+)
+def test_a_trace_starts_and_ends_in_what_is_left_of_the_run(done, last, due):
+    hook = Profile.of(done, last)
+    assert [step for step in range(done + 1, last + 1) if hook.due(step, last)] == due
+
+
+def test_a_metric_that_no_row_has_is_never_the_best_and_that_is_said(tmp_path):
+    said = []
+    train(tmp_path, last=3, policy={"best": "validation/los"}, say=said.append)
+    assert "checkpoints.best is 'validation/los'; there are: grad_norm, loss, " in said[-1]
+
+
+def test_multiples_of_keep_every_are_saved(tmp_path):
+    train(tmp_path, last=11, every=4, policy={"keep_every": 3, "keep_last": 1})
+    assert steps(tmp_path / "checkpoints") == [3, 6, 9, 11]
 
 
 def test_the_final_checkpoint_is_an_artifact(tmp_path):
