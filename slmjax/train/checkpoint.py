@@ -147,7 +147,9 @@ class Checkpointer:
                     break
                 aside = _set_aside(self.folder, step)
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-                self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, trying the one before")
+                older = bool(steps(self.folder))
+                then = "trying the one before" if older else "no other is left: training starts over from step 0"
+                self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, {then}")
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         self.manager.reload()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,10 @@ from orbax.checkpoint.path import atomicity
 from slmjax.errors import StorageError, UserError
 from slmjax.train import manifest
 from slmjax.types import Params, TrainState
+
+# Orbax logs what it raises, from each of its threads with a traceback: hundreds of lines before the one that `storage`
+# makes of it.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class Restored(NamedTuple):
