@@ -35,6 +35,9 @@ class Evaluation:
     batches: int = 16
     """Batches an evaluation"""
 
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, every=0, batches=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -46,6 +49,9 @@ class Samples:
     tokens: int = 40
     """New tokens a prompt"""
     temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        _at_least("runtime.samples", self, every=0, tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +78,7 @@ class Experiment:
     """Of the parameters and the steps' randomness; the order of the data has `data.seed`"""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accumulate", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        _at_least("", self, steps=1, accumulate=1)
         if self.data.length > self.model.context:
             raise UserError(
                 f"data.length is {self.data.length}, longer than model.context {self.model.context}; "
@@ -134,6 +138,16 @@ class Runtime:
     """Write a trace of a few steps to RUN/profile (for TensorBoard or Perfetto)"""
     overwrite_changed: bool = False
     """Continue a run although its experiment has changed; what differs is written to its ledger"""
+
+    def __post_init__(self) -> None:
+        _at_least("runtime", self, log_every=1)
+
+
+def _at_least(where: str, value: Any, **least: int) -> None:
+    for name, number in least.items():
+        if getattr(value, name) < number:
+            said = f"{where}.{name}" if where else name
+            raise UserError(f"{said} is {getattr(value, name)}; expected at least {number}")
 
 
 def identity(experiment: Experiment, stores: Sequence[str]) -> dict[str, Any]:

@@ -145,6 +145,8 @@ class Run:
             if process.poll() is not None:
                 if process.returncode == 0 and self._saved():
                     return
+                if process.returncode == 0:
+                    raise UserError(f"--steps is {self.steps}, but the experiment ends before that; lower --steps")
                 log = self.folder.parent / f"{self.folder.name}.log"
                 tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
                 raise UserError(f"the training ended by itself with exit code {process.returncode}: {' '.join(tail)}")

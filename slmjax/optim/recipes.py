@@ -33,6 +33,10 @@ EMBEDDING = ("vocab", "context")
 """Axes whose entries are looked up rather than multiplied"""
 
 
+MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
+"""Fields of recipes that say how much of a moving average is kept at each step"""
+
+
 class Matrix(NamedTuple):
     """Which dimensions of a parameter are the rows and which the columns of one matrix; the others count matrices."""
 
@@ -85,6 +89,9 @@ class Recipe(ABC):
             raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or none")
+        for name in MEMORIES:
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
 
     @abstractmethod
     def direction(self, axes: Any) -> optax.GradientTransformation:
@@ -237,6 +244,13 @@ class ScheduleFreeAdamW(AdamW):
     References:
         Defazio et al. 2024, The Road Less Scheduled, arXiv:2405.15682
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.b1 == 0:
+            raise UserError(
+                "optimizer.b1 is 0; ScheduleFreeAdamW needs it above 0 to find the average that it evaluates"
+            )
 
     def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
         with jax.ensure_compile_time_eval():

@@ -104,10 +104,14 @@ class Checkpointer:
             )
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics beat every checkpoint by `policy.best`."""
-        if self.policy.best not in metrics:
+        """Whether these metrics beat every checkpoint by `policy.best`. The first process looks; the others are told,
+        since they may not see yet what it has written, and a save takes all of them."""
+        name = self.policy.best
+        if name not in metrics:
             return False
-        return all(metrics[self.policy.best] < _score(self.folder, s, self.policy.best) for s in steps(self.folder))
+        first = jax.process_index() == 0
+        answer = first and all(metrics[name] < _score(self.folder, step, name) for step in steps(self.folder))
+        return bool(_of_the_first(int(answer)))
 
     def check(self) -> None:
         """Raises StorageError if a save in the background has failed."""
@@ -150,10 +154,14 @@ class Checkpointer:
                 older = bool(steps(self.folder))
                 then = "trying the one before" if older else "no other is left: training starts over from step 0"
                 self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, {then}")
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        found = _of_the_first(found)
         self.manager.reload()
         return None if found < 0 else found
+
+
+def _of_the_first(number: int) -> int:
+    """The number that the first process gives, in all of them."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _set_aside(folder: Path, step: int) -> str:

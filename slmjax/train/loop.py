@@ -49,6 +49,8 @@ class Pending(NamedTuple):
     metrics: Metrics
     agreed: Any
     """What the processes make of it together: see `consensus`"""
+    done: float | None
+    """Monotonic seconds, where the device computed it before it was looked at (small steps on a CPU)"""
 
 
 class Settled(NamedTuple):
@@ -137,6 +139,8 @@ class _Run:
     rollbacks: int = 0
     marked: tuple[float, int] = (0.0, 0)
     """Monotonic seconds and step from which the speed is measured"""
+    settled: float = 0.0
+    """Monotonic seconds at which the latest step was found done"""
 
     def __call__(self) -> TrainState:
         state, step = self.restore()
@@ -147,10 +151,12 @@ class _Run:
             batch = next(self.data)
             state, metrics = self.program.step(state, self.frozen, self.program.put(batch))
             step += 1
+            at_once = metrics["loss"].is_ready() and (pending is None or pending.done is not None)
+            done = time.monotonic() if at_once else None
             overdue = 0 < policy.seconds <= time.monotonic() - last_save
             rows = batch_hash(batch, jax.process_index() * len(batch.tokens))
             agreed = consensus((self.signals.received is not None, overdue), rows)
-            late, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed)
+            late, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed, done)
 
             stop = save = False
             if late is not None:  # while the device computes this step, read the one before
@@ -220,7 +226,8 @@ class _Run:
             StorageError: a save in the background has failed.
         """
         row = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
-        seconds = (time.monotonic() - self.marked[0]) / (pending.step - self.marked[1])
+        self.settled = pending.done or time.monotonic()
+        seconds = (self.settled - self.marked[0]) / (pending.step - self.marked[1])
         self.saved.check()
         then = Then.GO_ON
         if not row["good"]:
@@ -253,7 +260,7 @@ class _Run:
     def log(self, step: int, row: dict[str, float], always: bool = False) -> None:
         if always or step % self.log_every == 0 or step == self.steps:
             self.tracker.log(step, row)
-            self.marked = (time.monotonic(), step)
+            self.marked = (self.settled, step)
 
     def keep_evidence(self, pending: Pending, row: Mapping[str, float]) -> Path:
         """Batch and metrics of a bad step, to look at later: evidence/step-<n>, with -retry-<k> after k rollbacks."""

@@ -33,3 +33,11 @@ def test_impossible_steps_are_refused(tiny, args):
     refused = slmjax("verify", "resume", tiny.file, *args)
     assert refused.code == 2
     assert "--steps" in refused.err
+
+
+def test_more_steps_than_the_experiment_has_are_refused(tiny, tmp_path):
+    """It has 12."""
+    where = ["--runtime.data-dir", tiny.data_dir, "--evaluation.every", "0"]
+    refused = slmjax("verify", "resume", tiny.file, "--steps", "20", "--", *where)
+    assert refused.code == 2
+    assert "the experiment ends before that" in refused.err

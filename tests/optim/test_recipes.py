@@ -210,6 +210,18 @@ def test_mistakes_are_named(mistake):
         AdamW(**mistake)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mistake"),
+    [
+        (AdamW, {"b1": 1.0}), (AdamW, {"b2": 95.0}), (Lion, {"b2": -0.1}), (Muon, {"momentum": 1.0}),
+        (Muon, {"adam_b2": np.nan}), (ScheduleFreeAdamW, {"b1": 0}),
+    ],
+)  # fmt: skip
+def test_averages_that_keep_everything_or_nothing_are_named(kind, mistake):
+    with pytest.raises(UserError, match=f"optimizer.{next(iter(mistake))} is"):
+        kind(**mistake)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_sharded_as_unsharded(kind, run):
     """Every parameter split over 8 devices; gradients and state follow."""

@@ -196,6 +196,24 @@ def test_a_row_holds_what_it_says(tmp_path):
     assert {r["batch"] for r in tracker.rows.values()} == {loop.batch_hash(toy.batch(i)) for i in range(3)}
 
 
+def test_a_step_takes_its_own_time_also_where_the_device_is_done_at_once(tmp_path):
+    """On a CPU small steps are computed while they are dispatched: a save reads two of them in a row."""
+    program, tracker = toy.program(), toy.Tracker()
+
+    def slow(*args):
+        time.sleep(0.02)
+        return jax.block_until_ready(program.step(*args))
+
+    before = time.monotonic()
+    loop.train(
+        program._replace(step=slow), data=toy.Data(), steps=9, workdir=tmp_path, tracker=tracker, guard=Skip(),
+        checkpoints=Checkpoints(every=3),
+    )  # fmt: skip
+    seconds = [row["step_seconds"] for row in tracker.rows.values()]
+    assert min(seconds) >= 0.02
+    assert sum(seconds) < time.monotonic() - before
+
+
 def test_rows_may_be_thinned(tmp_path):
     hook = Evaluate(every=5, batches=lambda: [toy.batch(100)])
     _, tracker = train(tmp_path, last=11, log_every=4, hooks=(hook,))

@@ -47,7 +47,7 @@ tracker, said, code = toy.Tracker(), [], 0
 try:
     loop.train(
         toy.program(Mesh(data=2, fsdp=2), jax.devices()), data=Half(), steps=10, workdir=folder, tracker=tracker,
-        guard=Skip(), checkpoints=Checkpoints(every=4), say=said.append,
+        guard=Skip(), checkpoints=Checkpoints(every=4, best="validation/loss"), say=said.append,
         hooks=(Evaluate(every=5, batches=lambda: [half(toy.batch(100))]),),
     )
 except Preempted as stopped:
