@@ -88,7 +88,7 @@ class Recipe(ABC):
         if self.weight_decay < 0:
             raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or none")
+            raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or None")
         for name in MEMORIES:
             if not 0 <= getattr(self, name, 0.0) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")

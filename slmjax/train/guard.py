@@ -55,7 +55,7 @@ class Guard(abc.ABC):
 
     def __post_init__(self) -> None:
         if self.sigma is not None and self.sigma <= 0:
-            raise UserError(f"guard.sigma is {self.sigma}; expected a positive number (6 is usual), or none")
+            raise UserError(f"guard.sigma is {self.sigma}; expected a positive number (6 is usual), or None")
         if self.window < 2:
             raise UserError(f"guard.window is {self.window}; expected at least 2 steps (128 is usual)")
 
