@@ -35,6 +35,9 @@ class Evaluation:
     batches: int = 16
     """Batches an evaluation"""
 
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, every=0, batches=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -46,6 +49,9 @@ class Samples:
     tokens: int = 40
     """New tokens a prompt"""
     temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        _at_least("runtime.samples", self, every=0, tokens=1, temperature=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,15 @@ class Runtime:
     """Write a trace of a few steps to RUN/profile (for TensorBoard or Perfetto)"""
     overwrite_changed: bool = False
     """Continue a run although its experiment has changed; what differs is written to its ledger"""
+
+    def __post_init__(self) -> None:
+        _at_least("runtime", self, log_every=1)
+
+
+def _at_least(where: str, value: Any, **least: float) -> None:
+    for name, bound in least.items():
+        if not getattr(value, name) >= bound:
+            raise UserError(f"{where}.{name} is {getattr(value, name)}; expected at least {bound}")
 
 
 def identity(experiment: Experiment, stores: Sequence[str]) -> dict[str, Any]:
