@@ -103,7 +103,7 @@ class Tracking:
     group: str | None = None
     tags: tuple[str, ...] = ()
     artifacts: bool = False
-    """Upload checkpoints and exports as W&B artifacts"""
+    """Also record checkpoints and exports in W&B, as references to where they lie"""
     pue: float = 1.0
     """Power usage effectiveness: kWh that the building takes for each kWh of its computers"""
     country: str = ""

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         argv,
         prog="slmjax eval",
         description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors.",
-        example="slmjax eval runs/quickstart --data data/stores/quickstart --batches 50",
+        example="slmjax eval runs/quickstart --batches 50\n"
+        "  slmjax eval runs/quickstart/hf --data runs/data/english_classics",
     )
     from rich.console import Console
 

@@ -25,7 +25,7 @@ def tree(folder):
     [
         (["--data.bach", "4"], ["--data.bach", "--data.batch"]),
         (["--model.pattern.0.mixer.head", "4"], ["--model.pattern.0.mixer.heads"]),
-        (["--steps", "many"], ["steps", "many", "INT"]),
+        (["--steps", "many"], ["steps", "many", "a whole number"]),
         (["--steps", "0"], ["steps is 0", "at least 1"]),
         (["--schedule.warmup-steps", "99"], ["warmup_steps", "99", "12"]),
         (["--data.length", "128"], ["data.length is 128", "model.context 64"]),

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from track import wandb_file
+import wandb_file
 
 from slmjax.track import wandb_run
 from slmjax.track.wandb_run import WandbRun, has_key, resolve
