@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_record(result, loaded, stores)))
         return 0
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, stores))
-    print(f"next:\n  slmjax {loaded.decoder.example.format(args.model)}")
+    print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
 
 

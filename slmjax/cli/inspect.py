@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")
     else:
         command = "doctor {}" if params is None else decoder.example
-        print(f"next:\n  slmjax {command.format(args.model)}")
+        print(f"next:\n  slmjax {command.format(shlex.quote(args.model))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -296,8 +297,9 @@ def _says_the_first(answer: bool) -> bool:
 
 
 def _next_steps(folder: Path, model: Assembly) -> str:
+    run = shlex.quote(str(folder))
     return f"""next:
-  slmjax eval {folder}
-  slmjax {model.example.format(folder)}
-  slmjax export {folder} --format hf --out {folder}/hf
+  slmjax eval {run}
+  slmjax {model.example.format(run)}
+  slmjax export {run} --format hf --out {run}/hf
 curves: {folder}/report.html"""
