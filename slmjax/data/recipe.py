@@ -34,7 +34,7 @@ class Recipe:
     """What the paths of the sources are relative to; `load_recipe` sets the folder of the recipe file"""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sources, tuple):
+        if not isinstance(self.sources, tuple | list):
             raise DataError(f"recipe {self.name!r}: sources is {self.sources!r}; expected a tuple: (source,)")
         if not self.sources:
             raise DataError(f"recipe {self.name!r} has no sources")
