@@ -51,7 +51,7 @@ class Samples:
     temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        _at_least("runtime.samples", self, every=0, tokens=1)
+        _at_least("runtime.samples", self, every=0, tokens=1, temperature=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Tracking:
     group: str | None = None
     tags: tuple[str, ...] = ()
     artifacts: bool = False
-    """Upload checkpoints and exports as W&B artifacts"""
+    """Also record checkpoints and exports in W&B, as references to where they lie"""
     pue: float = 1.0
     """Power usage effectiveness: kWh that the building takes for each kWh of its computers"""
     country: str = ""
@@ -143,11 +143,11 @@ class Runtime:
         _at_least("runtime", self, log_every=1)
 
 
-def _at_least(where: str, value: Any, **least: int) -> None:
-    for name, number in least.items():
-        if getattr(value, name) < number:
+def _at_least(where: str, value: Any, **least: float) -> None:
+    for name, bound in least.items():
+        if not getattr(value, name) >= bound:
             said = f"{where}.{name}" if where else name
-            raise UserError(f"{said} is {getattr(value, name)}; expected at least {number}")
+            raise UserError(f"{said} is {getattr(value, name)}; expected at least {bound}")
 
 
 def identity(experiment: Experiment, stores: Sequence[str]) -> dict[str, Any]:

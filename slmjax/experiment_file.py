@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 
 from slmjax.errors import UserError
 from slmjax.serialise import from_json
+from slmjax.user_code import find_beside, mistakes_in
 
 
 def load_module(file: str | Path) -> ModuleType:
@@ -30,41 +32,24 @@ def load_module(file: str | Path) -> ModuleType:
         return known
     if known is not None or (importlib.util.find_spec(path.stem) is not None and not _beside(path)):
         raise UserError(f"{file}: there is already a Python module named {path.stem!r}; rename the file")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    find_beside(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:
-        spec.loader.exec_module(module)
+        with mistakes_in(path, str(file)):
+            spec.loader.exec_module(module)
     except UserError:
         del sys.modules[path.stem]
         raise
-    except SyntaxError as error:
-        del sys.modules[path.stem]
-        raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
-    except Exception as error:
-        del sys.modules[path.stem]
-        line = _line_in(error, path)
-        raise UserError(f"{file}{line}: {type(error).__name__}: {error}") from error
     return module
 
 
 def _beside(path: Path) -> bool:
     spec = importlib.util.find_spec(path.stem)
     return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path
-
-
-def _line_in(error: BaseException, path: Path) -> str:
-    """`:12`, the innermost line of the file that the exception passed through."""
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f":{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
 
 
 def load_value(ref: str, function: str) -> tuple[Any, Path | None]:
@@ -75,21 +60,28 @@ def load_value(ref: str, function: str) -> tuple[Any, Path | None]:
     """
     place, _, name = ref.rpartition(":") if ":" in ref else (ref, "", "")
     name = name or function
-    if place.endswith(".py") or "/" in place:
-        module = load_module(place)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ImportError:
-            raise UserError(f"{ref}: expected a Python file, module:function, or a config.json") from None
+    module = load_module(place) if place.endswith(".py") or "/" in place else _import(ref, place)
     make = getattr(module, name, None)
     if not callable(make):
         raise UserError(f"{ref}: it has no function {name}(); define `def {name}():` that returns the value")
-    try:
+    file = Path(str(module.__file__))
+    with mistakes_in(file, place if place.endswith(".py") else str(file)):
         value = make()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{ref}: {name}() failed{_line_in(error, Path(str(module.__file__)))}: {error}") from error
-    return value, Path(str(module.__file__))
+    return value, file
+
+
+def _import(ref: str, place: str) -> ModuleType:
+    """The module named `place`, installed or in the working directory."""
+    if "" not in sys.path and os.getcwd() not in sys.path:  # an installed command does not look here, python -m does
+        sys.path.append(os.getcwd())
+    try:
+        spec = importlib.util.find_spec(place)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise UserError(f"{ref}: expected a Python file, module:function, or a config.json")
+    with mistakes_in(Path(spec.origin or place), place):
+        return importlib.import_module(place)
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Shakespeare, Jane Austen and Moby-Dick: 10 MB of English that ships with slmjax (public domain), for the quickstart.
 
-    slmjax data build data/recipes/english_classics.py --out data/stores/english_classics
+    slmjax data build data/recipes/english_classics.py --out runs/data/english_classics
 
 BPE with 4096 ids, about 3 million tokens; a few seconds on two CPU cores, no network.
 """

@@ -1,6 +1,6 @@
 """Shakespeare, Jane Austen and Moby-Dick with a tokenizer that has a mask token, for encoders.
 
-    slmjax data build data/recipes/english_classics_masked.py --out data/stores/english_classics_masked
+    slmjax data build data/recipes/english_classics_masked.py --out runs/data/english_classics_masked
 
 The texts of english_classics.py, BPE with 4096 ids; a few seconds on two CPU cores, no network.
 """

@@ -1,6 +1,6 @@
 """FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557): educational web pages, the first million of the 10B-token sample.
 
-    slmjax data build data/recipes/fineweb_edu.py --out data/stores/fineweb_edu
+    slmjax data build data/recipes/fineweb_edu.py --out runs/data/fineweb_edu
 
 Streamed from the Hugging Face hub: about 5 GB of text, a billion tokens. Raise `documents` for more.
 """

@@ -1,6 +1,6 @@
 """TinyStories (Eldan and Li 2023, arXiv:2305.07759): 2.1 million short stories in the words of a small child, 1.9 GB.
 
-    slmjax data build data/recipes/tinystories.py --out data/stores/tinystories
+    slmjax data build data/recipes/tinystories.py --out runs/data/tinystories
 
 Streamed from the Hugging Face hub. For a copy on disk: `recipe("path/to/folder")`.
 """

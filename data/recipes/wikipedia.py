@@ -1,6 +1,6 @@
 """English Wikipedia, November 2023, as plain text: 6.4 million articles, 20 GB.
 
-    slmjax data build data/recipes/wikipedia.py --out data/stores/wikipedia
+    slmjax data build data/recipes/wikipedia.py --out runs/data/wikipedia
 
 Streamed from the Hugging Face hub. Other languages: `recipe(language="es")`, "de", ...
 """

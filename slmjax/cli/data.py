@@ -118,6 +118,8 @@ def show(args: Show) -> int:
     from slmjax.data.spec import Data, Part
     from slmjax.data.token_store import TokenStore
 
+    if args.samples < 0:
+        raise UserError(f"--samples is {args.samples}; expected 0 or more sequences")
     packing = BestFit() if args.packing == "best-fit" else Concatenate()
     Data(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # their checks and messages
     store = TokenStore(args.store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     console.print(_table(experiment, compute, mesh, memory, limit, said, speed, watts()))
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
-        print(f"next:\n  slmjax train {' '.join(rest)}")
+        print(f"next:\n  slmjax train {shlex.join(rest)}")
         return 0
     change = one_change(experiment, compute, mesh, limit)
     if change is None:
@@ -89,9 +90,17 @@ def device_memory() -> tuple[float, str]:
     return float(psutil.virtual_memory().total), "memory of this machine"
 
 
+def _resident() -> float:
+    """Bytes that this process holds, in which nothing of a step has been computed."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
+
+
 def _table(
     experiment: Any, compute: Any, mesh: dict[str, int], memory: Any, limit: float, said: str, speed: Any, power: Any
 ) -> Any:
+    import jax
     from rich.table import Table
 
     from slmjax.cli.estimate_memory import micro_batches
@@ -103,6 +112,7 @@ def _table(
     rate = speed.tokens_per_second(flops)
     seconds = tokens / rate
     table = Table(title=experiment.name, show_header=False, title_justify="left")
+    beside = f"; Python and its libraries take {si(_resident())}B besides" if jax.default_backend() == "cpu" else ""
     count, inside = parameter_count(experiment.model), nonembedding_count(experiment.model)
     pieces = micro_batches(experiment, compute, mesh)
     micro = f"in {pieces} micro-batches of " if pieces > 1 else ""
@@ -116,7 +126,7 @@ def _table(
         ("  optimizer, view", f"{si(memory.optimizer)}B"),
         ("  gradients", f"{si(memory.gradients)}B"),
         ("  activations", f"{si(memory.activations)}B (remat: {type(compute.remat).__name__})"),
-        ("  peak of a step", f"{si(memory.total)}B (estimate from the trace)"),
+        ("  peak of a step", f"{si(memory.total)}B (estimate from the trace){beside}"),
         ("matrix products", f"{si(speed.flops)}FLOP/s measured at these shapes"),
         ("expected", f"{rate:,.0f} tokens/s at {speed.efficiency:.0%} of that"),
         ("time to finish", f"about {duration(seconds)}, compilation and evaluation left out"),

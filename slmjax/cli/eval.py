@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
         argv,
         prog="slmjax eval",
         description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors.",
-        example="slmjax eval runs/quickstart --data data/stores/quickstart --batches 50",
+        example="slmjax eval runs/quickstart --batches 50\n"
+        "  slmjax eval runs/quickstart/hf --data runs/data/english_classics",
     )
     from rich.console import Console
 
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_record(result, loaded, stores)))
         return 0
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, stores))
-    print(f"next:\n  slmjax {loaded.decoder.example.format(args.model)}")
+    print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def _hf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], 
     if exported.folded:
         print(f"folded into the weights, for no class of transformers has them: {', '.join(exported.folded)}")
     return exported.checks, (
-        f"slmjax {loaded.decoder.example.format(out)}",
+        f"slmjax {loaded.decoder.example.format(shlex.quote(str(out)))}",
         f"""python -c 'from transformers import {loader} as M; print(M.from_pretrained("{out}"))'""",
     )
 

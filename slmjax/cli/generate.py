@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,7 +44,7 @@ class Args:
     repetition_penalty: float = 1.0
     """Above 1: tokens that have occurred become less likely"""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this string; may be given several times"""
+    r"""End before this string, in which \n is a line end and \t a tab; may be given several times"""
     seed: int = 0
     """The same seed gives the same text"""
     stream: bool = True
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
             repetition_penalty=args.repetition_penalty,
         ),
         "max_tokens": args.max_tokens,
-        "stop": tuple(stop.encode().decode("unicode_escape") if "\\" in stop else stop for stop in args.stop),
+        "stop": tuple(map(_unescaped, args.stop)),
         "seed": args.seed,
     }
     loaded = load(args.model, step=args.step, say=_note)
@@ -172,6 +173,11 @@ def _compute(dtype: str | None) -> Any:
     if jax.default_backend() == "cpu":
         return Compute(dtype=dtype or "float32")
     return compute_of(dtype)
+
+
+def _unescaped(text: str) -> str:
+    r"""`\n`, `\t` and `\\` as what they stand for; any other backslash is one."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
 def _note(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> int:
     example = imported.decoder.example
     if tokenizer is not None and tokenizer.chat:
         example = "generate {} --chat 'What is gravity?'"
-    print(f"next:\n  slmjax inspect {args.out}\n  slmjax {example.format(args.out)}")
+    out = shlex.quote(args.out)
+    print(f"next:\n  slmjax inspect {out}\n  slmjax {example.format(out)}")
     return 0
 
 
@@ -68,6 +70,8 @@ def _hf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
 
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; expected one with config.json and model.safetensors")
+    if (source / "checkpoints").is_dir():
+        raise UserError(f"{source} is a folder of slmjax already: every verb takes it as MODEL")
     imported = import_hf(source)
     return imported, imported.tokenizer_path and Tokenizer.load(imported.tokenizer_path), {}
 

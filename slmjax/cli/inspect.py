@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from slmjax.cli.args import parse
 from slmjax.errors import UserError
 
 HELP = "parameters and FLOPs of a model or an experiment"
+
+WIDE = 110
+"""Columns of a terminal that shows everything"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def main(argv: list[str]) -> int:
 
     decoder, length, params = _model(args)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(_parameters(decoder, params))
+    console.print(_parameters(decoder, params, console.width))
     console.print(_flops(flops_per_token(decoder, length), length))
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> int:
         print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")
     else:
         command = "doctor {}" if params is None else decoder.example
-        print(f"next:\n  slmjax {command.format(args.model)}")
+        print(f"next:\n  slmjax {command.format(shlex.quote(args.model))}")
     return 0
 
 
@@ -78,23 +82,36 @@ def _model(args: Args) -> tuple[Any, int, Any]:
     return loaded.decoder, args.length or trained, loaded.params
 
 
-def _parameters(decoder: Any, params: Any) -> Any:
+def _parameters(decoder: Any, params: Any, width: int) -> Any:
     from rich.table import Table
 
     from slmjax import tree
     from slmjax.nn.layer import Declared
 
-    table = Table(title="parameters", title_justify="left")
-    for column in ("path", "shape", "dtype", "logical axes", "initial", "count", "std" if params else ""):
-        table.add_column(column, justify="right" if column in ("count", "std") else "left", no_wrap=column == "path")
+    columns = ["path", "shape", "dtype", "logical axes", "count"]
+    if width >= WIDE:
+        columns[4:4] = ["initial"]
+        columns += ["std"] * (params is not None)
+    title = "parameters" if width >= WIDE else f"parameters ({WIDE} columns show initial values, too)"
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        breaks = column in ("shape", "logical axes")  # where a narrow terminal asks for it
+        justify = "right" if column in ("count", "std") else "left"
+        table.add_column(column, justify=justify, no_wrap=not breaks, overflow="fold")
     values = {} if params is None else tree.flatten(params)
     declared = tree.flatten(decoder.declared(), is_leaf=lambda x: isinstance(x, Declared))
     for path, leaf in declared.items():
         shape = leaf.value.shape
-        std = f"{float(values[path].std()):.4g}" if path in values else ""
-        axes = ", ".join(str(name) for name in leaf.names)
-        size = f"{math.prod(shape):,}"
-        table.add_row(path, " x ".join(map(str, shape)), str(leaf.value.dtype), axes, leaf.initial, size, std)
+        cells = {
+            "path": path,
+            "shape": " x ".join(map(str, shape)),
+            "dtype": str(leaf.value.dtype),
+            "logical axes": ", ".join(str(name) for name in leaf.names),
+            "initial": leaf.initial,
+            "count": f"{math.prod(shape):,}",
+            "std": f"{float(values[path].std()):.4g}" if path in values else "",
+        }
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 

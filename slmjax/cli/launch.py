@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -123,7 +124,7 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
             print(_next_steps(folder, experiment.model))
         return
     with lock(folder) if first else contextlib.nullcontext():
-        _run(experiment, runtime, folder, config, changed, stores, held_out)
+        _run(experiment, runtime, folder, config, changed, stores, held_out, source.parent if source else Path())
     if first:
         print(f"done: {folder}")
         print(_next_steps(folder, experiment.model))
@@ -137,8 +138,9 @@ def _run(
     changed: Sequence[str],
     stores: Sequence[TokenStore],
     held_out: Sequence[TokenStore],
+    code: Path,
 ) -> None:
-    """The training itself, in a folder that is held."""
+    """The training itself, in a folder that is held. `code`: the folder of the experiment's file."""
     first = jax.process_index() == 0
     if first:
         _copy_tokenizer(stores[0], folder)
@@ -151,7 +153,7 @@ def _run(
     peak, peak_source = peak_flops(built.compute.dtype)
     slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
-    tracker, say = _open_trackers(experiment, runtime, folder, config, changed) if first else (Silent(), silent)
+    tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, stores, peak, peak_source))
     if slow:
@@ -173,12 +175,12 @@ def _run(
 
 
 def _open_trackers(
-    experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str]
+    experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str], code: Path
 ) -> tuple[Tracker, Callable[[str], None]]:
     """Everything that records the run, with the run's identities of the checkpoint it goes on from."""
-    about = environment.collect(devices=jax.devices())
+    about = environment.collect(devices=jax.devices(), folder=code)
     runs.write_json(folder / "environment.json", about)
-    (folder / "git.diff").write_text(environment.git_diff())
+    (folder / "git.diff").write_text(environment.git_diff(code))
     tracking = runtime.tracking
     trackers, progress = open_trackers(
         folder,
@@ -291,8 +293,9 @@ def _says_the_first(answer: bool) -> bool:
 
 
 def _next_steps(folder: Path, model: Assembly) -> str:
+    run = shlex.quote(str(folder))
     return f"""next:
-  slmjax eval {folder}
-  slmjax {model.example.format(folder)}
-  slmjax export {folder} --format hf --out {folder}/hf
+  slmjax eval {run}
+  slmjax {model.example.format(run)}
+  slmjax export {run} --format hf --out {run}/hf
 curves: {folder}/report.html"""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 
 from slmjax import __version__
 from slmjax.cli.args import fail
-from slmjax.errors import Preempted, UserError
+from slmjax.errors import Preempted, StorageError, UserError
 
 VERBS = {  # verb -> (module, what it does)
     "data": ("data", "build a token store from text, or show one"),
@@ -92,6 +93,9 @@ def run(argv: list[str]) -> int:
 
 def main() -> None:
     """The `slmjax` command. Exit codes: 0 done, 2 mistake, 3 diverged, 4 data, 5 storage, 75 stopped and resumable."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know every letter of a text
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -104,6 +108,10 @@ def main() -> None:
     except BrokenPipeError:  # `slmjax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(StorageError(f"{where}{error.strerror or error}"))
+        code = StorageError.code
     sys.exit(code)
 
 

@@ -24,7 +24,9 @@ def describe(experiment: Experiment, runtime: Runtime, stores: Sequence[Any]) ->
         "slmjax": __version__,
         "fingerprint": fingerprint(is_of),
         "identity": is_of,
-        "stores": [{"name": store.name, "location": str(store.location)} for store in stores],
+        "stores": [
+            {"name": store.name, "location": str(store.location), "fingerprint": store.fingerprint} for store in stores
+        ],
         "experiment": to_json(experiment),
         "runtime": to_json(runtime),
     }

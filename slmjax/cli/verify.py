@@ -72,6 +72,7 @@ def verify(experiment: str, args: Args, overrides: Sequence[str]) -> int:
     folder = Path(args.keep or tempfile.mkdtemp(prefix="slmjax-verify-"))
     last = str(args.steps // args.every)
     common = ["--runtime.checkpoints.every", str(args.every), "--runtime.checkpoints.keep-last", last]
+    common += ["--runtime.checkpoints.keep-every", str(args.steps)]  # it may run on before it is stopped
     common += ["--runtime.tracking.wandb", "disabled", "--runtime.log-every", "1", *overrides]
     runs = [Run(folder / name, [experiment, *common], args.steps) for name in ("undisturbed", "killed")]
     try:

@@ -55,6 +55,8 @@ def build(
         "shard": shard,
         "part_bytes": part_bytes,
     }
+    if given := recipe.tokenizer_files():
+        identity["tokenizer"] = writing.describe_files([given], Path(recipe.root), silent)[0]
     local = _local_folder(out)
     if (done := _existing(out, local, digest(identity))) is not None:
         return done
@@ -64,7 +66,7 @@ def build(
         context = Context(
             recipe=recipe,
             folder=folder,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or cores(),
             show=show,
             shard=shard,
             part_bytes=part_bytes,
@@ -102,7 +104,8 @@ def open_source(source: str | Recipe, cache: str | Path | None = None, progress:
     if isinstance(source, str) and not source.endswith(".py"):
         return TokenStore(source)
     recipe = load_recipe(source) if isinstance(source, str) else source
-    seen = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in recipe.files()]
+    given = [files] if (files := recipe.tokenizer_files()) else []
+    seen = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in [*recipe.files(), *given]]
     folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([describe(recipe), seen])[:12]}"
     return TokenStore(folder) if (folder / "manifest.json").is_file() else build(recipe, folder, progress=progress)
 
@@ -110,6 +113,11 @@ def open_source(source: str | Recipe, cache: str | Path | None = None, progress:
 def cache_folder(cache: str | Path | None = None) -> Path:
     """Where built stores and packing plans are kept: `cache`, else $SLMJAX_CACHE, else ~/.cache/slmjax."""
     return Path(cache or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()
+
+
+def cores() -> int:
+    """Those that this process may use; on systems that do not tell, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _local_folder(out: str | Path) -> Path | None:

@@ -22,6 +22,8 @@ def expand(pattern: str, root: Path) -> list[Path]:
     """
     full = str(root / Path(pattern).expanduser())
     paths = [Path(p) for p in sorted(glob.glob(full, recursive=True))]
+    if any(p.is_dir() for p in paths) and not any(p.is_file() for p in paths):
+        raise DataError(f"{full}: a folder; name its files with a glob, such as {Path(pattern) / '*'}")
     paths = [p for p in paths if p.is_file()]
     if not paths:
         raise DataError(f"{full}: no such file; a source's path is a glob relative to the recipe file")

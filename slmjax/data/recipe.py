@@ -15,6 +15,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.sources import Source
 from slmjax.data.tokenizer import BPE, TokenizerSpec
 from slmjax.errors import DataError, UserError
+from slmjax.user_code import find_beside, mistakes_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,19 @@ class Recipe:
     """What the paths of the sources are relative to; `load_recipe` sets the folder of the recipe file"""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sources, tuple | list):
+            raise DataError(f"recipe {self.name!r}: sources is {self.sources!r}; expected a tuple: (source,)")
         if not self.sources:
             raise DataError(f"recipe {self.name!r} has no sources")
+        for field_name, values, kind, what in (
+            ("sources", self.sources, Source, "Text, JSONL, Parquet, Folder or Hub"),
+            ("tokenizer", (self.tokenizer,), TokenizerSpec, "Bytes, BPE or File"),
+            ("clean", (self.clean,), Clean, "Clean"),
+            ("dedup", (self.dedup,), Dedup | None, "Dedup or None"),
+        ):
+            for value in values:
+                if not isinstance(value, kind):
+                    raise DataError(f"recipe {self.name!r}: {field_name} has {value!r}; expected {what}")
         if not 0 <= self.validation < 1:
             raise DataError(f"recipe {self.name!r}: validation is {self.validation}; expected a fraction in [0, 1)")
 
@@ -42,20 +54,26 @@ class Recipe:
         """The local files of each source."""
         return [source.files(Path(self.root)) for source in self.sources]
 
+    def tokenizer_files(self) -> list[Path]:
+        """Those of the tokenizer: none if it is trained."""
+        return self.tokenizer.files(Path(self.root))
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe of a Python file.
 
     Raises:
-        UserError: no such file, no function `recipe`, or it returns something else.
+        UserError: no such file, no function `recipe`, it fails, or it returns something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such recipe file")
-    make = runpy.run_path(str(path), run_name="slmjax_recipe").get("recipe")
-    if not callable(make):
-        raise UserError(f"{path}: has no function recipe(); a recipe file defines `def recipe() -> Recipe`")
-    recipe = make()
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(f"{path}: {'not' if path.exists() else 'no such'} recipe file; expected Python (.py)")
+    find_beside(path)
+    with mistakes_in(path, str(path)):
+        make = runpy.run_path(str(path), run_name="slmjax_recipe").get("recipe")
+        if not callable(make):
+            raise UserError(f"{path}: has no function recipe(); a recipe file defines `def recipe() -> Recipe`")
+        recipe = make()
     if not isinstance(recipe, Recipe):
         raise UserError(f"{path}: recipe() returned {type(recipe).__name__}, expected Recipe")
     if recipe.root == ".":

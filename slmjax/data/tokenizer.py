@@ -38,6 +38,10 @@ class TokenizerSpec:
         """Train on `texts`, or load relative to `root`."""
         raise TypeError(f"{type(self).__name__} is not a tokenizer: use Bytes, BPE or File")
 
+    def files(self, root: Path) -> list[Path]:
+        """The local files that decide it: with others a build is another build."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(TokenizerSpec):
@@ -110,7 +114,22 @@ class File(TokenizerSpec):
     eos: str | None = None
 
     def make(self, texts: Iterable[str], root: Path) -> Tokenizer:
-        return Tokenizer.load(root / Path(self.path).expanduser(), bos=self.bos, eos=self.eos)
+        return Tokenizer.load(self._file(root), bos=self.bos, eos=self.eos)
+
+    def files(self, root: Path) -> list[Path]:
+        """
+        Raises:
+            DataError: there is none.
+        """
+        file = self._file(root)
+        return [file, *(f for f in (file.with_name(FILES[1]), file.with_name(TEMPLATE)) if f.is_file())]
+
+    def _file(self, root: Path) -> Path:
+        path = root / Path(self.path).expanduser()
+        file = path / FILES[0] if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(f"{file}: no such tokenizer")
+        return file
 
 
 class Tokenizer:

@@ -51,6 +51,7 @@ class Decoder(Assembly):
     table_width: int | None = None
     """Width of the tables, if it is not `width`: projections lie between (OPT-350m)"""
     logits: Logits = Logits()  # noqa: RUF009
+    """What becomes of the product of hidden vectors and table"""
     initial: Initial = Initial()  # noqa: RUF009
     """Initial values; `residual` is multiplied by 1/sqrt(2L) in `build`"""
 

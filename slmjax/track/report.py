@@ -61,7 +61,7 @@ def render(folder: Path) -> str:
         _numbers(rows, experiment, energy),
         _charts(rows),
         '<div class="tables">',
-        _table("Validation", _evaluations(rows), head=("step", "loss", "perplexity", "tokens")),
+        _table("Validation", _evaluations(rows), head=("step", "loss ± standard error", "perplexity", "tokens")),
         _table("Energy", _energy(energy)),
         _table("Experiment", _experiment(experiment)),
         _table("Data", _data(config)),
@@ -159,10 +159,11 @@ def _evaluations(rows: Rows) -> Iterable[tuple[str, ...]]:
     for row in dict.fromkeys(map(id, shown)):
         r = next(r for r in shown if id(r) == row)
         best = " (best)" if r["validation/loss"] == least and len(evaluated) > 1 else ""
+        error = f" ± {r['validation/loss_se']:.4f}" if "validation/loss_se" in r else ""
         tokens = si(r["tokens"]).strip() if "tokens" in r else ""
         yield (
             f"{r['step']:,}",
-            f"{r['validation/loss']:.4f}{best}",
+            f"{r['validation/loss']:.4f}{error}{best}",
             f"{r['validation/perplexity']:.2f}" if "validation/perplexity" in r else "",
             tokens,
         )
@@ -193,8 +194,8 @@ def _experiment(experiment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _data(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for store in config.get("data", ()):
-        yield str(store.get("name")), f"fingerprint {str(store.get('fingerprint'))[:12]}"
+    for store in config.get("stores", ()):
+        yield str(store["name"]), f"{store['location']}, fingerprint {str(store.get('fingerprint'))[:12]}"
     for name, value in (config.get("experiment", {}).get("data") or {}).items():
         if name != "$type":
             yield name, _said(value)

@@ -59,6 +59,8 @@ class WandbRun(Tracker):
         """
         self.folder = Path(folder)
         self.mode = resolve(mode)
+        if mode == "online" and self.mode == "offline":
+            say("W&B is offline: there is no API key; set WANDB_API_KEY or run `wandb login`, and `wandb sync` later")
         self.id = _read_id(self.folder) or _new_id()
         self._init = {"project": project, "entity": entity, "group": group, "tags": list(tags), "name": name}
         self._config = redact_json(dict(config or {}))

@@ -3,6 +3,8 @@
 import pytest
 from running import slmjax
 
+from slmjax.cli.generate import _unescaped
+
 
 def test_text_is_streamed_and_repeatable(tiny_run):
     argv = ("generate", tiny_run, "--prompt", "Call me", "--max-tokens", "20")
@@ -63,3 +65,12 @@ def test_help_shows_an_example():
     done = slmjax("generate", "--help")
     assert done.code == 0
     assert "slmjax generate runs/quickstart --prompt" in done.out
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(r"\n", "\n"), (r"é\t", "é\t"), (r"\begin", r"\begin"), (r"\\n", r"\n"), (r"\x", r"\x"), ("日本\n", "日本\n")],
+)
+def test_escapes_of_stop_strings(given, meant):
+    """Line ends and tabs, which a shell makes hard to type; nothing else changes, no letter and no backslash."""
+    assert _unescaped(given) == meant

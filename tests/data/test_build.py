@@ -18,7 +18,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.recipe import Recipe, load_recipe
 from slmjax.data.sources import JSONL, Source
 from slmjax.data.token_store import CHUNK, TokenStore
-from slmjax.data.tokenizer import BPE, TokenizerSpec
+from slmjax.data.tokenizer import BPE, File, TokenizerSpec
 from slmjax.errors import DataError, UserError
 
 RECIPE_FILE = """
@@ -239,3 +239,34 @@ def test_a_base_class_is_not_a_source(tmp_path):
     recipe = Recipe(name="x", sources=(Source(licence="x"),), tokenizer=TokenizerSpec())
     with pytest.raises(TypeError, match="Source is not a source: use Text"):
         recipe.files()
+
+
+def test_another_tokenizer_file_is_another_build(tmp_path):
+    """A store never goes on with the ids of a tokenizer.json that has been replaced."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", sentences(40))
+    small, large = (BPE(vocab=n).make(sentences(40), tmp_path) for n in (270, 290))
+    small.save(tmp_path / "given")
+    recipe = recipe_of(corpus, tokenizer=File(path=str(tmp_path / "given")))
+    assert build(recipe, tmp_path / "out", workers=1).vocab == small.vocab
+    cached = open_source(recipe, tmp_path / "cache")
+    assert build(recipe, tmp_path / "out", workers=1).vocab == small.vocab  # done already
+    large.save(tmp_path / "given")
+    with pytest.raises(DataError, match="another recipe"):
+        build(recipe, tmp_path / "out", workers=1)
+    again = open_source(recipe, tmp_path / "cache")
+    assert (cached.vocab, again.vocab) == (small.vocab, large.vocab)
+
+
+def test_a_missing_tokenizer_is_found_before_the_work(tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", sentences(5))
+    recipe = recipe_of(corpus, tokenizer=File(path=str(tmp_path / "none.json")))
+    with pytest.raises(DataError, match=r"none.json: no such tokenizer"):
+        build(recipe, tmp_path / "out", workers=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "texts" / "a.jsonl", sentences(5))
+    with pytest.raises(DataError, match=r"texts: a folder; name its files with a glob, such as .*texts/\*"):
+        build(recipe_of(tmp_path / "texts"), tmp_path / "out", workers=1)

@@ -71,6 +71,8 @@ def test_mistakes(built, tmp_path):
         main(["sho", out])
     with pytest.raises(UserError, match="--lenght"):
         main(["show", out, "--lenght", "3"])
+    with pytest.raises(UserError, match="--samples is -1; expected 0 or more"):
+        main(["show", out, "--samples", "-1"])
     with pytest.raises(DataError, match=r"Data.length is 1"):
         main(["show", out, "--length", "1"])
     with pytest.raises(DataError, match="no token store there"):

@@ -25,7 +25,7 @@ def tree(folder):
     [
         (["--data.bach", "4"], ["--data.bach", "--data.batch"]),
         (["--model.pattern.0.mixer.head", "4"], ["--model.pattern.0.mixer.heads"]),
-        (["--steps", "many"], ["steps", "many", "INT"]),
+        (["--steps", "many"], ["steps", "many", "a whole number"]),
         (["--steps", "0"], ["steps is 0", "at least 1"]),
         (["--evaluation.batches", "0"], ["evaluation.batches is 0", "at least 1"]),
         (["--runtime.log-every", "0"], ["runtime.log_every is 0", "at least 1"]),

@@ -10,22 +10,22 @@ from slmjax.cli.verify import compare
 
 def test_verify_resume(tiny, tmp_path, monkeypatch):
     done = slmjax(
-        "verify", "resume", tiny.file, "--steps", "8", "--every", "2", "--kills", "3", "--keep", tmp_path / "v",
+        "verify", "resume", tiny.file, "--steps", "4", "--every", "2", "--kills", "3", "--keep", tmp_path / "v",
         "--", "--runtime.data-dir", tiny.data_dir,
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "bit-identical: 8 steps" in done.out
+    assert "bit-identical: 4 steps" in done.out
     assert "kill 3 of 3" in done.out
 
     runs = [tmp_path / "v" / name for name in ("undisturbed", "killed")]
     metrics = runs[1] / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
 
-    rows[4]["loss"] *= 1 + 1e-7  # the comparison sees one bit
+    rows[2]["loss"] *= 1 + 1e-7  # the comparison sees one bit
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems, _ = compare(*runs, 8)
+    problems, _ = compare(*runs, 4)
     assert len(problems) == 1
-    assert problems[0].startswith("step 5: loss")
+    assert problems[0].startswith("step 3: loss")
 
 
 @pytest.mark.parametrize("args", [["--steps", "7"], ["--every", "0"]])

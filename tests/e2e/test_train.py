@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import wandb_file
 from running import runtime, slmjax
 
 from slmjax.cli.verify import CLOCK
@@ -23,6 +24,11 @@ def test_a_run_explains_itself(tiny_run, tiny):
     assert (tiny_run / "experiment.py").read_text() == tiny.file.read_text()
     assert {"python", "packages", "git", "command"} <= set(json.loads((tiny_run / "environment.json").read_text()))
     assert state_of(read(tiny_run / "ledger.jsonl")) == "complete"
+    page = (tiny_run / "report.html").read_text()
+    assert config["stores"][0]["fingerprint"] == config["identity"]["stores"][0]
+    assert f"fingerprint {config['stores'][0]['fingerprint'][:12]}" in page
+    last = read(tiny_run / "metrics.jsonl")[-1]
+    assert f"{last['validation/loss']:.4f} ± {last['validation/loss_se']:.4f}" in page
 
 
 def test_every_step_is_recorded_and_the_model_learns(tiny_run):
@@ -32,6 +38,21 @@ def test_every_step_is_recorded_and_the_model_learns(tiny_run):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert [row["step"] for row in rows if "validation/loss" in row] == [6, 12]
     assert len({row["batch"] for row in rows}) == 12
+
+
+def test_the_offline_record_of_wandb_holds_the_config_and_every_step(tiny_run):
+    """Read back from the file itself."""
+    ids, config, history, _ = wandb_file.read(tiny_run / "wandb")
+    written = json.loads((tiny_run / "config.json").read_text())
+    assert ids == [(tiny_run / "wandb" / "run-id").read_text().strip()]
+    assert {name: config[name] for name in ("fingerprint", "identity", "stores", "experiment")} == {
+        name: written[name] for name in ("fingerprint", "identity", "stores", "experiment")
+    }
+    rows = read(tiny_run / "metrics.jsonl")
+    assert [row["global_step"] for row in history] == [row["step"] for row in rows]
+    for logged, row in zip(history, rows, strict=True):
+        assert {k: v for k, v in logged.items() if k in row} == {k: v for k, v in row.items() if k in logged}
+        assert row.keys() - logged.keys() <= {"step", "elapsed", "time"}
 
 
 def test_a_second_call_finds_its_work_done(tiny_run, tiny):

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from track import wandb_file
+import wandb_file
 
 from slmjax.track import wandb_run
 from slmjax.track.wandb_run import WandbRun, has_key, resolve
@@ -144,6 +144,17 @@ def test_disabled_does_nothing(tmp_path):
 )
 def test_mode(mode, environ, resolved, tmp_path):
     assert resolve(mode, {"NETRC": str(tmp_path / "none"), **environ}) == resolved
+
+
+@pytest.mark.parametrize(("mode", "lines"), [("online", 1), ("auto", 0), ("offline", 0)])
+def test_who_asks_for_online_is_told_that_there_is_no_key(mode, lines, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    said = []
+    assert WandbRun(tmp_path, mode=mode, say=said.append).mode == "offline"
+    assert len(said) == lines
+    assert all("WANDB_API_KEY" in line for line in said)
 
 
 def test_a_key_in_the_netrc_file_counts(tmp_path):
