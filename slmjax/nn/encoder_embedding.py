@@ -31,7 +31,7 @@ class EncoderEmbedding:
         x = x if self.trigram is None else self.joined(layer, x, segments)
         x = x + Learned()(layer, positions, self.width, self.context)
         if self.types:
-            rows = layer.matrix("types", (self.types, self.width), (None, "embed"))
+            rows = layer.matrix("types", (self.types, self.width), ("type", "embed"))
             x = x + (rows[0] if types is None else jnp.take(rows, types, axis=0))
         return layer.child("norm", self.norm)(layer.cast(x))
 

@@ -75,7 +75,7 @@ class ShortConv(Mixer):
 
     def _convolved(self, layer: Layer, known: jax.Array, mask: Mask) -> jax.Array:
         """known [B, taps - 1 + T, channels] -> float32 [B, T, channels]. The last tap is that of the token itself."""
-        weight = layer.cast(layer.matrix("taps", (self.channels, self.taps), ("mlp", None))).astype(jnp.float32)
+        weight = layer.cast(layer.matrix("taps", (self.channels, self.taps), ("mlp", "tap"))).astype(jnp.float32)
         length = mask.query_segments.shape[1]
         # Slots before the first one belong to no segment, not even to that of padding.
         segments = jnp.pad(mask.key_segments, ((0, 0), (self.taps - 1, 0)), constant_values=-1)

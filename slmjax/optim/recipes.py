@@ -29,9 +29,9 @@ from slmjax.types import Optimizer
 Axes = tuple[str | None, ...]
 """The logical axis names of one parameter"""
 
-EMBEDDING = ("vocab", "context")
-"""Axes whose entries are looked up rather than multiplied"""
-
+APART = ("vocab", "context", "type", "tap")
+"""Axes whose entries are not columns of one matrix: rows that are looked up, and what a convolution has for each
+channel"""
 
 MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
 """Fields of recipes that say how much of a moving average is kept at each step"""
@@ -162,7 +162,8 @@ class Lion(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Recipe):
-    """Orthogonalised momentum for the matrices inside the layers; AdamW for embeddings, unembedding, gains and biases.
+    """Orthogonalised momentum for the matrices inside the layers; AdamW for embeddings, unembedding, gains, biases and
+    the taps of short convolutions.
 
     The momentum of each layer's matrix (heads flattened) is replaced by the nearest semi-orthogonal matrix, by
     `newton_schulz_steps` quintic iterations: its singular values become roughly 1. It is then scaled by
@@ -189,7 +190,7 @@ class Muon(Recipe):
         numbers = {
             path: optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
             for path, a in flat.items()
-            if (m := matrix(a)) and not spared[path] and not any(name in EMBEDDING for name in a)
+            if (m := matrix(a)) and not spared[path] and not any(name in APART for name in a)
         }
         muon = optax.contrib.muon(
             learning_rate=-1.0,  # optax descends; here only the direction is wanted

@@ -11,6 +11,8 @@ from optim import reference
 
 from slmjax import tree
 from slmjax.errors import UserError
+from slmjax.models.bert import bert
+from slmjax.models.lfm2 import lfm2
 from slmjax.optim.recipes import Adafactor, AdamW, Lion, Muon, Recipe, ScheduleFreeAdamW, matrix
 from slmjax.optim.schedules import WSD, Constant, Cosine, InverseSqrt
 
@@ -113,6 +115,30 @@ def test_muon(run):
         return reference.muon(p, g, lambda t: 0.02, 0.3, 0.95, 5, 0.2)
 
     expect(got, *run, step, rtol=2e-4)
+
+
+SMALL = {"width": 16, "heads": 2, "hidden": 24, "vocab": 29, "context": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "apart"),
+    [
+        (bert(layers=1, **SMALL), {"embed/table", "embed/positions", "embed/types"}),
+        (lfm2(attends=(False, True), kv_heads=1, **SMALL), {"embed/table", "layers/0/conv/taps"}),
+    ],
+    ids=["bert", "lfm2"],
+)
+def test_muon_leaves_to_adam_what_is_looked_up_and_what_convolves(model, apart):
+    rng, params = np.random.default_rng(0), tree.flatten(model.build().init(jax.random.key(0)))
+    grads = [{path: rng.normal(size=p.shape) for path, p in params.items()} for _ in range(2)]
+    plain = {"weight_decay": 0.0, "clip_norm": None}
+    by_muon, by_adam = (
+        train(recipe, params, grads, axes=model.axes())[0]
+        for recipe in (Muon(**plain), AdamW(b1=0.9, b2=0.95, eps=1e-8, **plain))
+    )
+    axes = tree.flatten(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    same = {path for path in params if np.allclose(by_muon[path], by_adam[path], rtol=1e-5)}
+    assert same == apart | {path for path in params if matrix(axes[path]) is None}
 
 
 def test_muon_moves_every_layer_along_a_nearly_orthogonal_matrix(run):
