@@ -106,7 +106,7 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def logit_products(self) -> int:
-        """Multiply-adds of a token's logits with tables that are no more than looked up elsewhere, for FLOPs."""
+        """Multiply-adds of a token's logits with the tables of words (`flops.TABLES`), for FLOPs."""
 
     @abc.abstractmethod
     def asked(self, batch: Batch, key: Key, special: Any) -> Batch:

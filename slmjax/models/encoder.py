@@ -90,7 +90,7 @@ class Encoder(Assembly):
 
     def logit_products(self) -> int:
         """Those of the head."""
-        return self.head.logit_products(self.vocab, self.trigram or self.width)
+        return self.head.logit_products(self.vocab, self.width)
 
     def asked(self, batch: Batch, key: Key, special: Special) -> Batch:
         """Masked words, as BERT is trained on."""

@@ -19,7 +19,7 @@ class Head(abc.ABC):
     """Reads the last layer. A head that describes a whole sequence is read at its first token."""
 
     def logit_products(self, vocab: int, width: int) -> int:
-        """Multiply-adds of a token with tables that are looked up elsewhere, too; see `Assembly.logit_products`."""
+        """Multiply-adds of a token with tables of words; see `Assembly.logit_products`. `width`: D of the model."""
         return 0
 
     @abc.abstractmethod
@@ -39,7 +39,7 @@ class MaskedWords(Head):
     activation: Callable = gelu
 
     def logit_products(self, vocab: int, width: int) -> int:
-        """V times the width of the embedding's table."""
+        """V * D."""
         return vocab * width
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., V]
