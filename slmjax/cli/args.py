@@ -9,6 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from slmjax.errors import UserError
@@ -88,6 +89,31 @@ def one_line(message: str) -> str:
     text = re.split(r"For full helptext", text)[0]
     text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Invalid value)s?\s*(─+)?\s*(?=\1)", "", text)
     return re.sub(r"\s*─+\s*", " ", text).strip()
+
+
+def text_of(flag: str, text: str) -> str:
+    """The text of an argument.
+
+    Raises:
+        UserError: it holds bytes that are not UTF-8, which Python hands on as halves of surrogate pairs.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {text[:40]!r} is not UTF-8 text") from None
+    return text
+
+
+def read_text(flag: str, name: str) -> str:
+    """The text of a file that is named on the command line; - is standard input.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    try:
+        return text_of(flag, sys.stdin.read() if name == "-" else Path(name).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {name} cannot be read as text: {error}") from None
 
 
 def fail(error: BaseException) -> None:

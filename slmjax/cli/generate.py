@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from slmjax.cli.args import parse
+from slmjax.cli.args import parse, read_text, text_of
 from slmjax.errors import UserError
 
 HELP = "sample text from a model"
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> int:
             repetition_penalty=args.repetition_penalty,
         ),
         "max_tokens": args.max_tokens,
-        "stop": tuple(stop.encode().decode("unicode_escape") if "\\" in stop else stop for stop in args.stop),
+        "stop": tuple(_unescaped(stop) for stop in args.stop),
         "seed": args.seed,
     }
     loaded = load(args.model, step=args.step, say=_note)
@@ -104,10 +103,10 @@ def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
 
     from slmjax.data.chat import prompt
 
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = [] if args.system is None else [{"role": "system", "content": text_of("--system", args.system)}]
     questions: Iterable[str] = _questions() if args.chat in (None, "-") else [args.chat]
     for question in questions:
-        messages.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": text_of("--chat", question)})
         asked = prompt(generator.tokenizer, messages)
         answer = ""
         for piece in replace(generator, ends=asked.ends).stream([asked.ids], **options):
@@ -149,17 +148,20 @@ def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
 def _prompts(args: Args) -> Sequence[str]:
     if args.system is not None:
         raise UserError("--system is for --chat; add --chat QUESTION, or put it into --prompt")
-    prompts = list(args.prompt)
-    if args.prompt_file == "-":
-        prompts.append(sys.stdin.read())
-    elif args.prompt_file is not None:
-        try:
-            prompts.append(Path(args.prompt_file).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {args.prompt_file} cannot be read as text: {error}") from None
+    prompts = [text_of("--prompt", prompt) for prompt in args.prompt]
+    if args.prompt_file is not None:
+        prompts.append(read_text("--prompt-file", args.prompt_file))
     if not prompts:
         raise UserError('no prompt; add --prompt "..." (an empty one begins a document) or --prompt-file FILE')
     return prompts
+
+
+def _unescaped(stop: str) -> str:
+    r"""--stop with \n and the like as the characters they stand for."""
+    try:
+        return text_of("--stop", stop).encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--stop {stop!r}: {error.reason}; write a backslash as \\\\") from None
 
 
 def _compute(dtype: str | None) -> Any:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, positive
 from slmjax.losses.masked_lm import Masking
 from slmjax.models.assembly import Assembly, run
 from slmjax.nn.attention_kernels import Mask
@@ -43,6 +43,12 @@ class Encoder(Assembly):
     (MobileBERT); None: the table is as wide as the model"""
     initial: Initial = Initial()  # noqa: RUF009
     """Initial values: `std` for all matrices, since norms after each branch keep the stream from growing"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.types < 0:
+            raise UserError(f"model.types: {self.types} is negative; 0 for none")
+        positive(**{"model.trigram": self.trigram})
 
     def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
         """Pure functions over a nested dict of float32 arrays, computed as `compute` says.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from slmjax.errors import positive
 from slmjax.nn.layer import Layer
 from slmjax.nn.parts import FeedForward
 
@@ -39,6 +40,9 @@ class MLP(FeedForward):
     activation: Callable = gelu_tanh
     bias: bool = False
 
+    def __post_init__(self):
+        positive(hidden=self.hidden)
+
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         return _down(layer, self.activation(_up(layer, "up", x, self.hidden, self.bias)), x.shape[-1], self.bias)
 
@@ -50,6 +54,9 @@ class GatedMLP(FeedForward):
     hidden: int
     activation: Callable = silu
     bias: bool = False
+
+    def __post_init__(self):
+        positive(hidden=self.hidden)
 
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         gate = self.activation(_up(layer, "gate", x, self.hidden, self.bias))

@@ -33,9 +33,7 @@ def test_every_parameter_is_listed_and_the_counts_add_up(tiny, tiny_run):
 
 
 def test_the_head_of_an_encoder_is_counted_where_the_objective_reads_it():
-    share, every = (
-        slmjax("inspect", model, "--length", "128") for model in (ENCODER, "bert/base")
-    )
+    share, every = (slmjax("inspect", model, "--length", "128") for model in (ENCODER, "bert/base"))
     assert "sequences of 128, the head at 0.15 of all tokens" in share.out, share.err
     experiment, _ = load_experiment(str(ENCODER))
     assert f"{flops_per_token(experiment.model, 128, 0.15).attention:,}" in share.out
