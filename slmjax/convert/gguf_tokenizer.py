@@ -119,10 +119,13 @@ def _of(tokens: list[str], types: list[int], wanted: tuple[int, ...]) -> list[st
 
 def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, length: int, default: int | None = None) -> np.ndarray:
     """A number for each token; `kinds`: as numpy calls them."""
-    found = metadata.get(key, None if default is None else np.full(length, default))
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != length:
-        raise StorageError(f"{key} = {shown(found)}; expected a number for each of {length} tokens")
-    return found
+    found = metadata.get(key, None if default is None else [default] * length)
+    numbers = np.asarray(found) if isinstance(found, (list, np.ndarray)) else None
+    if numbers is None or numbers.dtype.kind not in kinds:
+        raise StorageError(f"{key} = {shown(found)}; expected a number for each token")
+    if len(numbers) != length:
+        raise StorageError(f"{key} has {len(numbers)} entries for {length} tokens")
+    return numbers
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -166,7 +166,7 @@ def _described(file: pathlib.Path, family: Family, config: Mapping[str, Any]) ->
         return decoder, abstract(decoder)
     except UserError as e:
         raise type(e)(str(e) if str(e).startswith("config.json: ") else f"{file}: {e}") from e
-    except Exception as e:  # numbers that make no sense together fail wherever they are first used
+    except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # numbers that do not go together
         said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{file} describes no {family.name} model that can be built: {said}") from e
 

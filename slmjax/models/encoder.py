@@ -98,8 +98,21 @@ class Encoder(Assembly):
         """Those of the head."""
         return self.head.logit_products(self.vocab, self.width)
 
+    @property
+    def tells_words(self) -> bool:
+        return self.head.words
+
     def asked(self, batch: Batch, key: Key, special: Special) -> Batch:
-        """Masked words, as BERT is trained on."""
+        """Masked words, as BERT is trained on.
+
+        Raises:
+            UserError: the head tells something else.
+        """
+        if not self.tells_words:
+            raise UserError(
+                f"this encoder's head, {type(self.head).__name__}, tells no words: there is no loss to evaluate; "
+                "`slmjax embed` gives vectors"
+            )
         return Masking()(batch, key, vocab=self.vocab, special=special)
 
     def _stack(self, compute: Compute, collect: bool = False) -> Layer:

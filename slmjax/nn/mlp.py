@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from slmjax.errors import positive
 from slmjax.nn.layer import Layer
@@ -30,6 +31,11 @@ def gelu(x: jax.Array) -> jax.Array:
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0)."""
     return jax.nn.relu(x)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """The hyperbolic tangent."""
+    return jnp.tanh(x)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from contract.shapes import perturbed
 
+from slmjax.config import Experiment
 from slmjax.convert.hf import family_of, write_hf
 from slmjax.convert.table import to_theirs
+from slmjax.data.spec import Data, Part
 from slmjax.errors import UserError
 from slmjax.evals.perplexity import evaluate
 from slmjax.losses.masked_lm import Masking, masked_lm
@@ -229,6 +231,24 @@ def test_flops_of_mobilebert_count_both_halves_of_the_table_of_words():
     assert found.head - found.nonembedding == 6 * 30522 * 512
     tables = 30522 * 512 + (512 + 2) * 512
     assert found.total - found.nonembedding == 6 * tables
+
+
+def test_an_experiment_asks_a_model_for_what_it_tells():
+    """An encoder would read the next word off its input, and a classifier has no words."""
+    parts = {
+        "name": "x",
+        "steps": 1,
+        "data": Data(train=(Part(source="store"),), length=32, batch=2),
+        "schedule": Constant(peak_lr=1e-3),
+    }
+    Experiment(model=BERT, objective=MaskedLM(), **parts)
+    with pytest.raises(UserError, match="objective is NextToken, but an encoder sees the next token"):
+        Experiment(model=BERT, **parts)
+    labels = replace(BERT, head=Classifier())
+    with pytest.raises(UserError, match=r"objective is MaskedLM, but model\.head tells no words"):
+        Experiment(model=labels, objective=MaskedLM(), **parts)
+    with pytest.raises(UserError, match="head, Classifier, tells no words: there is no loss to evaluate"):
+        labels.asked(packed(), jax.random.key(0), SPECIAL)
 
 
 def test_a_classifier_is_trained_by_the_weight_of_first_tokens():
