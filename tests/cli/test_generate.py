@@ -42,7 +42,15 @@ def test_several_prompts_a_file_and_stop_strings(tiny_run, tmp_path):
         assert "e" not in part.strip().removeprefix(prompt).split("\n[")[0]
 
 
+def test_a_stop_is_unescaped_and_keeps_its_letters():
+    from slmjax.cli.generate import _unescaped
+
+    assert _unescaped("naïve 北京\\n🙂") == "naïve 北京\n🙂"
+    assert _unescaped("plain é") == "plain é"
+
+
 def test_mistakes_are_named(tiny_run, tmp_path):
+    (tmp_path / "latin1").write_bytes("caf\xe9".encode("latin-1"))
     for argv, message in (
         ((tiny_run,), "no prompt; add --prompt"),
         ((tiny_run, "--prompt", "x", "--top-p", "2"), "top_p is 2.0; expected in (0, 1]"),
@@ -51,6 +59,9 @@ def test_mistakes_are_named(tiny_run, tmp_path):
         ((tiny_run, "--prompt-file", tmp_path / "none"), "cannot be read as text"),
         ((tmp_path / "none", "--prompt", "x"), "no such folder"),
         ((tiny_run, "--promt", "x"), "--prompt"),
+        ((tiny_run, "--prompt", "\udcff"), "is not UTF-8 text"),
+        ((tiny_run, "--prompt-file", tmp_path / "latin1"), "cannot be read as text"),
+        ((tiny_run, "--prompt", "x", "--stop", "a\\"), "write a backslash as"),
     ):
         done = slmjax("generate", *argv)
         assert done.code == 2
