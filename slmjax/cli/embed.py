@@ -18,7 +18,7 @@ HELP = "vectors of texts: mean of the last layer, of norm 1"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint or a Hugging Face folder"""
+    """A run folder, a checkpoint, a Hugging Face folder or a GGUF file"""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text; give it several times for several"""
     text_file: str | None = None
