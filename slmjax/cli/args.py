@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from slmjax.errors import UserError
 
 T = TypeVar("T")
+MOST = 900
+"""Characters of a message"""
 
 
 def parse(args: type[T], argv: Sequence[str], *, prog: str, description: str, example: str, default: Any = None) -> T:
@@ -117,5 +119,6 @@ def read_text(flag: str, name: str) -> str:
 
 
 def fail(error: BaseException) -> None:
-    """The one line a user sees for a mistake."""
-    print(f"slmjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """The one line a user sees for a mistake. What files say in it may be long, or speak to the terminal."""
+    said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    print(f"slmjax: error: {said if len(said) <= MOST else said[: MOST - 3] + '...'}", file=sys.stderr)

@@ -120,7 +120,7 @@ def import_hf(folder: pathlib.Path) -> Imported:
     config = read_config(folder)
     families = {family.model_type: family for family in FAMILIES if family.model_type}
     kind = config.get("model_type")
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise UserError(
             f"{folder}/config.json: model_type = {kind!r} is not supported; there are {', '.join(families)}"
         )
