@@ -84,6 +84,7 @@ class Experiment:
                 f"data.length is {self.data.length}, longer than model.context {self.model.context}; "
                 "shorten the sequences or raise model.context"
             )
+        self.objective.fits(self.model)
         if self.data.batch % self.accumulate:
             raise UserError(
                 f"accumulate is {self.accumulate}, which does not divide data.batch {self.data.batch}; choose a divisor"

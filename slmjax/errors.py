@@ -4,11 +4,24 @@ The command line prints `str(error)` as one line on stderr, without a traceback,
 A message names the field or file, the value, what was expected and the fix.
 """
 
+import math
+
 
 class UserError(Exception):
     """A mistake in the command, the experiment or a file given by the user."""
 
     code = 2
+
+
+def positive(**values: float | None) -> None:
+    """Checks fields of a value; None stands for a field that is not used.
+
+    Raises:
+        UserError: one is no finite number above 0; it is named.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}: {value} is not a positive number")
 
 
 class Diverged(UserError):

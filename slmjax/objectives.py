@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from slmjax.errors import UserError
 from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.losses.next_token import next_token
+from slmjax.models.assembly import Assembly
 from slmjax.types import Model, Objective, Special
 
 
@@ -17,6 +18,13 @@ class ObjectiveSpec:
     def build(self, model: Model) -> Objective:
         """The objective over this model's parameters."""
         raise TypeError(f"{type(self).__name__} does not define build(model) -> Objective")
+
+    def fits(self, model: Assembly) -> None:
+        """Nothing, if this can be asked of a model.
+
+        Raises:
+            UserError: it means nothing for this model, or tells it the answers.
+        """
 
     @property
     def predicted(self) -> float:
@@ -38,6 +46,10 @@ class NextToken(ObjectiveSpec):
 
     def __post_init__(self):
         _check(self.z_loss, self.chunk)
+
+    def fits(self, model: Assembly) -> None:
+        if not model.whole_text:
+            raise UserError("objective is NextToken, but an encoder sees the next token: set objective=MaskedLM()")
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):
@@ -66,6 +78,10 @@ class MaskedLM(ObjectiveSpec):
 
     def __post_init__(self):
         _check(self.z_loss, self.chunk)
+
+    def fits(self, model: Assembly) -> None:
+        if not model.tells_words:
+            raise UserError("objective is MaskedLM, but model.head tells no words; its head is to be MaskedWords")
 
     @property
     def predicted(self) -> float:

@@ -10,11 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from slmjax.errors import UserError
 
 T = TypeVar("T")
+MOST = 900
+"""Characters of a message"""
 
 
 def parse(
@@ -197,6 +200,32 @@ def _sections(message: str) -> list[list[str]]:
     return [section for section in sections if section and not section[0].startswith("For full helptext")]
 
 
+def text_of(flag: str, text: str) -> str:
+    """The text of an argument.
+
+    Raises:
+        UserError: it holds bytes that are not UTF-8, which Python hands on as halves of surrogate pairs.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {text[:40]!r} is not UTF-8 text") from None
+    return text
+
+
+def read_text(flag: str, name: str) -> str:
+    """The text of a file that is named on the command line; - is standard input.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    try:
+        return text_of(flag, sys.stdin.read() if name == "-" else Path(name).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {name} cannot be read as text: {error}") from None
+
+
 def fail(error: BaseException) -> None:
-    """The one line a user sees for a mistake."""
-    print(f"slmjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """The one line a user sees for a mistake. What files say in it may be long, or speak to the terminal."""
+    said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    print(f"slmjax: error: {said if len(said) <= MOST else said[: MOST - 3] + '...'}", file=sys.stderr)

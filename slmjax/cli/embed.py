@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from slmjax.cli.args import parse
+from slmjax.cli.args import parse, read_text, text_of
 from slmjax.errors import StorageError, UserError
 
 HELP = "vectors of texts: mean of the last layer, of norm 1"
@@ -19,7 +18,7 @@ HELP = "vectors of texts: mean of the last layer, of norm 1"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint or a Hugging Face folder"""
+    """A run folder, a checkpoint, a Hugging Face folder or a GGUF file"""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text; give it several times for several"""
     text_file: str | None = None
@@ -74,13 +73,9 @@ def main(argv: list[str]) -> int:
 
 
 def _texts(args: Args) -> list[str]:
-    texts = list(args.text)
+    texts = [text_of("--text", text) for text in args.text]
     if args.text_file is not None:
-        try:
-            whole = sys.stdin.read() if args.text_file == "-" else Path(args.text_file).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text-file {args.text_file} cannot be read as text: {error}") from None
-        texts += [line for line in whole.splitlines() if line.strip()]
+        texts += [line for line in read_text("--text-file", args.text_file).splitlines() if line.strip()]
     if not texts:
         raise UserError('no text; add --text "..." or --text-file FILE')
     return texts

@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from slmjax.cli.args import parse
+from slmjax.cli.args import parse, read_text, text_of
 from slmjax.errors import UserError
 
 HELP = "sample text from a model"
@@ -105,10 +104,10 @@ def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
 
     from slmjax.data.chat import prompt
 
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = [] if args.system is None else [{"role": "system", "content": text_of("--system", args.system)}]
     questions: Iterable[str] = _questions() if args.chat in (None, "-") else [args.chat]
     for question in questions:
-        messages.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": text_of("--chat", question)})
         asked = prompt(generator.tokenizer, messages)
         answer = ""
         for piece in replace(generator, ends=asked.ends).stream([asked.ids], **options):
@@ -150,14 +149,9 @@ def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
 def _prompts(args: Args) -> Sequence[str]:
     if args.system is not None:
         raise UserError("--system is for --chat; add --chat QUESTION, or put it into --prompt")
-    prompts = list(args.prompt)
-    if args.prompt_file == "-":
-        prompts.append(sys.stdin.read())
-    elif args.prompt_file is not None:
-        try:
-            prompts.append(Path(args.prompt_file).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {args.prompt_file} cannot be read as text: {error}") from None
+    prompts = [text_of("--prompt", prompt) for prompt in args.prompt]
+    if args.prompt_file is not None:
+        prompts.append(read_text("--prompt-file", args.prompt_file))
     if not prompts:
         raise UserError('no prompt; add --prompt "..." (an empty one begins a document) or --prompt-file FILE')
     return prompts
@@ -177,7 +171,8 @@ def _compute(dtype: str | None) -> Any:
 
 def _unescaped(text: str) -> str:
     r"""`\n`, `\t` and `\\` as what they stand for; any other backslash is one."""
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
+    whole = text_of("--stop", text)
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), whole)
 
 
 def _note(line: str) -> None:

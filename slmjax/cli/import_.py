@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         "  slmjax import SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2",
     )
     from slmjax import __version__
+    from slmjax.cli.loading import fitting
     from slmjax.cli.runs import write_json
     from slmjax.convert.folder import publish
     from slmjax.convert.memory import to_device
@@ -43,7 +44,9 @@ def main(argv: list[str]) -> int:
 
     source = Path(args.model)
     with publish(Path(args.out), overwrite=None) as folder:
-        imported, tokenizer, about = (_gguf if source.is_file() else _hf)(source)
+        imported, tokenizer, about = (_gguf if source.is_file() or source.suffix == ".gguf" else _hf)(source)
+        if tokenizer is not None:
+            fitting(tokenizer, imported.decoder.vocab, source)
         described = {
             "format": 1,
             "slmjax": __version__,
@@ -80,5 +83,4 @@ def _gguf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
     from slmjax.convert.gguf import import_gguf
 
     imported = import_gguf(source)
-    licence = imported.metadata.get("general.license")
-    return imported, imported.tokenizer, {"licence": licence} if isinstance(licence, str) else {}
+    return imported, imported.tokenizer, {} if imported.licence is None else {"licence": imported.licence}

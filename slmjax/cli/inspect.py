@@ -45,10 +45,10 @@ def main(argv: list[str]) -> int:
     from slmjax.models import SIZES
     from slmjax.models.flops import flops_per_token, parameter_count
 
-    decoder, length, params = _model(args)
+    decoder, length, params, predicted = _model(args)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(_parameters(decoder, params, console.width))
-    console.print(_flops(flops_per_token(decoder, length), length))
+    console.print(_flops(flops_per_token(decoder, length, predicted), length, predicted))
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
     if args.model in SIZES:
@@ -60,26 +60,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _model(args: Args) -> tuple[Any, int, Any]:
-    """(decoder, sequence length, parameters or None). An experiment needs no run."""
+def _model(args: Args) -> tuple[Any, int, Any, float]:
+    """(decoder, sequence length, parameters or None, share of tokens with logits). An experiment needs no run."""
     from slmjax.experiment_file import load_experiment
     from slmjax.models import SIZES
 
     path = Path(args.model)
     if args.model in SIZES and not path.exists():
         decoder = SIZES[args.model]()
-        return decoder, args.length or decoder.context, None
+        return decoder, args.length or decoder.context, None, 1.0
     if path.suffix != ".gguf" and (not path.exists() or path.is_file()):
         near = difflib.get_close_matches(args.model, SIZES, n=1)
         if near and not path.suffix:
             raise UserError(f"{args.model}: no such folder, experiment or published size; did you mean {near[0]}?")
         experiment, _ = load_experiment(args.model)
-        return experiment.model, args.length or experiment.data.length, None
+        return experiment.model, args.length or experiment.data.length, None, experiment.objective.predicted
     from slmjax.cli.loading import load
 
     loaded = load(path, step=args.step)
-    trained = loaded.experiment.data.length if loaded.experiment else loaded.decoder.context
-    return loaded.decoder, args.length or trained, loaded.params
+    run = loaded.experiment
+    length = args.length or (run.data.length if run else loaded.decoder.context)
+    return loaded.decoder, length, loaded.params, run.objective.predicted if run else 1.0
 
 
 def _parameters(decoder: Any, params: Any, width: int) -> Any:
@@ -115,10 +116,12 @@ def _parameters(decoder: Any, params: Any, width: int) -> Any:
     return table
 
 
-def _flops(flops: Any, length: int) -> Any:
+def _flops(flops: Any, length: int, predicted: float) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"training FLOPs a token, sequences of {length}", title_justify="left")
+    share = "all" if predicted == 1 else f"{predicted:.4g} of all"
+    title = f"training FLOPs a token, sequences of {length}, the head at {share} tokens"
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("convention")
     table.add_column("FLOPs a token", justify="right")
     for name, value in (

@@ -12,7 +12,7 @@ import jax
 
 from slmjax.config import Experiment
 from slmjax.data.tokenizer import Tokenizer
-from slmjax.errors import StorageError, UserError
+from slmjax.errors import DataError, StorageError, UserError
 from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.encoder import CANNOT
@@ -49,13 +49,12 @@ class Loaded:
     def tokenizer(self) -> Tokenizer:
         """
         Raises:
-            UserError: the model has none.
+            UserError: the model has none, or one of another model.
         """
-        if self.embedded is not None:
-            return self.embedded
-        if self.tokenizer_path is None:
+        if self.embedded is None and self.tokenizer_path is None:
             raise UserError(f"{self.source} has no tokenizer.json; copy the one that the model was trained with there")
-        return Tokenizer.load(self.tokenizer_path)
+        found = self.embedded or Tokenizer.load(self.tokenizer_path or self.source)
+        return fitting(found, self.decoder.vocab, self.source)
 
 
 def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print) -> Loaded:
@@ -101,15 +100,28 @@ def _gguf(file: Path, step: int | None) -> Loaded:
     if step is not None:
         raise UserError(f"{file} is a GGUF file, without checkpoints: there is no step {step} to take")
     imported = import_gguf(file)
-    licence = imported.metadata.get("general.license")
     return Loaded(
         decoder=imported.decoder,
         params=to_device(imported.params),
         tokenizer_path=None,
         embedded=imported.tokenizer,
         source=file,
-        config={"imported": {"folder": file.name, "licence": licence}},
+        config={"imported": {"folder": file.name, "licence": imported.licence}},
     )
+
+
+def fitting(tokenizer: Tokenizer, rows: int, source: str | Path) -> Tokenizer:
+    """The tokenizer of a model with so many rows in its table of tokens.
+
+    Raises:
+        DataError: it has more ids, which would be read as those of other tokens.
+    """
+    if tokenizer.vocab > rows:
+        raise DataError(
+            f"{source}: the tokenizer has ids up to {tokenizer.vocab - 1}, but the model has {rows} rows: they do not "
+            "belong together; put the tokenizer.json that the model was trained with there"
+        )
+    return tokenizer
 
 
 def generative(model: Assembly) -> Decoder:

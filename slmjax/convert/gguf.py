@@ -13,7 +13,7 @@ import numpy as np
 from slmjax.convert import gguf_write, table
 from slmjax.convert.gguf_arch import Config, GGUFArchitecture
 from slmjax.convert.gguf_families import LLAMA, architecture_of
-from slmjax.convert.gguf_file import GGUF
+from slmjax.convert.gguf_file import GGUF, named, shown
 from slmjax.convert.gguf_rope import scaling_of
 from slmjax.convert.gguf_tokenizer import from_gguf, to_gguf
 from slmjax.convert.hf import abstract, family_of
@@ -38,6 +38,12 @@ class ImportedGGUF:
     family: Family
     tokenizer: Tokenizer
     metadata: Mapping[str, Any]
+
+    @property
+    def licence(self) -> str | None:
+        """What the file says of it."""
+        found = self.metadata.get("general.license")
+        return found if isinstance(found, str) else None
 
 
 class Theirs(Mapping[str, np.ndarray]):
@@ -70,11 +76,11 @@ def import_gguf(file: pathlib.Path) -> ImportedGGUF:
     try:
         return _import(opened)
     except UserError as e:
-        raise type(e)(f"{file}: {e}") from e
+        raise e if str(e).startswith(f"{file}: ") else type(e)(f"{file}: {e}") from e
 
 
 def _import(file: GGUF) -> ImportedGGUF:
-    name = file.metadata.get("general.architecture")
+    name = named(file.metadata, "general.architecture")
     if name != LLAMA.name:
         raise UserError(f"general.architecture = {name!r} cannot be imported; only {LLAMA.name!r} can")
     tokenizer = from_gguf(file.metadata)
@@ -100,13 +106,13 @@ def config_of(file: GGUF) -> dict[str, Any]:
     def count(key: str, default: int | None = None) -> int:
         value = left.pop(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise StorageError(f"{file.file}: {prefix}{key} = {_show(value)}; expected a positive number")
+            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
         return value
 
     def real(key: str, default: float | None = None) -> float:
         value = left.pop(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise StorageError(f"{file.file}: {prefix}{key} = {_show(value)}; expected a positive number")
+            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
         return float(np.float64(str(np.float32(value))))  # the shortest decimal: 1e-5, not 9.99999974e-06
 
     layers, width, heads = count("block_count"), count("embedding_length"), count("attention.head_count")
@@ -140,7 +146,7 @@ def config_of(file: GGUF) -> dict[str, Any]:
     }
     for key, value in left.items():
         if key not in HARMLESS and np.any(value):
-            raise UserError(f"{prefix}{key} = {_show(value)} is not known here and may change what the model computes")
+            raise UserError(f"{prefix}{key} = {shown(value)} is not known here and may change what the model computes")
     return config
 
 
@@ -233,7 +239,3 @@ def _check_tensors(file: GGUF, config: Config, expected: Mapping[str, tuple[int,
     for name in file.infos:
         if name not in expected:
             raise StorageError(f"{file.file}: tensor {name[:120]!r} has no place in this model")
-
-
-def _show(value: Any) -> str:
-    return "missing" if value is None else repr(value)[:60]

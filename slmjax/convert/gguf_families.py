@@ -216,4 +216,4 @@ def architecture_of(model_type: str) -> GGUFArchitecture:
         if one.model_type == model_type:
             return one
     names = ", ".join(one.model_type for one in ARCHITECTURES)
-    raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; llama.cpp computes {names}")
+    raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; there are {names}")

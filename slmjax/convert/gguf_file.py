@@ -142,8 +142,9 @@ def _read_header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Info]]:
         if key in metadata:
             raise c.fail(f"the key {_short(key)} occurs twice")
         metadata[key] = _value(c, c.number("I", f"the type of {_short(key)}"), f"the key {_short(key)}")
-    if (parts := metadata.get("split.count", 0)) not in (0, 1):
-        raise c.fail(f"it is one of {parts} parts; join them first (llama-gguf-split --merge)")
+    parts = metadata.get("split.count", 0)
+    if not isinstance(parts, int) or parts > 1:
+        raise c.fail(f"it is one of {shown(parts)} parts; join them first (llama-gguf-split --merge)")
     described: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for i in range(tensors):
         name = c.text(f"the name of tensor {i}")
@@ -192,7 +193,7 @@ def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], GGMLQuantizationT
 def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment: Any) -> dict[str, Info]:
     """Checks that each tensor lies within the file, and none within another."""
     if not (isinstance(alignment, int) and 0 < alignment <= MOST_ALIGNMENT and alignment & (alignment - 1) == 0):
-        raise c.fail(f"general.alignment is {alignment!r}; expected a power of two up to {MOST_ALIGNMENT}")
+        raise c.fail(f"general.alignment is {shown(alignment)}; expected a power of two up to {MOST_ALIGNMENT}")
     data = -(-c.at // alignment) * alignment
     infos = {}
     for name, (shape, kind, offset) in described.items():
@@ -216,5 +217,26 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
     return infos
 
 
+def shown(value: Any) -> str:
+    """A value of the metadata for a message: one line, and not all of an array."""
+    return "missing" if value is None else _cut(" ".join(repr(value).split()), 60)
+
+
+def named(metadata: Mapping[str, Any], key: str, default: str | None = None) -> str | None:
+    """A value that is a name.
+
+    Raises:
+        StorageError: it is something else.
+    """
+    value = metadata.get(key, default)
+    if value is not None and not isinstance(value, str):
+        raise StorageError(f"{key} = {shown(value)} is no text")
+    return value
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def _short(name: str) -> str:
-    return repr(name if len(name) <= 120 else name[:117] + "...")
+    return repr(_cut(name, 120))

@@ -126,7 +126,7 @@ def _compare(
             here = score[len(prompt) + step - 1]
             if step < len(row["top"]):
                 ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
-                worst = max(worst, float(np.abs(here[ids] - theirs).max()))
+                worst = float(np.maximum(worst, np.abs(here[ids] - theirs).max()))  # NaN stays, and fails
             lead = max(lead, float(here.max() - here[token]))
             same += int(here.argmax() == token)
             made += 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.convert.gguf_arch import llama3_factors
-from slmjax.convert.gguf_file import GGUF
+from slmjax.convert.gguf_file import GGUF, shown
 from slmjax.errors import StorageError, UserError
 
 ORIGINAL = 8192
@@ -22,13 +22,15 @@ def scaling_of(file: GGUF, left: dict[str, Any], theta: float, size: int) -> dic
         UserError: a scaling that has no counterpart here.
         StorageError: the factors have another shape.
     """
-    kind = left.pop("rope.scaling.type", "none")
-    factor = left.pop("rope.scaling.factor", left.pop("rope.scale_linear", 1.0))
-    original = left.pop("rope.scaling.original_context_length", None)
-    if kind not in ("none", "linear"):
-        raise UserError(f"llama.rope.scaling.type = {kind!r} has no counterpart here")
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e30:
-        raise StorageError(f"{file.file}: llama.rope.scaling.factor = {factor!r}; expected a positive number")
+    kind = left.pop("rope.scaling.type", "linear")  # to llama.cpp a factor without a kind is of this one
+    older = left.pop("rope.scale_linear", 1.0)
+    factor = left.pop("rope.scaling.factor", older)
+    original = left.pop("rope.scaling.original_context_length", ORIGINAL)
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
+        raise UserError(f"llama.rope.scaling.type = {shown(kind)} has no counterpart here")
+    for key, value in (("factor", factor), ("original_context_length", original)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise StorageError(f"{file.file}: llama.rope.scaling.{key} = {shown(value)}; expected a positive number")
     linear = kind == "linear" and factor != 1.0
     if "rope_freqs.weight" not in file.infos:
         return {"rope_type": "linear", "factor": float(factor)} if linear else {"rope_type": "default"}
@@ -40,7 +42,7 @@ def scaling_of(file: GGUF, left: dict[str, Any], theta: float, size: int) -> dic
     factors = file["rope_freqs.weight"]
     if np.all(factors == 1):
         return {"rope_type": "default"}
-    for candidate in _candidates(factors, theta, size, original or ORIGINAL):
+    for candidate in _candidates(factors, theta, size, original):
         config = {"rope_parameters": {"rope_theta": theta, **candidate}, "head_dim": size}
         if np.allclose(llama3_factors(config)["rope_freqs.weight"], factors, rtol=1e-6, atol=0):
             return candidate

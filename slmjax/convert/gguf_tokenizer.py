@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from slmjax.convert.gguf_file import named, shown
 from slmjax.data.chat import ChatTemplate, ends
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
@@ -71,7 +73,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         UserError: a kind of tokenizer that is not read.
         StorageError: its parts are missing or contradict one another.
     """
-    kind = metadata.get(f"{KEY}model")
+    kind = named(metadata, f"{KEY}model")
     if kind not in ("gpt2", "llama"):
         raise UserError(
             f"{KEY}model = {kind!r} is not supported; there are gpt2 (byte-level BPE), llama (SentencePiece)"
@@ -83,9 +85,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(vocab) != len(tokens):
         twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
         raise StorageError(f"{KEY}tokens holds {twice[:80]!r} twice")
-    types = [int(t) for t in metadata.get(f"{KEY}token_type", [TokenType.NORMAL] * len(tokens))]
-    if len(types) != len(tokens):
-        raise StorageError(f"{KEY}token_type has {len(types)} entries for {len(tokens)} tokens")
+    types = _numbers(metadata, f"{KEY}token_type", "iu", len(tokens), TokenType.NORMAL).tolist()
     # rows of the embedding that no text becomes are padding of the model, and no tokens
     for i in range(len(tokens) - 1, -1, -1):
         if types[i] != TokenType.UNUSED or tokens[i] != PADDING.format(i):
@@ -94,8 +94,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     names = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = metadata.get(f"{KEY}{key}_token_id")
-        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-            raise StorageError(f"{KEY}{key}_token_id is {i!r}; expected one of {len(tokens)} ids")
+        if i is not None and (isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(tokens)):
+            raise StorageError(f"{KEY}{key}_token_id is {shown(i)}; expected one of {len(tokens)} ids")
         if i is not None:
             names[f"{name}_token"] = tokens[i]
     try:
@@ -107,7 +107,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         raise
     except Exception as e:  # the library raises a bare Exception
         raise StorageError(f"the tokenizer in the file cannot be built: {' '.join(str(e).split())[:200]}") from None
-    bos = metadata.get(f"{KEY}add_bos_token", bos)
+    bos = _flag(metadata, f"{KEY}add_bos_token", bos)
     source = metadata.get("tokenizer.chat_template")
     chat = ChatTemplate(source=source, tokens=names) if isinstance(source, str) and source else None
     return Tokenizer(raw, bos=names.get("bos_token") if bos else None, eos=names.get("eos_token"), chat=chat)
@@ -117,10 +117,28 @@ def _of(tokens: list[str], types: list[int], wanted: tuple[int, ...]) -> list[st
     return [t for t, kind in zip(tokens, types, strict=True) if kind in wanted]
 
 
+def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, length: int, default: int | None = None) -> np.ndarray:
+    """A number for each token; `kinds`: as numpy calls them."""
+    found = metadata.get(key, None if default is None else [default] * length)
+    numbers = np.asarray(found) if isinstance(found, (list, np.ndarray)) else None
+    if numbers is None or numbers.dtype.kind not in kinds:
+        raise StorageError(f"{key} = {shown(found)}; expected a number for each token")
+    if len(numbers) != length:
+        raise StorageError(f"{key} has {len(numbers)} entries for {length} tokens")
+    return numbers
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise StorageError(f"{key} = {shown(value)}; expected true or false")
+    return value
+
+
 def _byte_level(
     metadata: Mapping[str, Any], vocab: dict[str, int], names: Mapping[str, str]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    name = metadata.get(f"{KEY}pre")
+    name = named(metadata, f"{KEY}pre")
     cut = next((cut for cut in CUTS if name in cut.names), None)
     if cut is None:
         known = ", ".join(cut.names[0] for cut in CUTS)
@@ -148,9 +166,7 @@ def _split(rule: str) -> Any:
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], names: Mapping[str, str]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    scores = metadata.get(f"{KEY}scores")
-    if scores is None or len(scores) != len(metadata[f"{KEY}tokens"]):
-        raise StorageError(f"{KEY}scores has not one score for each token")
+    scores = _numbers(metadata, f"{KEY}scores", "f", len(metadata[f"{KEY}tokens"]))
     merges = [
         (-float(scores[i]), vocab[token[:at]], vocab[token[at:]], token[:at], token[at:])
         for token, i in vocab.items()
@@ -163,7 +179,7 @@ def _sentencepiece(
     raw = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.get(f"{KEY}add_space_prefix", True)
+    prefix = _flag(metadata, f"{KEY}add_space_prefix", True)
     steps: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
     raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ends: list[Any] = [decoders.Strip(" ", 1, 0)] if prefix else []

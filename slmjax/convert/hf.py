@@ -25,13 +25,16 @@ from slmjax.models.table import Family
 from slmjax.types import Params
 
 CONFIG_BYTES = 2**24
-LAYERS = ("num_hidden_layers", "n_layer", "num_transformer_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "num_transformer_layers", "num_feedforward_networks")
 WIDTHS = (
     "vocab_size", "hidden_size", "n_embd", "n_embed", "model_dim", "intermediate_size", "n_inner", "ffn_dim",
     "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "word_embed_proj_dim",
+    "conv_L_cache", "embedding_size", "intra_bottleneck_size",
 )  # fmt: skip
 """Fields of config.json that are sizes of weights"""
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
+BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
+"""Integers that may be larger than any length"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ def import_hf(folder: pathlib.Path) -> Imported:
     config = read_config(folder)
     families = {family.model_type: family for family in FAMILIES if family.model_type}
     kind = config.get("model_type")
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise UserError(
             f"{folder}/config.json: model_type = {kind!r} is not supported; there are {', '.join(families)}"
         )
@@ -126,10 +129,10 @@ def import_hf(folder: pathlib.Path) -> Imported:
     family = families[kind]
     tensors = Tensors(folder)
     _check_sizes(folder / "config.json", config, tensors)
-    decoder = family.from_config(config)
+    decoder, tree = _described(folder / "config.json", family, config)
     try:
         chosen = select(tensors, family)
-        params = table.to_ours(family.rows(decoder), chosen, abstract(decoder), chosen.shapes)
+        params = table.to_ours(family.rows(decoder), chosen, tree, chosen.shapes)
     except StorageError as e:
         raise StorageError(f"{folder}: {e}") from e
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
@@ -156,6 +159,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return config
 
 
+def _described(file: pathlib.Path, family: Family, config: Mapping[str, Any]) -> tuple[Assembly, Params]:
+    """The decoder that a config.json describes, and its abstract parameters."""
+    try:
+        decoder = family.from_config(config)
+        return decoder, abstract(decoder)
+    except UserError as e:
+        raise type(e)(str(e) if str(e).startswith("config.json: ") else f"{file}: {e}") from e
+    except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # numbers that do not go together
+        said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{file} describes no {family.name} model that can be built: {said}") from e
+
+
 def _not_json(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
@@ -163,14 +178,15 @@ def _not_json(constant: str) -> None:
 def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors) -> None:
     """Refuses sizes that the weights cannot have, before anything of such a size is made."""
     weights = sum(math.prod(shape) for shape in tensors.shapes.values())
-    for key, most, what in (
-        *((key, len(tensors), "tensors in the file") for key in LAYERS),
-        *((key, weights, "weights in the file") for key in WIDTHS),
-        *((key, 2**31 - 1, "numbers of an int32 position") for key in CONTEXTS),
-    ):
-        value = config.get(key)
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise StorageError(f"{file}: {key} = {value} cannot be: there are {most} {what}")
+    positive = (*LAYERS, *WIDTHS, *CONTEXTS)
+    for key in (key for key, value in config.items() if isinstance(value, int) and key not in BASES):
+        most, what = 2**31 - 1, "numbers of an int32 position"
+        if key in LAYERS:
+            most, what = len(tensors), "tensors in the file"
+        elif key in WIDTHS:
+            most, what = weights, "weights in the file"
+        if config[key] > most or (key in positive and config[key] < 1):
+            raise StorageError(f"{file}: {key} = {config[key]} cannot be: there are {most} {what}")
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

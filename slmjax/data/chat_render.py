@@ -18,6 +18,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS, MEMORY_BYTES = 5, 1 << 29
+CHARACTERS = 1 << 24
+"""Longer than any context: whoever reads the text would need many times its size to cut it into tokens"""
 
 
 class Generation(Extension):
@@ -54,7 +56,11 @@ def _refuse(message: str) -> None:
 def attempt(function: Callable[[], str]) -> dict[str, str]:
     """{"text": ...} or {"error": one line}."""
     try:
-        return {"text": function()}
+        text = function()
+        if len(text) > CHARACTERS:
+            return {"error": f"it makes {len(text)} characters; at most {CHARACTERS} are read"}
+        text.encode()  # half of a surrogate pair is no text
+        return {"text": text}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB"}
     except Exception as e:  # whatever a template can provoke

@@ -159,6 +159,8 @@ class Tokenizer:
         self.raw, self.chat = raw, chat
         self.bos, self.eos = bos or None, eos or None
         self.mask = mask or None
+        if not raw.get_vocab_size(with_added_tokens=True):
+            raise DataError("the tokenizer has no tokens")
         self.bos_id, self.eos_id, self.mask_id = (self._id_of(t) for t in (self.bos, self.eos, self.mask))
         self.vocab: int = max(raw.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding table needs"""

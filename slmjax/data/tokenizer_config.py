@@ -44,7 +44,10 @@ def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
 def template(file: Path, config: dict[str, Any]) -> str | None:
     """The chat template: a file of its own, or a field of tokenizer_config.json; of several the default one."""
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read as text: {error}") from None
     found = config.get("chat_template")
     if isinstance(found, list):
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")

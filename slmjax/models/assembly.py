@@ -87,7 +87,7 @@ class Assembly(abc.ABC):
     example: ClassVar[str]
     """What to try with a trained one: a command whose MODEL is written {}"""
     whole_text: ClassVar[bool]
-    """Whether its loss is that of a whole text, so that bits per byte mean something"""
+    """Whether its loss is that of a whole text, read from the left, so that bits per byte mean something"""
 
     def __post_init__(self):
         for name in ("vocab", "width", "repeats", "context"):
@@ -106,12 +106,17 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def logit_products(self) -> int:
-        """Multiply-adds of a token's logits with tables that are no more than looked up elsewhere, for FLOPs."""
+        """Multiply-adds of a token's logits with the tables of words (`flops.TABLES`), for FLOPs."""
 
     @abc.abstractmethod
     def asked(self, batch: Batch, key: Key, special: Any) -> Batch:
         """What a model of this kind is evaluated on: `batch`, with the inputs that it reads and the targets and weights
         of its questions. `special`: `data.tokenizer.Special`."""
+
+    @property
+    def tells_words(self) -> bool:
+        """Whether its logits are those of the words of its vocabulary."""
+        return True
 
     @property
     def stages(self) -> tuple[Stage, ...]:

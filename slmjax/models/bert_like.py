@@ -10,7 +10,7 @@ from slmjax.models.encoder import Encoder
 from slmjax.models.hf_config import NUMBER, Fields, Names
 from slmjax.models.table import Asked, Row, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
-from slmjax.nn.mlp import MLP
+from slmjax.nn.mlp import MLP, tanh
 
 GREEK = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Names in files older than 2019, as `transformers` renames them"""
@@ -31,12 +31,11 @@ class Kind(NamedTuple):
 
 def kinds(name: str, prefix: str, *, pooler: bool) -> tuple[Kind, ...]:
     """The classes `{name}ForMaskedLM` and so on."""
-    words = Kind(f"{name}ForMaskedLM", prefix, MaskedWords, "logits", False)
-    if not pooler:
-        return words, Kind(f"{name}Model", "", Bare, "last_hidden_state", False)
     return (
-        words,
-        Kind(f"{name}Model", "", Pooler, "pooler_output", True),
+        Kind(f"{name}ForMaskedLM", prefix, MaskedWords, "logits", False),
+        Kind(f"{name}Model", "", Pooler, "pooler_output", True)
+        if pooler
+        else Kind(f"{name}Model", "", Bare, "last_hidden_state", False),
         Kind(f"{name}ForSequenceClassification", prefix, Classifier, "logits", True),
     )
 
@@ -66,9 +65,12 @@ def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
     return of
 
 
-def head_of(known: tuple[Kind, ...], config: Mapping[str, Any]) -> Head | None:
+def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], *, activation: Callable = tanh) -> Head | None:
     """The head of the class that a config.json names; None if that is the one for masked words, as families' functions
     take it.
+
+    Args:
+        activation: of the one for labels.
 
     Raises:
         UserError: it names none, or another.
@@ -83,7 +85,7 @@ def head_of(known: tuple[Kind, ...], config: Mapping[str, Any]) -> Head | None:
     if config.get("is_decoder"):
         raise UserError("config.json: is_decoder = True is not supported; only False is")
     if found.head is Classifier:
-        return Classifier(labels=_labels(config))
+        return Classifier(labels=_labels(config), activation=activation)
     return None if found.head is MaskedWords else found.head()
 
 

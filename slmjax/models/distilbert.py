@@ -6,13 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slmjax.models.bert import bert
-from slmjax.models.bert_like import GREEK, asked, embedding_rows, head_of, ignore_dropout, kind_of, kinds, prefix_of
+from slmjax.models.bert_like import (
+    GREEK,
+    asked,
+    embedding_rows,
+    head_fields,
+    head_of,
+    ignore_dropout,
+    kind_of,
+    kinds,
+    prefix_of,
+)
 from slmjax.models.encoder import Encoder
 from slmjax.models.gpt_like import parts
 from slmjax.models.hf_config import Fields, Names, exact, finished
 from slmjax.models.table import Family, Row, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Head
-from slmjax.nn.mlp import gelu
+from slmjax.nn.mlp import gelu, relu
 
 
 def distilbert(
@@ -67,6 +77,8 @@ def rows(encoder: Encoder) -> tuple[Row, ...]:
         *dense_rows("head/transform", "vocab_transform"),
         *norm_rows("head/norm", "vocab_layer_norm"),
         Row("head/bias", "vocab_projector.bias", "v -> v"),
+        *dense_rows("head/pool", "pre_classifier"),
+        *dense_rows("head/classify", "classifier"),
     )
     return present(table, encoder)
 
@@ -85,6 +97,7 @@ def to_config(encoder: Any) -> dict[str, Any] | None:
         "tie_word_embeddings": True,
         "dropout": 0.0,
         "attention_dropout": 0.0,
+        **head_fields(encoder),
     }
     return exact(config, from_config, encoder)
 
@@ -101,7 +114,7 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
     fields.expect("tie_word_embeddings", True)
     fields.expect("tie_weights_", True)
     common = NAMES.read(fields, layers=6, width=768, heads=12, hidden=3072, vocab=30522, context=512, activation="gelu")
-    return finished(fields, distilbert(**common, head=head_of(KINDS, config)))
+    return finished(fields, distilbert(**common, head=head_of(KINDS, config, activation=relu)))
 
 
 FAMILY = Family(

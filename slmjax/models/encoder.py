@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, positive
 from slmjax.losses.masked_lm import Masking
 from slmjax.models.assembly import Assembly, run
 from slmjax.nn.attention_kernels import Mask
@@ -43,6 +43,12 @@ class Encoder(Assembly):
     (MobileBERT); None: the table is as wide as the model"""
     initial: Initial = Initial()  # noqa: RUF009
     """Initial values: `std` for all matrices, since norms after each branch keep the stream from growing"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.types < 0:
+            raise UserError(f"model.types: {self.types} is negative; 0 for none")
+        positive(**{"model.trigram": self.trigram})
 
     def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
         """Pure functions over a nested dict of float32 arrays, computed as `compute` says.
@@ -90,10 +96,23 @@ class Encoder(Assembly):
 
     def logit_products(self) -> int:
         """Those of the head."""
-        return self.head.logit_products(self.vocab, self.trigram or self.width)
+        return self.head.logit_products(self.vocab, self.width)
+
+    @property
+    def tells_words(self) -> bool:
+        return self.head.words
 
     def asked(self, batch: Batch, key: Key, special: Special) -> Batch:
-        """Masked words, as BERT is trained on."""
+        """Masked words, as BERT is trained on.
+
+        Raises:
+            UserError: the head tells something else.
+        """
+        if not self.tells_words:
+            raise UserError(
+                f"this encoder's head, {type(self.head).__name__}, tells no words: there is no loss to evaluate; "
+                "`slmjax embed` gives vectors"
+            )
         return Masking()(batch, key, vocab=self.vocab, special=special)
 
     def _stack(self, compute: Compute, collect: bool = False) -> Layer:

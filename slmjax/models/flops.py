@@ -13,7 +13,7 @@ import flax.linen as nn
 from slmjax.models.assembly import Assembly
 from slmjax.tree import count, flatten
 
-TABLES = ("embed/table", "embed/positions", "embed/types", "unembed/table")
+TABLES = ("embed/table", "embed/positions", "embed/types", "unembed/table", "head/rest")
 
 
 class Flops(NamedTuple):
@@ -22,7 +22,8 @@ class Flops(NamedTuple):
     nonembedding: int
     """(i) 6 * N_nonembedding. Kaplan et al. 2020"""
     head: int
-    """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not"""
+    """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not. Where only a
+    share of the tokens has logits (masked words), the head is counted for these"""
     attention: int
     """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; fewer where a window hides keys,
     twice as many in an encoder"""
@@ -37,17 +38,18 @@ def parameter_count(decoder: Assembly) -> int:
 
 def nonembedding_count(decoder: Assembly) -> int:
     """N without the tables of tokens and positions."""
-    return sum(count(leaf) for path, leaf in flatten(_abstract(decoder)).items() if path not in TABLES)
+    return sum(_nonembedding(decoder).values())
 
 
 def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> Flops:
     """Training FLOPs a token in sequences of `length` tokens, under the four conventions.
 
     Args:
-        predicted: the share of tokens whose logits are computed (`ObjectiveSpec.predicted`), for (ii) and (iii).
+        predicted: the share of tokens that the head reads (`ObjectiveSpec.predicted`), for (ii) and (iii).
     """
     inside = 6 * nonembedding_count(decoder)
-    head = inside + round(6 * decoder.logit_products() * predicted)
+    of_head = sum(n for path, n in _nonembedding(decoder).items() if path.startswith("head/"))
+    head = inside - 6 * of_head + round(6 * (of_head + decoder.logit_products()) * predicted)
     # Scores and weighted values: 2 * 2 * H * K a key forward, three times that with backward.
     scores = sum(block.mixer.attended_width * block.mixer.attended_keys(length) for block in decoder.blocks())
     return Flops(
@@ -56,6 +58,10 @@ def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> F
         attention=head + round(12 * scores),
         total=6 * parameter_count(decoder),
     )
+
+
+def _nonembedding(decoder: Assembly) -> dict[str, int]:
+    return {path: count(leaf) for path, leaf in flatten(_abstract(decoder)).items() if path not in TABLES}
 
 
 def _abstract(decoder: Assembly) -> Any:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, positive
 from slmjax.models.decoder import Decoder
 from slmjax.models.hf_config import NUMBER, Fields, activation_name, exact, finished
 from slmjax.models.hf_rope import both_versions
@@ -61,6 +61,7 @@ def gemma_block(
     sizes: Sizes, position: Rope, window: int | None, query_scalar: int, bias: bool, **attention: Any
 ) -> AnyBlock:
     """A layer of Gemma 2 or 3, `bias` that of its attention; `attention` are further fields of `Attention`."""
+    positive(query_pre_attn_scalar=query_scalar)
     scale = None if query_scalar == sizes.head_dim else query_scalar**-0.5  # None: it would be that anyway
     return sizes.block(
         position, gemma_norm(sizes), kind=Sandwich, window=window, scale=scale, qkv_bias=bias, o_bias=bias, **attention

@@ -99,12 +99,19 @@ def _longrope(rope: Fields, original: int | None, context: int) -> LongRope:
     factor = rope.take("factor", NUMBER, None)
     growth = rope.take("attention_factor", NUMBER, None)
     return LongRope(
-        short=tuple(float(x) for x in rope.take("short_factor", (list, tuple))),
-        long=tuple(float(x) for x in rope.take("long_factor", (list, tuple))),
+        short=_numbers(rope, "short_factor"),
+        long=_numbers(rope, "long_factor"),
         original_context=first,
         factor=float(context / first if factor is None else factor),
         attention_factor=None if growth is None else float(growth),
     )
+
+
+def _numbers(rope: Fields, key: str) -> tuple[float, ...]:
+    found = rope.take(key, (list, tuple))
+    if not all(isinstance(x, NUMBER) for x in found):
+        raise UserError(f"config.json: {key} = {str(found)[:60]} is not a list of numbers")
+    return tuple(float(x) for x in found)
 
 
 def rope_to_config(rope: Rope) -> dict[str, Any]:

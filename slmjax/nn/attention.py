@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, positive
 from slmjax.nn.attention_kernels import Scores
 from slmjax.nn.layer import Layer
 from slmjax.nn.parts import Flow, Mixer, Norm
@@ -54,12 +54,14 @@ class Queries(Mixer):
     """False: every token of a segment sees every other, for encoders"""
 
     def __post_init__(self):
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+        positive(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, scale=self.scale)
+        if self.heads % self.kv_heads:
             raise UserError(f"kv_heads: {self.kv_heads} does not divide heads = {self.heads}")
-        if isinstance(self.position, Rope) and self.position.rotated(self.head_dim) % 2:
+        rotated = self.position.rotated(self.head_dim) if isinstance(self.position, Rope) else None
+        if rotated is not None and (rotated < 2 or rotated % 2):
             raise UserError(
-                f"head_dim: {self.position.rotated(self.head_dim)} of {self.head_dim} channels are rotated; an even "
-                "number is needed, for rotary positions pair them"
+                f"head_dim: {rotated} of {self.head_dim} channels are rotated; an even number is needed, for rotary "
+                "positions pair them"
             )
         for name in ("window", "softcap"):
             value = getattr(self, name)

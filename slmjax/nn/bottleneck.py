@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slmjax.errors import positive
 from slmjax.nn.attention import Queries
 from slmjax.nn.block import AnyBlock
 from slmjax.nn.layer import Layer
@@ -47,6 +48,9 @@ class Bottleneck(AnyBlock):
 
     inner: int
     feeds: int = 4
+
+    def __post_init__(self):
+        positive(inner=self.inner, feeds=self.feeds)
 
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         narrow = self.narrowed(layer, "narrow", x)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from slmjax.errors import positive
 from slmjax.nn.compute import Compute
 from slmjax.nn.layer import Layer
 from slmjax.nn.parts import Norm
@@ -68,6 +69,9 @@ class Logits:
     """Factor"""
     softcap: float | None = None
     """Logits are squeezed into (-c, c): c * tanh(logit / c). Gemma 2, arXiv:2408.00118, section 2"""
+
+    def __post_init__(self):
+        positive(softcap=self.softcap)
 
     def __call__(self, table: jax.Array, hidden: jax.Array, compute: Compute) -> jax.Array:
         """table [V, D], hidden [..., D] -> float32 [..., V]."""

@@ -5,21 +5,25 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
 from slmjax.nn.layer import Layer
-from slmjax.nn.mlp import gelu
+from slmjax.nn.mlp import gelu, tanh
 from slmjax.nn.parts import Norm
 
 
 class Head(abc.ABC):
     """Reads the last layer. A head that describes a whole sequence is read at its first token."""
 
+    words: ClassVar[bool] = False
+    """Whether it tells which word stands at a token"""
+
     def logit_products(self, vocab: int, width: int) -> int:
-        """Multiply-adds of a token with tables that are looked up elsewhere, too; see `Assembly.logit_products`."""
+        """Multiply-adds of a token with tables of words; see `Assembly.logit_products`. `width`: D of the model."""
         return 0
 
     @abc.abstractmethod
@@ -35,11 +39,13 @@ class MaskedWords(Head):
     their own (MobileBERT, Sun et al. 2020, arXiv:2004.02984).
     """
 
+    words: ClassVar[bool] = True
+
     norm: Norm
     activation: Callable = gelu
 
     def logit_products(self, vocab: int, width: int) -> int:
-        """V times the width of the embedding's table."""
+        """V * D."""
         return vocab * width
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., V]
@@ -67,30 +73,28 @@ class Pooler(Head):
     """tanh(dense(h)): what BERT was trained to tell of a whole sequence at its first token."""
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        return _pooled(layer, hidden).astype(jnp.float32)
+        return tanh(_dense(layer, "pool", hidden, hidden.shape[-1])).astype(jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Head):
-    """A score for each label of a sequence, from tanh(dense(h)) at its first token.
+    """A score for each label of a sequence, from activation(dense(h)) at its first token.
 
     Trained by `NextToken`: the target of the first token is the number of the label, and only its weight is 1.
     """
 
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     """Their names, in the order of their numbers"""
+    activation: Callable = tanh
+    """relu in DistilBERT"""
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
             raise UserError(f"model.head.labels: {', '.join(self.labels) or 'none'}; give names that differ")
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
-        x = _pooled(layer, hidden)
+        x = self.activation(_dense(layer, "pool", hidden, hidden.shape[-1]))
         return _dense(layer, "classify", x, len(self.labels), out=None).astype(jnp.float32)
-
-
-def _pooled(layer: Layer, hidden: jax.Array) -> jax.Array:
-    return jnp.tanh(_dense(layer, "pool", hidden, hidden.shape[-1]))
 
 
 def _dense(layer: Layer, name: str, x: jax.Array, width: int, out: str | None = "embed") -> jax.Array:

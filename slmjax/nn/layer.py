@@ -6,6 +6,7 @@ part's parameters and makes its children, so shapes, initial values and logical 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from slmjax.errors import UserError
 from slmjax.nn.compute import Compute
 
 
@@ -29,6 +31,11 @@ class Initial:
     """Standard deviation of every matrix and table"""
     residual: float = 1.0
     """Factor on `std` for matrices that write to the residual stream (`Decoder` sets 1/sqrt(2L))"""
+
+    def __post_init__(self):
+        for name in ("std", "residual"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"initial.{name}: {getattr(self, name)} is not a number of at least 0")
 
 
 class Declared(nn.LogicallyPartitioned):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
+from slmjax.errors import positive
 from slmjax.nn.layer import Layer
 from slmjax.nn.parts import FeedForward
 
@@ -31,6 +33,11 @@ def relu(x: jax.Array) -> jax.Array:
     return jax.nn.relu(x)
 
 
+def tanh(x: jax.Array) -> jax.Array:
+    """The hyperbolic tangent."""
+    return jnp.tanh(x)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLP(FeedForward):
     """down(activation(up(x)))."""
@@ -38,6 +45,9 @@ class MLP(FeedForward):
     hidden: int
     activation: Callable = gelu_tanh
     bias: bool = False
+
+    def __post_init__(self):
+        positive(hidden=self.hidden)
 
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         return _down(layer, self.activation(_up(layer, "up", x, self.hidden, self.bias)), x.shape[-1], self.bias)
@@ -50,6 +60,9 @@ class GatedMLP(FeedForward):
     hidden: int
     activation: Callable = silu
     bias: bool = False
+
+    def __post_init__(self):
+        positive(hidden=self.hidden)
 
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         gate = self.activation(_up(layer, "gate", x, self.hidden, self.bias))

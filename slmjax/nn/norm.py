@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from slmjax.errors import UserError
 from slmjax.nn.layer import Layer
 from slmjax.nn.parts import Norm
 
@@ -20,6 +21,9 @@ class RMSNorm(Norm):
     """1 for Gemma, whose `scale` is the difference from 1 and starts at 0"""
     round_first: bool = True
     """Whether x / rms(x) is rounded to the compute dtype before the gain, as Llama does, or after it, as Gemma does"""
+
+    def __post_init__(self):
+        _check(self.eps)
 
     def __call__(self, layer: Layer, x: jax.Array, axes: tuple[str, ...] = ("embed",), over: int = 1) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -40,6 +44,9 @@ class LayerNorm(Norm):
     gain: bool = True
     """Whether there is a `scale`"""
 
+    def __post_init__(self):
+        _check(self.eps)
+
     def __call__(self, layer: Layer, x: jax.Array, axes: tuple[str, ...] = ("embed",), over: int = 1) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide - _mean(wide, over)
@@ -47,6 +54,11 @@ class LayerNorm(Norm):
         shape = x.shape[-len(axes) :]
         wide = wide * layer.gain("scale", shape, axes) if self.gain else wide
         return layer.cast(wide + layer.bias("bias", shape, axes) if self.bias else wide)
+
+
+def _check(eps: float) -> None:
+    if not 0 <= eps < 1:
+        raise UserError(f"eps: {eps} of a norm is not between 0 and 1; typical is 1e-5")
 
 
 def _mean(x: jax.Array, over: int) -> jax.Array:

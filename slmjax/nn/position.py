@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slmjax.errors import UserError, positive
 from slmjax.nn.layer import Layer
 from slmjax.nn.rope_scaling import RopeScaling
 
@@ -63,6 +64,11 @@ class Rope(Position):
     scaling: RopeScaling | None = None
     fraction: float = 1.0
     """Share of each head's channels that is rotated, the first of them; the others know no position"""
+
+    def __post_init__(self):
+        positive(theta=self.theta)
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction: {self.fraction} of a head's channels cannot be rotated; expected up to 1")
 
     def rotated(self, head_dim: int) -> int:
         """How many channels of a head are rotated."""

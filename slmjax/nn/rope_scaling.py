@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, positive
 
 
 class RopeScaling(abc.ABC):
@@ -32,6 +32,9 @@ class LinearScaling(RopeScaling):
 
     factor: float
 
+    def __post_init__(self):
+        positive(factor=self.factor)
+
     def frequencies(self, powers: np.ndarray, positions: Any) -> np.ndarray:
         return np.float32(1) / powers / np.float32(self.factor)
 
@@ -48,6 +51,11 @@ class Llama3Scaling(RopeScaling):
     low: float = 1.0
     high: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self):
+        positive(factor=self.factor, low=self.low, high=self.high, original_context=self.original_context)
+        if self.low >= self.high:
+            raise UserError(f"position.scaling: low = {self.low} is not below high = {self.high}")
 
     def frequencies(self, powers: np.ndarray, positions: Any) -> np.ndarray:
         frequencies = np.float32(1) / powers
@@ -76,6 +84,11 @@ class LongRope(RopeScaling):
     """The growth of sines and cosines, if it is given"""
 
     def __post_init__(self):
+        positive(factor=self.factor, attention_factor=self.attention_factor)
+        for factor in (*self.short, *self.long):
+            positive(factor=factor)
+        if self.original_context < 2:
+            raise UserError(f"position.scaling.original_context: {self.original_context}; expected tokens, at least 2")
         if len(self.short) != len(self.long):
             raise UserError(f"position.scaling: {len(self.short)} short factors but {len(self.long)} long ones")
 

@@ -45,6 +45,7 @@ def test_several_prompts_a_file_and_stop_strings(tiny_run, tmp_path):
 
 
 def test_mistakes_are_named(tiny_run, tmp_path):
+    (tmp_path / "latin1").write_bytes("caf\xe9".encode("latin-1"))
     for argv, message in (
         ((tiny_run,), "no prompt; add --prompt"),
         ((tiny_run, "--prompt", "x", "--top-p", "2"), "top_p is 2.0; expected in (0, 1]"),
@@ -53,6 +54,9 @@ def test_mistakes_are_named(tiny_run, tmp_path):
         ((tiny_run, "--prompt-file", tmp_path / "none"), "cannot be read as text"),
         ((tmp_path / "none", "--prompt", "x"), "no such folder"),
         ((tiny_run, "--promt", "x"), "--prompt"),
+        ((tiny_run, "--prompt", "\udcff"), "is not UTF-8 text"),
+        ((tiny_run, "--prompt-file", tmp_path / "latin1"), "cannot be read as text"),
+        ((tiny_run, "--prompt", "x", "--stop", "\udcff"), "is not UTF-8 text"),
     ):
         done = slmjax("generate", *argv)
         assert done.code == 2

@@ -1,9 +1,12 @@
 """`slmjax inspect` on a run and on an experiment."""
 
-from running import slmjax
+from running import ROOT, slmjax
 
 from slmjax.cli.loading import load
+from slmjax.experiment_file import load_experiment
 from slmjax.models.flops import flops_per_token
+
+ENCODER = ROOT / "experiments" / "pretrain" / "encoder.py"
 
 
 def test_every_parameter_is_listed_and_the_counts_add_up(tiny, tiny_run):
@@ -27,6 +30,14 @@ def test_every_parameter_is_listed_and_the_counts_add_up(tiny, tiny_run):
         flops = flops_per_token(decoder, 32)
         assert [row[1] for row in rows if row[0].startswith("(")] == [f"{n:,}" for n in flops]
     assert "slmjax doctor" in done.out
+
+
+def test_the_head_of_an_encoder_is_counted_where_the_objective_reads_it():
+    share, every = (slmjax("inspect", model, "--length", "128") for model in (ENCODER, "bert/base"))
+    assert "sequences of 128, the head at 0.15 of all tokens" in share.out, share.err
+    experiment, _ = load_experiment(str(ENCODER))
+    assert f"{flops_per_token(experiment.model, 128, 0.15).attention:,}" in share.out
+    assert "sequences of 128, the head at all tokens" in every.out, every.err
 
 
 def test_length_changes_attention_alone(tiny):

@@ -212,5 +212,5 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, reference, messa
 
 
 def test_a_class_without_architecture_is_refused():
-    with pytest.raises(UserError, match=r"'opt' cannot be written as GGUF; llama.cpp computes llama, mistral"):
+    with pytest.raises(UserError, match=r"'opt' cannot be written as GGUF; there are llama, mistral"):
         architecture_of("opt")

@@ -16,6 +16,7 @@ from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import INDEX, SINGLE, Tensors, write
 from slmjax.errors import StorageError
 from slmjax.models.gpt2 import gpt2
+from slmjax.models.lfm2 import lfm2
 from slmjax.models.llama import llama
 
 DECODER = llama(layers=2, width=16, heads=2, kv_heads=1, hidden=24, vocab=31, context=32)
@@ -84,6 +85,11 @@ def index(weight_map):
     return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def tokenizer(model):
+    """A tokenizer.json with this model."""
+    return lambda folder: (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+
+
 def pickled(folder):
     (folder / SINGLE).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
@@ -138,10 +144,43 @@ CASES = {
     "other heads": (with_config(num_attention_heads=4), ["q_proj", "[16, 16]", "[32, 16]"]),
     "no heads": (with_config(num_attention_heads=0), ["num_attention_heads = 0"]),
     "a string for a size": (with_config(hidden_size="16"), ["hidden_size", "'16'"]),
+    "a list of models": (with_config(model_type=["llama"]), ["config.json", "['llama']"]),
+    "a field that speaks to the terminal": (with_config(**{"a\nb\x1b[31m": 5}), ["config.json: a b?[31m = 5"]),
+    "a value without end": (with_config(hidden_size="x" * 100_000), ["hidden_size", "xxx..."]),
     "unknown model": (with_config(model_type="evil"), ["config.json", "'evil'"]),
     "a billion layers": (with_config(num_hidden_layers=10**9), ["num_hidden_layers", "20 tensors"]),
     "a table of a petabyte": (with_config(vocab_size=10**13), ["vocab_size = 10000000000000"]),
     "a head of a petabyte": (with_config(head_dim=10**13), ["head_dim"]),
+    "eps of nothing": (with_config(rms_norm_eps=-1.0), ["eps: -1.0"]),
+    "theta of nothing": (
+        with_config(rope_parameters={"rope_theta": 0.0, "rope_type": "default"}, rope_theta=0.0), ["theta: 0.0"]),
+    "scaling by nothing": (
+        with_config(rope_parameters=None, rope_scaling={"rope_type": "linear", "factor": 0.0}), ["factor: 0.0"]),
+    "llama3 scaling by nothing": (
+        with_config(rope_parameters=None, rope_scaling={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 32}),
+        ["low = 1.0 is not below high = 1.0"]),
+    "longrope of words": (
+        with_config(rope_parameters=None, rope_scaling={
+            "rope_type": "longrope", "factor": 8.0, "short_factor": ["x"], "long_factor": ["y"],
+            "original_max_position_embeddings": 32}),
+        ["short_factor = ['x'] is not a list of numbers"]),
+    "an integer beyond all": (with_config(sliding_window=10**18), ["sliding_window = 1000000000000000000"]),
+    "kinds of rope that are a list": (
+        with_config(rope_parameters=None, rope_scaling={"rope_type": []}), ["config.json", "TypeError"]),
+    "tokenizer without tokens": (
+        tokenizer({"type": "BPE", "vocab": {}, "merges": []}), ["tokenizer.json", "has no tokens"]),
+    "tokenizer of another model": (
+        tokenizer({"type": "BPE", "vocab": {"a": 0, "b": 31}, "merges": []}), ["ids up to 31", "31 rows"]),
+    "tokenizer with ids beyond all": (
+        tokenizer({"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}), ["ids up to 4294967295"]),
+    "chat template that is no text": (
+        lambda folder: [
+            tokenizer({"type": "BPE", "vocab": {"a": 0}, "merges": []})(folder),
+            (folder / "chat_template.jinja").write_bytes(b"\xff"),
+        ],
+        ["chat_template.jinja", "cannot be read as text"]),
     "tokenizer is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), ["tokenizer.json"]),
 }  # fmt: skip
 
@@ -181,6 +220,15 @@ def test_a_context_without_end_takes_no_memory(tmp_path):
         done = slmjax("import", tmp_path, "--out", tmp_path / "ours")
         assert done.code == 5, done.err
         assert all(word in done.err for word in words), done.err
+
+
+def test_taps_without_end_take_no_time(tmp_path):
+    """Each tap of a short convolution is a piece of the program."""
+    decoder = lfm2(attends=[False, True], width=16, heads=2, kv_heads=1, hidden=24, vocab=31, context=32)
+    write_hf(tmp_path, decoder, parameters(decoder, decoder.build()))
+    with_config(conv_L_cache=10**9)(tmp_path)
+    with pytest.raises(StorageError, match="conv_L_cache = 1000000000 cannot be"):
+        import_hf(tmp_path)
 
 
 MEASURE = """

@@ -110,6 +110,10 @@ HOSTILE = {
     "TemplateSyntaxError": "{% for %}",
     "UndefinedError: 'dict object' has no attribute 'nope'": "{{ messages[0].nope.x }}",
     "RecursionError": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "it makes 67108864 characters": (
+        "{% set n = namespace(x='abcdefgh') %}{% for i in range(23) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+    ),
+    "UnicodeEncodeError": "{{ '\\ud800' }}",
     "TemplateNotFound|TypeError": "{% include '/etc/passwd' %}",
 }  # fmt: skip
 

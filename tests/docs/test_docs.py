@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from slmjax.convert.hf import import_hf, write_hf
+from slmjax.data.tokenizer import Bytes
+from slmjax.models.bert import bert
+from slmjax.nn.heads import Pooler
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +43,26 @@ def test_the_tutorial_runs(tmp_path):
             ran += 1
     assert ran >= 10
     assert (tmp_path / "exports/mine/model.safetensors").is_file()
+
+
+def test_an_imported_encoder_is_fine_tuned_as_the_page_says(tmp_path, monkeypatch, capsys):
+    """On a small BERT with random weights, where the page has MiniLM."""
+    folder = tmp_path / "models" / "all-MiniLM-L6-v2"
+    folder.mkdir(parents=True)
+    encoder = bert(layers=1, width=32, heads=2, hidden=48, vocab=300, context=64, head=Pooler())
+    made = Bytes().make([], tmp_path)
+    write_hf(folder, encoder, encoder.build().init(jax.random.key(0)), tokenizer=made)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLMJAX_REFERENCE_PYTHON", raising=False)
+    pages = blocks(ROOT / "docs" / "encoders.md")
+    (program,) = [text for language, _, text in pages if language == "python" and "export_hf" in text]
+    exec(compile(program, "encoders.md", "exec"), {})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 30
+    assert losses[-1] < 0.6 * losses[0]
+    tuned = import_hf(tmp_path / "exports" / "films")
+    assert tuned.config["architectures"] == ["BertForSequenceClassification"]
+    assert tuned.config["id2label"] == {"0": "bad", "1": "good"}
 
 
 @pytest.mark.fast

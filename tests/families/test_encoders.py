@@ -21,7 +21,7 @@ from slmjax.models.encoder import Encoder
 from slmjax.models.flops import parameter_count
 from slmjax.nn.compute import Compute
 from slmjax.nn.heads import Classifier
-from slmjax.nn.mlp import gelu, gelu_tanh
+from slmjax.nn.mlp import gelu, gelu_tanh, relu, tanh
 from slmjax.nn.norm import LayerNorm
 
 LABELS = {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
@@ -159,13 +159,30 @@ MOBILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [BERT, MOBILE], ids=["bert", "mobilebert"])
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
-def test_heads_that_describe_a_sequence(reference, tmp_path, config, head):
-    name = {"bert": "Bert", "mobilebert": "MobileBert"}[config["model_type"]] + head
-    imported = prove(reference, tmp_path, {**config, **LABELS, "architectures": [name]})
-    if head != "Model":
-        assert imported.decoder.head == Classifier(labels=("no", "maybe", "yes"))
+DISTIL = {
+    "model_type": "distilbert", "vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48,
+    "max_position_embeddings": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "name"), [(BERT, "BertModel"), (MOBILE, "MobileBertModel")], ids=["bert", "mobile"])
+def test_poolers(reference, tmp_path, config, name):
+    prove(reference, tmp_path, {**config, "architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "activation"),
+    [(BERT, "Bert", tanh), (MOBILE, "MobileBert", tanh), (DISTIL, "DistilBert", relu)],
+    ids=["bert", "mobilebert", "distilbert"],
+)
+def test_classifiers(reference, tmp_path, config, name, activation):
+    config = {**config, **LABELS, "architectures": [f"{name}ForSequenceClassification"]}
+    imported = prove(reference, tmp_path, config)
+    assert imported.decoder.head == Classifier(labels=("no", "maybe", "yes"), activation=activation)
+    x, mask, _ = probe(imported.decoder, 0)
+    other = replace(imported.decoder, head=replace(imported.decoder.head, activation=gelu))
+    right, wrong = (told(e, imported.params, x, mask)[0][:, 0] for e in (imported.decoder, other))
+    assert np.abs(right - wrong).max() > 1e-3
 
 
 @pytest.fixture(scope="module")

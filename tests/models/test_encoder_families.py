@@ -33,7 +33,8 @@ POOLED = bert.bert(**TINY, head=Pooler())
 ENCODERS = {
     "BERT": [bert.bert(**TINY), bert.bert(**TINY, activation=relu, eps=1e-5, types=1), POOLED,
              bert.bert(**TINY, head=Classifier(labels=("a", "b", "c"))), replace(POOLED, initial=Initial(std=0.05))],
-    "DistilBERT": [distilbert.distilbert(**TINY), distilbert.distilbert(**TINY, head=Bare())],
+    "DistilBERT": [distilbert.distilbert(**TINY), distilbert.distilbert(**TINY, head=Bare()),
+                   distilbert.distilbert(**TINY, head=Classifier(activation=relu))],
     "MobileBERT": [mobilebert.mobilebert(**TINY, inner=16, embedding=8, feeds=2),
                    mobilebert.mobilebert(**TINY, inner=16, embedding=8, head=Classifier())],
 }  # fmt: skip

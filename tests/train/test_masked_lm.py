@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from contract.shapes import perturbed
 
+from slmjax.config import Experiment
 from slmjax.convert.hf import family_of, write_hf
 from slmjax.convert.table import to_theirs
+from slmjax.data.spec import Data, Part
 from slmjax.errors import UserError
 from slmjax.evals.perplexity import evaluate
 from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.models.bert import bert
 from slmjax.models.flops import flops_per_token, nonembedding_count
-from slmjax.models.mobilebert import mobilebert
+from slmjax.models.mobilebert import mobilebert, mobilebert_base
 from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.compute import Compute
 from slmjax.nn.einsum_cpu import cpu_einsum
@@ -213,13 +215,40 @@ def test_evaluation_asks_for_hidden_tokens():
 
 
 def test_flops_count_all_keys_and_the_logits_of_hidden_tokens():
-    """BERT of 2 layers, d 32, V 97, T 40: each query sees all 40 keys."""
+    """BERT of 2 layers, d 32, V 97, T 40: each query sees all 40 keys. The head reads 15% of the tokens."""
     found = flops_per_token(BERT, 40, MaskedLM().predicted)
     assert found.nonembedding == 6 * nonembedding_count(BERT)
-    assert found.head - found.nonembedding == round(6 * 97 * 32 * 0.15)
+    transform = 32 * 32 + 32 + 2 * 32 + 97  # with its bias, the norm, and the bias of the words
+    assert found.head == found.nonembedding - 6 * transform + round(6 * (transform + 97 * 32) * 0.15)
     assert found.attention - found.head == 12 * 2 * 32 * 40
     tables = (97 + 64 + 2) * 32
     assert found.total - found.nonembedding == 6 * tables
+
+
+def test_flops_of_mobilebert_count_both_halves_of_the_table_of_words():
+    """V * d = 30522 * 512 in each product with it, although the embedding holds 128 of the 512 columns."""
+    found = flops_per_token(mobilebert_base(), 128)
+    assert found.head - found.nonembedding == 6 * 30522 * 512
+    tables = 30522 * 512 + (512 + 2) * 512
+    assert found.total - found.nonembedding == 6 * tables
+
+
+def test_an_experiment_asks_a_model_for_what_it_tells():
+    """An encoder would read the next word off its input, and a classifier has no words."""
+    parts = {
+        "name": "x",
+        "steps": 1,
+        "data": Data(train=(Part(source="store"),), length=32, batch=2),
+        "schedule": Constant(peak_lr=1e-3),
+    }
+    Experiment(model=BERT, objective=MaskedLM(), **parts)
+    with pytest.raises(UserError, match="objective is NextToken, but an encoder sees the next token"):
+        Experiment(model=BERT, **parts)
+    labels = replace(BERT, head=Classifier())
+    with pytest.raises(UserError, match=r"objective is MaskedLM, but model\.head tells no words"):
+        Experiment(model=labels, objective=MaskedLM(), **parts)
+    with pytest.raises(UserError, match="head, Classifier, tells no words: there is no loss to evaluate"):
+        labels.asked(packed(), jax.random.key(0), SPECIAL)
 
 
 def test_a_classifier_is_trained_by_the_weight_of_first_tokens():
