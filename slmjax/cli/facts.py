@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.config import Experiment
-from slmjax.convert.card import Energy, Facts, Result, Source
+from slmjax.convert.card import Energy, Facts, Mixed, Result, Source
 from slmjax.data.token_store import TokenStore
 from slmjax.errors import DataError
 from slmjax.models.flops import flops_per_token
@@ -29,6 +29,7 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
         name=name,
         licence=licence,
         sources=tuple(source for store in stores for source in _sources(store.manifest)),
+        mixture=_mixture(experiment, config),
         tokens=tokens or None,
         steps=step or None,
         flops=float(tokens * each) or None,
@@ -44,15 +45,27 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
 
 
 def _stores(config: dict[str, Any]) -> list[TokenStore]:
-    """The token stores of the run that are still where they were."""
-    found: dict[str, TokenStore] = {}
-    for described in config.get("stores", ()):
-        try:
-            store = TokenStore(described["location"])
-        except DataError:
-            continue
-        found[store.fingerprint] = store
-    return list(found.values())
+    """The token stores of the run that are still where they were, each once."""
+    opened = (_opened(described) for described in config.get("stores", ()))
+    return list({store.fingerprint: store for store in opened if store is not None}.values())
+
+
+def _opened(described: dict[str, Any]) -> TokenStore | None:
+    try:
+        return TokenStore(described["location"])
+    except DataError:
+        return None
+
+
+def _mixture(experiment: Experiment, config: dict[str, Any]) -> tuple[Mixed, ...]:
+    """The parts of the training data whose stores are still where they were. A run's stores begin with these."""
+    parts = experiment.data.train
+    total = sum(part.weight for part in parts)
+    return tuple(
+        Mixed(name=store.name, tokens=store.count("train", "tokens"), share=part.weight / total)
+        for part, described in zip(parts, config.get("stores", ()), strict=False)
+        if (store := _opened(described)) is not None
+    )
 
 
 def _sources(manifest: dict[str, Any]) -> list[Source]:

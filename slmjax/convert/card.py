@@ -16,9 +16,18 @@ class Source:
     licence: str | None = None
     url: str | None = None
     documents: int | None = None
-    tokens: int | None = None
-    weight: float | None = None
-    """Share of the mixture"""
+    """That were kept"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """One token store of the mixture that was trained on."""
+
+    name: str
+    tokens: int
+    """In its training split"""
+    share: float
+    """Of the sequences"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,7 @@ class Facts:
     """Of the weights, an identifier of the Hugging Face hub (`apache-2.0`)"""
     language: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
+    mixture: tuple[Mixed, ...] = ()
     tokens: int | None = None
     """Trained on, repetitions counted"""
     steps: int | None = None

@@ -133,6 +133,9 @@ def _compare(
         ended = ends & {*row["tokens"][-1:], int(score[len(prompt) + len(row["tokens"]) - 1].argmax())}
         if len(row["tokens"]) < new_tokens and not ended:
             worst = math.inf  # it stopped where we go on
+    if not made and worst <= limit:
+        nothing = "nothing to compare: both end every text of the probe at once"
+        return Check(name=f"{name}: tokens", found=nothing, expected="for information", passed=None)
     found = f"{same} of {made} greedy tokens identical, max|Δ log p| {worst:.1e}"
     passed = worst <= limit and lead <= 2 * limit  # nearly equal: a tie that rounding decides
     return Check(name=f"{name}: tokens", found=found, expected=f"≤ {limit:.1e}, or a tie", passed=passed)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from slmjax.convert.card import Energy, Facts, Result, Source, render
+from slmjax.convert.card import Energy, Facts, Mixed, Result, Source, render
 
 pytestmark = pytest.mark.fast
 
@@ -22,10 +22,10 @@ FULL = Facts(
             name="Moby-Dick | the whale",
             licence="public domain",
             url="https://www.gutenberg.org/ebooks/2701",
-            tokens=300_000,
         ),
-        Source(name="Wiki", documents=12, weight=0.5),
+        Source(name="Wiki", documents=12),
     ),
+    mixture=(Mixed(name="whales", tokens=300_000, share=2 / 3), Mixed(name="wiki", tokens=12, share=1 / 3)),
     tokens=3_000_000,
     steps=400,
     flops=2.5e15,
@@ -48,8 +48,9 @@ def test_everything_known_is_said():
     card = render(FULL)
     for said in (
         'license: "apache-2.0"', '- "no"', "trained from scratch with slmjax", "134,515,008", "2,048 tokens",
-        "[Moby-Dick \\| the whale](https://www.gutenberg.org/ebooks/2701) | public domain |  | 300,000 |  |",
-        "| Wiki |  | 12 |  | 0.5 |", "Tokens: 3,000,000", "Steps: 400", "FLOPs: 2.50e+15 (6N)",
+        "[Moby-Dick \\| the whale](https://www.gutenberg.org/ebooks/2701) | public domain |  |",
+        "| Wiki |  | 12 |", "| whales | 300,000 | 66.7% |", "| wiki | 12 | 33.3% |",
+        "Tokens: 3,000,000", "Steps: 400", "FLOPs: 2.50e+15 (6N)",
         "0.0123 kWh (an estimate, method: tdp-estimate), 0.005 kg CO2e (475 g/kWh, world 2019)",
         "| loss | 3.2500 | 0.0125 | validation |", "| bits per byte | 1.2000 |  |  |", "f" * 64, "d" * 64,
         f"commit `{'c' * 40}` with local changes", "AutoTokenizer.from_pretrained",

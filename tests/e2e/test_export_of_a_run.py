@@ -1,6 +1,7 @@
 """`slmjax export` and `slmjax import` on a run: the folder, its card, the ledger, the way back, mistakes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def test_the_card_tells_what_the_run_wrote_down(tiny_run, exported):
         assert said in card, said
     last = read(tiny_run / "metrics.jsonl")[-1]
     figures = f"{last['validation/loss']:.4f} | {last['validation/loss_se']:.4f}"
+    assert re.search(r"\| [\w-]+ \| [\d,]+ \| 100% \|", card)
     assert f"| loss (nats a token) | {figures} | validation split, after step 12 |" in card
     assert "/" + "tmp" not in card
 
