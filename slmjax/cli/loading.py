@@ -116,9 +116,9 @@ def fitting(tokenizer: Tokenizer, rows: int, source: str | Path) -> Tokenizer:
     Raises:
         DataError: it has more ids, which would be read as those of other tokens.
     """
-    if tokenizer.vocab > rows:
+    if tokenizer.rows > rows:
         raise DataError(
-            f"{source}: the tokenizer has ids up to {tokenizer.vocab - 1}, but the model has {rows} rows: they do not "
+            f"{source}: the tokenizer has ids up to {tokenizer.rows - 1}, but the model has {rows} rows: they do not "
             "belong together; put the tokenizer.json that the model was trained with there"
         )
     return tokenizer

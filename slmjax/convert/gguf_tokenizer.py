@@ -193,9 +193,9 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     Raises:
         UserError: llama.cpp has no tokenizer that cuts text as this one does; the message says what it lacks.
     """
-    if tokenizer.vocab > rows:
+    if tokenizer.rows > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab} ids but the model only {rows}: they do not belong together"
+            f"the tokenizer has {tokenizer.rows} ids but the model only {rows}: they do not belong together"
         )
     spec = json.loads(tokenizer.raw.to_str())
     model = spec["model"]
@@ -203,10 +203,10 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         raise UserError(f"a {model['type']} tokenizer cannot be written as GGUF; only BPE can")
     tokens = [PADDING.format(i) for i in range(rows)]
     types = [TokenType.UNUSED.value] * rows
-    for token, i in model["vocab"].items():
+    for token, i in ((token, i) for token, i in model["vocab"].items() if i < rows):
         is_byte = model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
         tokens[i], types[i] = token, (TokenType.BYTE if is_byte else TokenType.NORMAL).value
-    for added in spec["added_tokens"]:
+    for added in (added for added in spec["added_tokens"] if added["id"] < rows):
         tokens[added["id"]] = added["content"]
         types[added["id"]] = (TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED).value
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -222,7 +222,8 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         out[f"{KEY}merges"] = [" ".join(pair) for pair in merges] or [IMPOSSIBLE]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = tokenizer.names.get(f"{name}_token")
-        if token is not None and (i := tokenizer.raw.token_to_id(token)) is not None:
+        i = None if token is None else tokenizer.raw.token_to_id(token)
+        if i is not None and i < rows:
             out[f"{KEY}{key}_token_id"] = i
     out |= {f"{KEY}add_bos_token": tokenizer.bos is not None, f"{KEY}add_eos_token": False}
     if tokenizer.chat is not None:

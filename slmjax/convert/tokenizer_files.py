@@ -34,9 +34,9 @@ def write_tokenizer(
     Raises:
         UserError: the tokenizer has more ids than the model has rows.
     """
-    if tokenizer.vocab > vocab:
+    if tokenizer.rows > vocab:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab} ids but the model only {vocab}: they do not belong together"
+            f"the tokenizer has {tokenizer.rows} ids but the model only {vocab}: they do not belong together"
         )
     raw = tokenizer.raw.from_str(tokenizer.raw.to_str())
     if any(raw.encode(text).ids != tokenizer.encode(text, bos=True, eos=closes) for text in PROBES):

@@ -163,7 +163,7 @@ class Tokenizer:
             raise DataError("the tokenizer has no tokens")
         self.bos_id, self.eos_id, self.mask_id = (self._id_of(t) for t in (self.bos, self.eos, self.mask))
         self.vocab: int = max(raw.get_vocab(with_added_tokens=True).values()) + 1
-        """Rows that an embedding table needs"""
+        """One more than the largest id"""
 
     @classmethod
     def load(cls, path: Path, *, bos: str | None = None, eos: str | None = None) -> Tokenizer:
@@ -223,6 +223,14 @@ class Tokenizer:
     def special(self) -> dict[str, int]:
         """Tokens that ordinary text never becomes, with their ids."""
         return {t.content: i for i, t in self.raw.get_added_tokens_decoder().items() if t.special}
+
+    @property
+    def rows(self) -> int:
+        """Rows that an embedding table needs. Special tokens that frame no document may have higher ids, for no text
+        becomes one: Gemma 3's table of 262,144 rows has none for its <image_soft_token>."""
+        framing = {self.bos_id, self.eos_id, self.mask_id}
+        unused = {i for i in self.special.values() if i not in framing}
+        return 1 + max((i for i in self.raw.get_vocab(with_added_tokens=True).values() if i not in unused), default=-1)
 
     @property
     def roles(self) -> Special:

@@ -162,13 +162,17 @@ class Generator:
         """The prompt as the beginning of a document; ids stay as they are.
 
         Raises:
-            UserError: it leaves no room in the model's context, or is empty and the tokenizer has no BOS or EOS.
+            UserError: it leaves no room in the model's context, has an id that the model does not know, or is empty and
+                the tokenizer has no BOS or EOS.
         """
         ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.eos_id is not None:
             ids = [self.tokenizer.eos_id]  # where one document ends another begins
         if not ids:
             raise UserError("the prompt is empty, and the tokenizer has no BOS token to begin a text with")
+        beyond = next((i for i in ids if not 0 <= i < self.decoder.vocab), None)
+        if beyond is not None:
+            raise UserError(f"the prompt has token {beyond}; the model has those from 0 to {self.decoder.vocab - 1}")
         if len(ids) >= self.decoder.context:
             raise UserError(
                 f"the prompt has {len(ids)} tokens; the model's context is {self.decoder.context}, with the "

@@ -58,7 +58,7 @@ def row_sums(
     `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none. `ask`: see `evaluate`.
     """
     table = np.zeros(model.vocab, np.float32)
-    table[: len(sizes)] = sizes
+    table[: len(sizes)] = sizes[: model.vocab]
 
     def sums(params: Params, batch: Batch, key: Key) -> jax.Array:
         batch = ask(batch, key)

@@ -102,9 +102,10 @@ def token_bytes(tokenizer: Any) -> list[int]:
     spec = json.loads(tokenizer.to_str())
     special = {t["id"] for t in spec.get("added_tokens", ()) if t.get("special")}
     byte_level = "ByteLevel" in json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
-    sizes = [0] * tokenizer.get_vocab_size(with_added_tokens=True)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    sizes = [0] * (max(vocab.values(), default=-1) + 1)
     plain = {t["id"] for t in spec.get("added_tokens", ())}
-    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+    for token, i in vocab.items():
         if i in special:
             continue
         if byte_level and i not in plain:

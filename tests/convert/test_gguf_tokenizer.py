@@ -120,6 +120,8 @@ def test_added_tokens_keep_their_kind():
     for text in ("a<plain>b", "a<|turn|>b"):
         assert back.encode(text) == tokenizer.encode(text)
         assert back.encode_template(text) == tokenizer.encode_template(text)
+    fewer = to_gguf(tokenizer, tokenizer.rows)["tokenizer.ggml.tokens"]  # of a model without a row for <|turn|>
+    assert fewer == about["tokenizer.ggml.tokens"][: tokenizer.vocab - 1]
 
 
 def changed(tokenizer, **fields):

@@ -82,6 +82,16 @@ def test_text_never_becomes_a_special_token(bpe):
     assert bpe.encode("x", bos=True, eos=True) == [bpe.bos_id, *bpe.encode("x"), bpe.eos_id]
 
 
+def test_special_tokens_that_no_text_becomes_need_no_rows(bpe):
+    raw = bpe.raw.from_str(bpe.raw.to_str())
+    size = raw.get_vocab_size()
+    raw.add_special_tokens(["<image>"])
+    assert Tokenizer(raw, bos=bpe.bos, eos=bpe.eos).rows == size
+    assert Tokenizer(raw, bos=bpe.bos, eos="<image>").rows == size + 1
+    raw.add_tokens(["a word of its own"])
+    assert Tokenizer(raw, bos=bpe.bos, eos=bpe.eos).rows == Tokenizer(raw, bos=bpe.bos, eos=bpe.eos).vocab == size + 2
+
+
 def test_saved_and_loaded(bpe, tmp_path):
     bpe.save(tmp_path)
     again = Tokenizer.load(tmp_path)

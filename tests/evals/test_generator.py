@@ -196,6 +196,9 @@ def test_the_context_is_never_exceeded(tokenizer):
         assert len(o.tokens) == 64 - prompt or o.reason == "eos"
     with pytest.raises(UserError, match=r"the prompt has 65 tokens; the model's context is 64"):
         g(["x" * 64])
+    for ids in ([5, 258], [-1]):
+        with pytest.raises(UserError, match=rf"token {ids[-1]}; the model has those from 0 to 257"):
+            g([ids])
     with pytest.raises(UserError, match="at least 1"):
         g(["x"], max_tokens=0)
     with pytest.raises(UserError, match="no prompt"):
