@@ -132,7 +132,10 @@ class Attention(Queries):
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
-        return {} if self.shares is None else {self.shares: self.init_cache(batch, length, dtype)}
+        """Keys and values as `_read` gives them, [B, length, G, K]."""
+        if self.shares is None:
+            return {}
+        return {self.shares: {k: x.swapaxes(1, 2) for k, x in self.init_cache(batch, length, dtype).items()}}
 
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         """x [B, T, D] -> [B, T, D], and the cache with these T tokens written in layer `depth`, slot `mask.start`."""
