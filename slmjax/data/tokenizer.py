@@ -227,7 +227,7 @@ class Tokenizer:
     @property
     def rows(self) -> int:
         """Rows that an embedding table needs. Special tokens that frame no document may have higher ids, for no text
-        becomes one: Gemma 3's table of 262,144 rows has none for its <image_soft_token>."""
+        becomes one: a model for text may keep the tokenizer of one for images."""
         framing = {self.bos_id, self.eos_id, self.mask_id}
         unused = {i for i in self.special.values() if i not in framing}
         return 1 + max((i for i in self.raw.get_vocab(with_added_tokens=True).values() if i not in unused), default=-1)
