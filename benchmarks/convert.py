@@ -21,7 +21,7 @@ MAKE = """
 import pathlib, sys
 import numpy as np
 from slmjax.convert.hf import abstract, write_hf
-from slmjax.models.llama import smollm2_135m
+from slmjax.models.families.llama import smollm2_135m
 from slmjax.tree import map_with_path
 
 rng, decoder = np.random.default_rng(0), smollm2_135m()

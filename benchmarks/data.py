@@ -30,7 +30,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.loader import Loader
 from slmjax.data.recipe import Recipe, load_recipe
 from slmjax.data.sources import JSONL
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.data.token_store import SHARD, TokenStore
 from slmjax.data.tokenizer import File
 from slmjax.data.work import PART_BYTES, Context, silent
@@ -147,7 +147,7 @@ def loader_alone(location: str) -> None:
     process = psutil.Process()
     store = TokenStore(location)
     before = process.memory_info().rss
-    loader = Loader(Data(train=(Part(source=location),), length=LENGTH, batch=BATCH), [store])
+    loader = Loader(PackedText(train=(Part(source=location),), length=LENGTH, batch=BATCH), [store])
     for _ in range(50):
         next(loader)
     begin, batches = time.perf_counter(), 2000

@@ -63,10 +63,10 @@ def serve(folder: str, dtype: str) -> None:
     platform.configure()
     import time
 
-    from slmjax.cli.loading import load
     from slmjax.data.tokenizer import Bytes, Tokenizer
     from slmjax.evals.generate import Generator
     from slmjax.nn.compute import Compute
+    from slmjax.runs.loading import load
 
     loaded = load(folder)
     tokenizer = Tokenizer(Bytes().make([], HERE).raw, bos=None, eos=None)  # no EOS: every row is made in full
@@ -85,7 +85,7 @@ def export(folder: pathlib.Path) -> None:
     import jax
 
     from slmjax.convert.hf import write_hf
-    from slmjax.models.llama import llama
+    from slmjax.models.families.llama import llama
 
     model = llama(layers=8, width=512, heads=8, kv_heads=8, hidden=1408, vocab=VOCAB, context=1024)
     params = model.build().init(jax.random.key(0))

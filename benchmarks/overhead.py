@@ -27,7 +27,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from workload import PEAK_LR, WORKLOADS, tokens  # noqa: E402
 
-from slmjax.models.llama import llama  # noqa: E402
+from slmjax.models.families.llama import llama  # noqa: E402
 from slmjax.nn.compute import for_backend  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402

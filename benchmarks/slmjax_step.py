@@ -21,7 +21,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from slmjax.convert.hf import write_hf  # noqa: E402
-from slmjax.models.llama import llama  # noqa: E402
+from slmjax.models.families.llama import llama  # noqa: E402
 from slmjax.nn.compute import for_backend  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402

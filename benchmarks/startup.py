@@ -18,15 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = """
 from slmjax.config import Evaluation, Experiment
-from slmjax.data.spec import Data, Part
-from slmjax.models.llama import llama
+from slmjax.data.spec import PackedText, Part
+from slmjax.models.families.llama import llama
 from slmjax.optim.schedules import Constant
 
 def experiment():
     return Experiment(
         name="startup",
         model=llama(layers=4, width=256, heads=4, kv_heads=4, hidden=704, vocab=4096, context=256),
-        data=Data(train=(Part(source={store!r}),), length=256, batch=16),
+        data=PackedText(train=(Part(source={store!r}),), length=256, batch=16),
         schedule=Constant(peak_lr=1e-3), steps=2, evaluation=Evaluation(every=0),
     )
 """

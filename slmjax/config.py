@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from slmjax.data.spec import Data
+from slmjax.data.spec import PackedText
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
 from slmjax.objectives import NextToken, ObjectiveSpec
-from slmjax.optim.recipes import AdamW, Recipe
+from slmjax.optim.recipes import AdamW, OptimizerSpec
 from slmjax.optim.schedules import Schedule
 from slmjax.serialise import to_json
 from slmjax.train.checkpoint import Checkpoints
@@ -61,12 +61,12 @@ class Experiment:
     name: str
     """For people: run names, the model card"""
     model: Assembly
-    data: Data
+    data: PackedText
     schedule: Schedule
     steps: int
     """Optimizer updates"""
     objective: ObjectiveSpec = field(default_factory=NextToken)
-    optimizer: Recipe = field(default_factory=AdamW)
+    optimizer: OptimizerSpec = field(default_factory=AdamW)
     view: View = field(default_factory=Identity)
     guard: Guard = field(default_factory=Skip)
     """What is done about NaN and loss spikes"""

@@ -16,9 +16,9 @@ EXPERIMENT = """
 from slmjax.config import Evaluation, Experiment
 from slmjax.data.recipe import Recipe
 from slmjax.data.sources import JSONL
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.data.tokenizer import BPE
-from slmjax.models.llama import llama
+from slmjax.models.families.llama import llama
 from slmjax.optim.schedules import Cosine
 
 TEXT = JSONL(name="Moby-Dick", path="{text}", licence="public domain")
@@ -29,7 +29,7 @@ def experiment() -> Experiment:
     return Experiment(
         name="tiny",
         model=llama(layers=2, width=32, heads=2, kv_heads=1, hidden=64, vocab=384, context=64),
-        data=Data(train=(Part(source=RECIPE),), length=32, batch=8),
+        data=PackedText(train=(Part(source=RECIPE),), length=32, batch=8),
         schedule=Cosine(peak_lr=1e-2, warmup_steps=2),
         steps=12,
         evaluation=Evaluation(every=6, batches=2),

@@ -37,7 +37,8 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "evals": BASE | PARTS | {"models"},
     "config": BASE | PARTS | {"models", "objectives", "convert", "evals", "train"},
     "experiment_file": BASE | {"config"},
-    "cli": BASE | PARTS | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file"},
+    "runs": BASE | PARTS | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file"},
+    "cli": BASE | PARTS | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file", "runs"},
     "__init__": set(),
 }
 

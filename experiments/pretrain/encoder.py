@@ -11,8 +11,8 @@ occurs, and nothing else, gives 6.43; masked words take longer to learn than nex
 from pathlib import Path
 
 from slmjax.config import Evaluation, Experiment
-from slmjax.data.spec import Data, Part
-from slmjax.models.bert import bert
+from slmjax.data.spec import PackedText, Part
+from slmjax.models.families.bert import bert
 from slmjax.objectives import MaskedLM
 from slmjax.optim.recipes import AdamW
 from slmjax.optim.schedules import WSD
@@ -24,7 +24,7 @@ def experiment() -> Experiment:
     return Experiment(
         name="encoder",
         model=bert(layers=4, width=256, heads=4, hidden=1024, vocab=4096, context=128),
-        data=Data(train=(Part(source=str(CORPUS)),), length=128, batch=16),
+        data=PackedText(train=(Part(source=str(CORPUS)),), length=128, batch=16),
         objective=MaskedLM(),
         optimizer=AdamW(weight_decay=0.01),
         schedule=WSD(peak_lr=4e-4, warmup_steps=100, decay_fraction=0.3),

@@ -10,8 +10,8 @@ loss: 4.1 nats a token. A peak of 3e-3 gave 4.15, one of 4e-3, at the edge of st
 from pathlib import Path
 
 from slmjax.config import Evaluation, Experiment
-from slmjax.data.spec import Data, Part
-from slmjax.models.llama import llama
+from slmjax.data.spec import PackedText, Part
+from slmjax.models.families.llama import llama
 from slmjax.optim.recipes import AdamW
 from slmjax.optim.schedules import WSD
 
@@ -22,7 +22,7 @@ def experiment() -> Experiment:
     return Experiment(
         name="quickstart",
         model=llama(layers=4, width=256, heads=4, kv_heads=2, hidden=704, vocab=4096, context=256, tied=True),
-        data=Data(train=(Part(source=str(CORPUS)),), length=256, batch=16),
+        data=PackedText(train=(Part(source=str(CORPUS)),), length=256, batch=16),
         optimizer=AdamW(weight_decay=0.1),
         schedule=WSD(peak_lr=2e-3, warmup_steps=30, decay_fraction=0.3),
         steps=500,

@@ -2,10 +2,8 @@
 
 # Annotations stay objects (no `from __future__`): tyro reads them.
 
-import contextlib
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +16,6 @@ from slmjax.errors import UserError
 if TYPE_CHECKING:
     from slmjax.data.rows import Rows
     from slmjax.data.token_store import TokenStore
-    from slmjax.data.work import Progress
 
 HELP = "build a token store from text, or show one"
 BUILD_EXAMPLE = "slmjax data build data/recipes/english_classics.py --out runs/data/english_classics"
@@ -33,8 +30,6 @@ Examples:
   {BUILD_EXAMPLE}
   {SHOW_EXAMPLE}
 `slmjax data build --help` and `slmjax data show --help` list the fields."""
-LINE_SECONDS = 5.0
-"""Between plain progress lines of one stage"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,7 @@ class Show:
     """Folder or URL of a store"""
     split: Literal["train", "validation"] = "train"
     length: int = 512
-    """Tokens a sequence, as in `Data.length`"""
+    """Tokens a sequence, as in `data.length`"""
     packing: Literal["best-fit", "concatenate"] = "best-fit"
     samples: int = 2
     """Sequences to decode"""
@@ -93,6 +88,8 @@ def build(args: Build) -> int:
 
     if args.workers < 0:
         raise UserError(f"--workers is {args.workers}; expected 0 (one for each core) or more")
+    from slmjax.data.build_progress import show_progress
+
     with show_progress() as progress:
         store = build_store(load_recipe(args.recipe), args.out, workers=args.workers or None, progress=progress)
     manifest = store.manifest
@@ -102,7 +99,8 @@ def build(args: Build) -> int:
         f"({splits['validation']['tokens']:,} for validation), vocabulary {store.vocab:,}"
     )
     print(
-        f'look at it:  slmjax data show {shlex.quote(args.out)}\nuse it:      Data(train=(Part(source="{args.out}"),))'
+        f"look at it:  slmjax data show {shlex.quote(args.out)}\n"
+        f'use it:      PackedText(train=(Part(source="{args.out}"),))'
     )
     return 0
 
@@ -115,13 +113,13 @@ def show(args: Show) -> int:
     from slmjax.data.build import cache_folder
     from slmjax.data.packing import BestFit, Concatenate
     from slmjax.data.rows import Rows
-    from slmjax.data.spec import Data, Part
+    from slmjax.data.spec import PackedText, Part
     from slmjax.data.token_store import TokenStore
 
     if args.samples < 0:
         raise UserError(f"--samples is {args.samples}; expected 0 or more sequences")
     packing = BestFit() if args.packing == "best-fit" else Concatenate()
-    Data(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # their checks and messages
+    PackedText(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # their checks and messages
     store = TokenStore(args.store)
     if args.verify:
         store.verify()
@@ -211,38 +209,3 @@ def _print_row(console: Any, store: "TokenStore", rows: "Rows", row: int) -> Non
         console.print(Text.assemble((f"⟦{number}⟧ ", f"bold {style}"), (shown, style)))
     if padding:
         console.print(Text(f"⟦padding {padding}⟧", style="dim"))
-
-
-@contextlib.contextmanager
-def show_progress() -> "Iterator[Progress]":
-    """A function that shows the stages of a build on stderr: bars on a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def bar(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield bar
-
-
-class _Lines:
-    """Progress where nobody can see a bar: a line when a stage ends, and every few seconds within one."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        self._last.setdefault(stage, now)
-        if done == total or now - self._last[stage] >= LINE_SECONDS:
-            self._last[stage] = now
-            print(f"{stage}: {done:,}" + (f" of {total:,}" if total else ""), file=sys.stderr, flush=True)

@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
     import jax
     from rich.console import Console
 
-    from slmjax.cli.estimate_memory import estimate, one_change
-    from slmjax.cli.estimate_time import calibrate, watts
     from slmjax.nn.compute import for_backend
+    from slmjax.runs.estimate_memory import estimate, one_change
+    from slmjax.runs.estimate_time import calibrate, watts
     from slmjax.track.progress import si
 
     compute = runtime.compute or for_backend(jax.default_backend())
@@ -103,8 +103,8 @@ def _table(
     import jax
     from rich.table import Table
 
-    from slmjax.cli.estimate_memory import micro_batches
     from slmjax.models.flops import flops_per_token, nonembedding_count, parameter_count
+    from slmjax.runs.estimate_memory import micro_batches
     from slmjax.track.progress import duration, si
 
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted).attention

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     import numpy as np
 
     from slmjax.cli.eval import compute_of
-    from slmjax.cli.loading import load
     from slmjax.evals.embedding import embed
+    from slmjax.runs.loading import load
 
     texts = _texts(args)
     if args.batch < 1:

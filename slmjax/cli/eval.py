@@ -47,11 +47,11 @@ def main(argv: list[str]) -> int:
     )
     from rich.console import Console
 
-    from slmjax.cli.data import show_progress
-    from slmjax.cli.loading import load
+    from slmjax.data.build_progress import show_progress
     from slmjax.data.loader import validation_batches
     from slmjax.evals.perplexity import evaluate
     from slmjax.evals.text import token_bytes
+    from slmjax.runs.loading import load
 
     errors = Console(stderr=True)
     loaded = load(args.model, step=args.step, say=errors.print)
@@ -93,7 +93,7 @@ def _data(args: Args, loaded: Any) -> tuple[Any, Any]:
     """The packing and the stores to read."""
     from dataclasses import replace
 
-    from slmjax.data.spec import Data, Part
+    from slmjax.data.spec import PackedText, Part
     from slmjax.data.token_store import TokenStore
 
     run = loaded.experiment
@@ -106,7 +106,7 @@ def _data(args: Args, loaded: Any) -> tuple[Any, Any]:
         raise UserError(f"--batch is {args.batch} and --batches {args.batches}; both must be at least 1")
     if args.data is not None:
         packing = {"packing": run.data.packing} if run else {}
-        return Data(train=(Part(source=args.data),), length=length, batch=args.batch, **packing), [
+        return PackedText(train=(Part(source=args.data),), length=length, batch=args.batch, **packing), [
             TokenStore(args.data)
         ]
     places = [s["location"] for s in loaded.config["stores"]]

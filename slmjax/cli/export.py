@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
         example="slmjax export runs/quickstart --format hf --out exports/quickstart --dtype bfloat16\n"
         "  slmjax export runs/quickstart --format gguf --out exports/quickstart.gguf --dtype q8_0",
     )
-    from slmjax.cli import facts
-    from slmjax.cli.loading import load
     from slmjax.convert.card import Facts
     from slmjax.convert.folder import check_free
-    from slmjax.convert.gguf_export import check_file_free
+    from slmjax.convert.gguf.export import check_file_free
+    from slmjax.runs import facts
+    from slmjax.runs.loading import load
     from slmjax.track.ledger import Ledger
 
     out = Path(args.out)
@@ -110,7 +110,7 @@ def _hf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], 
 
 
 def _gguf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    from slmjax.convert.gguf_export import export_gguf
+    from slmjax.convert.gguf.export import export_gguf
 
     exported = export_gguf(
         loaded.decoder,

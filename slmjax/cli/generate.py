@@ -63,9 +63,9 @@ def main(argv: list[str]) -> int:
         example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95\n'
         '  slmjax generate runs/smollm2 --chat "What is gravity?" --system "Answer in one sentence."',
     )
-    from slmjax.cli.loading import generative, load
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
+    from slmjax.runs.loading import generative, load
 
     prompts = _prompts(args) if args.chat is None else _only_chat(args)
     if args.max_tokens < 1:

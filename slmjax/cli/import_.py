@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
         "  slmjax import SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2",
     )
     from slmjax import __version__
-    from slmjax.cli.loading import fitting
-    from slmjax.cli.runs import write_json
     from slmjax.convert.folder import publish
     from slmjax.convert.memory import to_device
     from slmjax.models.flops import parameter_count
+    from slmjax.runs.folder import write_json
+    from slmjax.runs.loading import fitting
     from slmjax.serialise import to_json
     from slmjax.train.checkpoint_folder import save_params
 
@@ -80,7 +80,7 @@ def _hf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _gguf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
-    from slmjax.convert.gguf import import_gguf
+    from slmjax.convert.gguf.load import import_gguf
 
     imported = import_gguf(source)
     return imported, imported.tokenizer, {} if imported.licence is None else {"licence": imported.licence}

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     )
     from rich.console import Console
 
-    from slmjax.models import SIZES
+    from slmjax.models.families import SIZES
     from slmjax.models.flops import flops_per_token, parameter_count
 
     decoder, length, params, predicted = _model(args)
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 def _model(args: Args) -> tuple[Any, int, Any, float]:
     """(decoder, sequence length, parameters or None, share of tokens with logits). An experiment needs no run."""
     from slmjax.experiment_file import load_experiment
-    from slmjax.models import SIZES
+    from slmjax.models.families import SIZES
 
     path = Path(args.model)
     if args.model in SIZES and not path.exists():
@@ -75,7 +75,7 @@ def _model(args: Args) -> tuple[Any, int, Any, float]:
             raise UserError(f"{args.model}: no such folder, experiment or published size; did you mean {near[0]}?")
         experiment, _ = load_experiment(args.model)
         return experiment.model, args.length or experiment.data.length, None, experiment.objective.predicted
-    from slmjax.cli.loading import load
+    from slmjax.runs.loading import load
 
     loaded = load(path, step=args.step)
     run = loaded.experiment

@@ -25,7 +25,7 @@ Several processes train together with --runtime.distributed cluster (under SLURM
 
 def main(argv: list[str]) -> int:
     experiment, runtime, source = parse(argv, PROG, ABOUT, EXAMPLE)
-    from slmjax.cli.launch import train
+    from slmjax.runs.launch import train
 
     return train(experiment, runtime, source)
 

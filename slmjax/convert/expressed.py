@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from slmjax.convert.fold import FOLDS, Folded, Unfoldable, fold
 from slmjax.errors import UserError
-from slmjax.models import FAMILIES
 from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
-from slmjax.models.table import Family
+from slmjax.models.families import FAMILIES
+from slmjax.models.families.common.rows import Family
 from slmjax.nn.attention import Attention
 from slmjax.nn.block import AnyBlock, Block
 from slmjax.nn.embedding import Logits

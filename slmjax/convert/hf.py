@@ -19,9 +19,9 @@ from slmjax.convert.tokenizer_files import write_tokenizer
 from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
-from slmjax.models import FAMILIES
 from slmjax.models.assembly import Assembly
-from slmjax.models.table import Family
+from slmjax.models.families import FAMILIES
+from slmjax.models.families.common.rows import Family
 from slmjax.types import Params
 
 CONFIG_BYTES = 2**24

@@ -9,7 +9,7 @@ import numpy as np
 
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.errors import StorageError
-from slmjax.models.table import Family
+from slmjax.models.families.common.rows import Family
 
 
 class Selection(Mapping[str, np.ndarray]):

@@ -1,4 +1,4 @@
-"""Reads the rows of `models/table.py` in both directions: parameters of a decoder <-> tensors by their key.
+"""Reads the rows of a family's table in both directions: parameters of a model <-> tensors by their key.
 
 Ours stacks the layers on the leading axis; theirs numbers them, as `Row.numbers` says.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from slmjax.errors import StorageError, UserError
-from slmjax.models.table import Row
+from slmjax.models.families.common.rows import Row
 from slmjax.tree import flatten, unflatten
 
 # Masks and tables that old files store beside the parameters; they follow from the configuration.

@@ -20,7 +20,7 @@ from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
 from slmjax.data.recipe import describe
 from slmjax.data.rows import Rows, assemble
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.data.token_store import TokenStore
 from slmjax.data.work import Progress
 from slmjax.errors import DataError
@@ -30,7 +30,7 @@ STATE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threads:
+class ReadThreads:
     """Read ahead in threads: right unless reading is far away or tokens are few."""
 
     count: int = 2
@@ -39,7 +39,7 @@ class Threads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Processes:
+class ReadProcesses:
     """Read ahead in processes, where Python itself is what is slow."""
 
     count: int = 2
@@ -50,7 +50,9 @@ class Processes:
 class _HostBatches:
     """Grain's random-access source: item k is this host's part of the global batch that starts at first + k * batch."""
 
-    def __init__(self, parts: list[Rows], shares: tuple[Fraction, ...], data: Data, first: int, host: int, hosts: int):
+    def __init__(
+        self, parts: list[Rows], shares: tuple[Fraction, ...], data: PackedText, first: int, host: int, hosts: int
+    ):
         self.parts, self.shares, self.first = parts, shares, first
         self.seed, self.length, self.global_batch = data.seed, data.length, data.batch
         self.size = data.batch // hosts
@@ -87,12 +89,12 @@ class Loader:
 
     def __init__(
         self,
-        data: Data,
+        data: PackedText,
         stores: Sequence[TokenStore],
         *,
         host: int = 0,
         hosts: int = 1,
-        prefetch: Threads | Processes | None = None,
+        prefetch: ReadThreads | ReadProcesses | None = None,
         cache: str | Path | None = None,
     ):
         """
@@ -104,10 +106,10 @@ class Loader:
             DataError: the batch cannot be split over the hosts, or the stores have different tokenizers.
         """
         if not 0 <= host < hosts or data.batch % hosts:
-            raise DataError(f"Data.batch is {data.batch}; it must be a multiple of the number of hosts, {hosts}")
+            raise DataError(f"data.batch is {data.batch}; it must be a multiple of the number of hosts, {hosts}")
         check_tokenizers(stores)
         self.data, self.stores, self.host, self.hosts = data, tuple(stores), host, hosts
-        self._prefetch = prefetch or Threads()
+        self._prefetch = prefetch or ReadThreads()
         self._parts = [Rows(s, "train", data.packing, data.length, cache_folder(cache)) for s in stores]
         self._shares = mixture.shares([p.weight for p in data.train])
         self._next = 0
@@ -175,7 +177,7 @@ class Loader:
         source = _HostBatches(self._parts, self._shares, self.data, self._next, self.host, self.hosts)
         how = self._prefetch
         reads = grain.ReadOptions(num_threads=how.count, prefetch_buffer_size=how.batches)
-        if isinstance(how, Threads):
+        if isinstance(how, ReadThreads):
             return iter(grain.MapDataset.source(source).to_iter_dataset(reads))
         from absl import flags
 
@@ -213,7 +215,7 @@ def check_tokenizers(stores: Sequence[TokenStore]) -> None:
 
 
 def validation_batches(
-    data: Data,
+    data: PackedText,
     stores: Sequence[TokenStore],
     count: int | None = None,
     *,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("ends", np.int8), ("opens", np.int8)])
+PIECE_DTYPE = np.dtype([("start", np.int64), ("length", np.int32), ("ends", np.int8), ("opens", np.int8)])
 """`start`: position of the first token in the split; `length` in tokens; `ends`: the last token of this piece has no
 target, for its document (or the corpus) ends there; `opens`: a new segment begins here"""
 
@@ -25,7 +25,7 @@ target, for its document (or the corpus) ends there; `opens`: a new segment begi
 class Pieces(NamedTuple):
     """Some rows of a plan: `pieces` in row order, and how many belong to each row."""
 
-    pieces: np.ndarray  # PIECE [p]
+    pieces: np.ndarray  # PIECE_DTYPE [p]
     counts: np.ndarray  # int64 [rows]
 
 
@@ -55,7 +55,7 @@ class Concatenate(Packing):
     cross_document: bool = False
 
     def blocks(self, offsets: Iterable[np.ndarray], length: int) -> Iterator[Pieces]:
-        held = np.zeros(0, PIECE)  # the row that is not known to be complete
+        held = np.zeros(0, PIECE_DTYPE)  # the row that is not known to be complete
         for block in offsets:
             pieces = np.concatenate([held, self._cut(block, length)])
             row = pieces["start"] // length
@@ -71,7 +71,7 @@ class Concatenate(Packing):
         first, last = int(offsets[0]), int(offsets[-1])
         cuts = np.arange(-(-first // length) * length, last, length)
         marks = np.union1d(offsets, cuts)
-        pieces = np.zeros(max(0, len(marks) - 1), PIECE)
+        pieces = np.zeros(max(0, len(marks) - 1), PIECE_DTYPE)
         pieces["start"] = marks[:-1]
         pieces["length"] = np.diff(marks)
         if self.cross_document:
@@ -96,7 +96,7 @@ class BestFit(Packing):
             cuts = np.maximum(1, -(-sizes // length))  # pieces of each document
             document = np.repeat(np.arange(len(sizes)), cuts)
             order = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-            pieces = np.zeros(len(document), PIECE)
+            pieces = np.zeros(len(document), PIECE_DTYPE)
             pieces["start"] = starts[document] + order * length
             pieces["length"] = np.minimum(length, sizes[document] - order * length)
             pieces["ends"] = order == cuts[document] - 1
@@ -153,7 +153,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
 class Plan(NamedTuple):
     """Every row of a packed split: row r holds `pieces[rows[r]:rows[r + 1]]`. Both are memory maps."""
 
-    pieces: np.ndarray  # PIECE [p]
+    pieces: np.ndarray  # PIECE_DTYPE [p]
     rows: np.ndarray  # int64 [rows + 1]
 
     def __len__(self) -> int:
@@ -171,7 +171,7 @@ def plan(packing: Packing, offsets: Iterable[np.ndarray], length: int, folder: P
             except OSError:  # another process was first; its plan is the same
                 if not folder.is_dir():
                     raise
-    return Plan(_map(folder / "pieces.bin", PIECE), _map(folder / "rows.bin", np.dtype(np.int64)))
+    return Plan(_map(folder / "pieces.bin", PIECE_DTYPE), _map(folder / "rows.bin", np.dtype(np.int64)))
 
 
 def _write(packing: Packing, offsets: Iterable[np.ndarray], length: int, folder: Path) -> None:

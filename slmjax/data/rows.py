@@ -40,7 +40,7 @@ class Rows:
         return self._plan
 
     def pieces(self, row: int) -> np.ndarray:
-        """The pieces of documents in a row (`packing.PIECE`)."""
+        """The pieces of documents in a row (`packing.PIECE_DTYPE`)."""
         pieces, rows = self._open()
         return pieces[rows[row] : rows[row + 1]]
 

@@ -24,7 +24,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class PackedText:
     """A mixture of token stores, cut into sequences and shuffled globally."""
 
     train: tuple[Part, ...]
@@ -40,10 +40,10 @@ class Data:
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise DataError("Data.train is empty; give at least one Part")
+            raise DataError("data.train is empty; give at least one Part")
         if not 2 <= self.length <= 1 << 24:
-            raise DataError(f"Data.length is {self.length}; expected 2 to {1 << 24} tokens a sequence")
+            raise DataError(f"data.length is {self.length}; expected 2 to {1 << 24} tokens a sequence")
         if self.batch < 1:
-            raise DataError(f"Data.batch is {self.batch}; expected at least 1 sequence a step")
+            raise DataError(f"data.batch is {self.batch}; expected at least 1 sequence a step")
         if not 0 <= self.seed < 1 << 32:
-            raise DataError(f"Data.seed is {self.seed}; expected 0 to {(1 << 32) - 1}")
+            raise DataError(f"data.seed is {self.seed}; expected 0 to {(1 << 32) - 1}")

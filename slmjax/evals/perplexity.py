@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
-from slmjax.losses.next_token import PIECE, next_token
+from slmjax.losses.next_token import MAX_LOGITS, next_token
 from slmjax.types import Batch, Key, Model, Params, as_it_is
 
 
@@ -64,7 +64,7 @@ def row_sums(
         batch = ask(batch, key)
         hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
         rows, length = batch.tokens.shape
-        chunk = max(1, min(length, PIECE // (rows * model.vocab)))
+        chunk = max(1, min(length, MAX_LOGITS // (rows * model.vocab)))
 
         def row(h: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
             one = (x[None] for x in (h, targets, weights))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from slmjax.types import Metrics, Params
 
-PIECE = 2**22
+MAX_LOGITS = 2**22
 """Logits (16 MiB in float32) of one piece, where not all fit into one"""
-LEAST = 1024
+MIN_TOKENS = 1024
 """Tokens of one piece nevertheless, so that its matrix products are not thin"""
 
 
@@ -37,7 +37,7 @@ def next_token(
 
     Args:
         chunk: positions of each row whose logits [B, chunk, V] exist at once. None: as many as make
-            B * chunk * V <= `PIECE`, or B * chunk <= `LEAST` tokens, at least one; a value of T or more: all.
+            B * chunk * V <= `MAX_LOGITS`, or B * chunk <= `MIN_TOKENS` tokens, at least one; a value of T or more: all.
 
     Returns:
         The loss [], and metrics `loss` (cross-entropy alone), `weight` (sum of weights), `accuracy`, `z_loss`
@@ -124,7 +124,7 @@ def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[ja
 
 
 def _chunk(batch: int, length: int, vocab: int) -> int:
-    tokens = max(PIECE // vocab, LEAST)
+    tokens = max(MAX_LOGITS // vocab, MIN_TOKENS)
     pieces = math.ceil(length / max(1, tokens // batch))
     return math.ceil(length / pieces)  # even pieces, so that little of the last is padding
 

@@ -74,7 +74,7 @@ def _mask(paths: Mapping[str, Any], patterns: Sequence[str]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(ABC):
+class OptimizerSpec(ABC):
     """What all optimizers share."""
 
     weight_decay: float = 0.1
@@ -128,7 +128,7 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Recipe):
+class AdamW(OptimizerSpec):
     """Adam with decoupled weight decay; betas as usual for language models.
 
     References:
@@ -144,7 +144,7 @@ class AdamW(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lion(Recipe):
+class Lion(OptimizerSpec):
     """The sign of an interpolated momentum: half of Adam's state. Wants a learning rate 3 to 10 times smaller than
     AdamW's and a weight decay as many times larger.
 
@@ -161,7 +161,7 @@ class Lion(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(Recipe):
+class Muon(OptimizerSpec):
     """Orthogonalised momentum for the matrices inside the layers; AdamW for embeddings, unembedding, gains, biases and
     the taps of short convolutions.
 
@@ -207,7 +207,7 @@ class Muon(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor(Recipe):
+class Adafactor(OptimizerSpec):
     """Second moments kept as a row and a column a matrix, relative step sizes: almost no optimizer memory.
 
     The learning rate is a fraction of each matrix's own root mean square: 1e-2 is usual. The weight decay is

@@ -16,7 +16,7 @@ from slmjax.types import Batch, Frozen, Metrics, Params, TrainState
 
 
 @runtime_checkable
-class Data(Protocol):
+class BatchStream(Protocol):
     """An endless iterator over this process's rows, whose position can be saved."""
 
     def __next__(self) -> Batch: ...

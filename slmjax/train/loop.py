@@ -20,7 +20,7 @@ from slmjax.errors import Diverged, Preempted
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
-from slmjax.train.hooks import At, Data, Hook, Silent, Tracker, silent
+from slmjax.train.hooks import At, BatchStream, Hook, Silent, Tracker, silent
 from slmjax.train.lock import Locked
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
@@ -65,7 +65,7 @@ class Settled(NamedTuple):
 def train(
     program: Program,
     *,
-    data: Data,
+    data: BatchStream,
     steps: int,
     workdir: Path,
     tracker: Tracker,
@@ -124,7 +124,7 @@ class _Run:
     """One process's part in a run: the arguments of `train`, and what changes."""
 
     program: Program
-    data: Data
+    data: BatchStream
     steps: int
     workdir: Path
     tracker: Tracker

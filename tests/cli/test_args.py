@@ -83,8 +83,8 @@ EXPERIMENT = """
 from slmjax.config import Experiment
 from slmjax.data.recipe import Recipe
 from slmjax.data.sources import Text
-from slmjax.data.spec import Data, Part
-from slmjax.models.llama import llama
+from slmjax.data.spec import PackedText, Part
+from slmjax.models.families.llama import llama
 from slmjax.optim.schedules import Cosine
 
 RECIPE = Recipe(name="r", sources=(Text(path="*.txt", licence="CC0-1.0"),))
@@ -93,7 +93,7 @@ def experiment():
     return Experiment(
         name="x",
         model=llama(layers=1, width=16, heads=2, kv_heads=2, hidden=16, vocab=300, context=16),
-        data=Data(train=(Part(source="store"), Part(source=RECIPE, weight=2.0)), length=16, batch=2),
+        data=PackedText(train=(Part(source="store"), Part(source=RECIPE, weight=2.0)), length=16, batch=2),
         schedule=Cosine(peak_lr=1e-3),
         steps=2,
     )

@@ -7,17 +7,17 @@ import pytest
 from running import slmjax
 
 from slmjax.cli.doctor import take_memory
-from slmjax.cli.estimate_memory import batch_of, estimate, one_change, ways
-from slmjax.cli.estimate_time import calibrate, products
 from slmjax.config import Experiment
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.errors import UserError
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.models.flops import nonembedding_count
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
 from slmjax.nn.compute import Compute, Remat
 from slmjax.objectives import NextToken
 from slmjax.optim.schedules import Cosine
+from slmjax.runs.estimate_memory import batch_of, estimate, one_change, ways
+from slmjax.runs.estimate_time import calibrate, products
 from slmjax.train.sharding import Mesh
 from slmjax.train.step import program
 
@@ -30,7 +30,7 @@ def experiment(model=LLAMA, batch=8, length=128, **changes) -> Experiment:
     return Experiment(
         name="x",
         model=model,
-        data=Data(train=(Part(source="nowhere"),), batch=batch, length=length),
+        data=PackedText(train=(Part(source="nowhere"),), batch=batch, length=length),
         schedule=Cosine(peak_lr=1e-3, warmup_steps=1),
         steps=10,
         **changes,

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from running import slmjax
 
-from slmjax.cli.loading import load
 from slmjax.convert.hf import write_hf
+from slmjax.runs.loading import load
 
 
 @pytest.fixture(scope="module")

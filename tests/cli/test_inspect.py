@@ -2,9 +2,9 @@
 
 from running import ROOT, slmjax
 
-from slmjax.cli.loading import load
 from slmjax.experiment_file import load_experiment
 from slmjax.models.flops import flops_per_token
+from slmjax.runs.loading import load
 
 ENCODER = ROOT / "experiments" / "pretrain" / "encoder.py"
 
@@ -51,7 +51,7 @@ def test_published_sizes_are_inspected_without_being_made():
     done = slmjax("inspect", "llama/smollm2-135m")
     assert done.code == 0, done.err
     assert "134,515,008 parameters" in done.out
-    assert "from slmjax.models.llama import smollm2_135m" in done.out
+    assert "from slmjax.models.families.llama import smollm2_135m" in done.out
     typo = slmjax("inspect", "llama/smollm-135m")
     assert typo.code == 2
     assert "did you mean llama/smollm2-135m?" in typo.err

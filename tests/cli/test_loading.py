@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from slmjax import tree
-from slmjax.cli.loading import load
 from slmjax.config import override
 from slmjax.convert.hf import write_hf
 from slmjax.errors import StorageError, UserError
+from slmjax.runs.loading import load
 from slmjax.serialise import from_json, to_json
 from slmjax.train.checkpoint_folder import save_params
 from slmjax.views import EMA

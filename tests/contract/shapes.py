@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.nn.mlp import gelu
 from slmjax.nn.rope_scaling import Llama3Scaling
 from slmjax.tree import map_with_path

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from contract.test_one_step import packed
 
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.nn.compute import Compute
 from slmjax.objectives import NextToken
 from slmjax.optim.recipes import AdamW

@@ -10,8 +10,8 @@ from families.proof import NOTHING, assert_close, logits, moves, same_greedy, sa
 from slmjax.convert.hf import family_of, import_hf, write_hf
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.convert.table import to_theirs
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.nn.mlp import gelu, gelu_tanh, relu
 from slmjax.nn.position import Rope
 from slmjax.tree import flatten

@@ -22,8 +22,8 @@ from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import INDEX, Tensors
 from slmjax.data.tokenizer import Bytes, Tokenizer
 from slmjax.errors import StorageError, UserError
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.tree import flatten
 
 LLAMA = llama(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocab=300, context=64)

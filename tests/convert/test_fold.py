@@ -17,9 +17,9 @@ from slmjax.convert.fold import FOLDS, Unfoldable, fold
 from slmjax.convert.folder import MARK, Rejected
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.errors import UserError
-from slmjax.models import gpt2, llama, opt
-from slmjax.models.cerebras_gpt import cerebras_gpt_mup
 from slmjax.models.decoder import Stage
+from slmjax.models.families import gpt2, llama, opt
+from slmjax.models.families.cerebras_gpt import cerebras_gpt_mup
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.block import Parallel, PostNorm, Sandwich
 from slmjax.nn.embedding import Logits

@@ -13,18 +13,19 @@ import pytest
 from contract.shapes import perturbed
 
 from slmjax import tree
-from slmjax.convert import gate, gguf_export
+from slmjax.convert import gate
 from slmjax.convert.card import Facts
 from slmjax.convert.folder import Rejected
-from slmjax.convert.gguf import import_gguf, write_gguf
-from slmjax.convert.gguf_export import export_gguf
-from slmjax.convert.gguf_file import GGUF, READABLE
+from slmjax.convert.gguf import export as gguf_export
+from slmjax.convert.gguf.export import export_gguf
+from slmjax.convert.gguf.file import GGUF, READABLE
+from slmjax.convert.gguf.load import import_gguf, write_gguf
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.chat import ChatTemplate
 from slmjax.data.tokenizer import Bytes, Tokenizer
 from slmjax.errors import StorageError, UserError
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.nn.mlp import gelu
 from slmjax.nn.position import Rope
 from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from contract.shapes import perturbed
 
-from slmjax.convert import gguf_gate, gguf_write
-from slmjax.convert.gguf_export import export_gguf
-from slmjax.convert.gguf_families import ARCHITECTURES, architecture_of
-from slmjax.convert.gguf_file import GGUF
-from slmjax.convert.gguf_tokenizer import to_gguf
+from slmjax.convert.gguf import gate as gguf_gate
+from slmjax.convert.gguf import write as gguf_write
+from slmjax.convert.gguf.export import export_gguf
+from slmjax.convert.gguf.families import ARCHITECTURES, architecture_of
+from slmjax.convert.gguf.file import GGUF
+from slmjax.convert.gguf.tokenizer import to_gguf
 from slmjax.convert.hf import import_hf
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.data.tokenizer import Bytes
 from slmjax.errors import UserError
-from slmjax.models import FAMILIES
-from slmjax.models.gpt2 import gpt2
+from slmjax.models.families import FAMILIES
+from slmjax.models.families.gpt2 import gpt2
 from slmjax.nn.embedding import Logits
 
 VOCAB = 288  # 258 ids of the tokenizer, and rows that have none

@@ -5,11 +5,11 @@ import pathlib
 import pytest
 from contract.shapes import perturbed
 
-from slmjax.convert.gguf import import_gguf, write_gguf
-from slmjax.convert.gguf_gate import _compare
+from slmjax.convert.gguf.gate import _compare
+from slmjax.convert.gguf.load import import_gguf, write_gguf
 from slmjax.data.tokenizer import Bytes, Tokenizer
 from slmjax.errors import UserError
-from slmjax.models.llama import llama
+from slmjax.models.families.llama import llama
 from slmjax.nn.rope_scaling import LinearScaling
 
 pytestmark = pytest.mark.fast

@@ -9,12 +9,12 @@ import tokenizers
 from contract.shapes import perturbed
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from slmjax.convert import gguf_gate
-from slmjax.convert.gguf import write_gguf
-from slmjax.convert.gguf_tokenizer import CUTS, GPT2, from_gguf, to_gguf
+from slmjax.convert.gguf import gate as gguf_gate
+from slmjax.convert.gguf.load import write_gguf
+from slmjax.convert.gguf.tokenizer import CUTS, GPT2, from_gguf, to_gguf
 from slmjax.data.tokenizer import BPE, Bytes, Tokenizer
 from slmjax.errors import StorageError, UserError
-from slmjax.models.llama import llama
+from slmjax.models.families.llama import llama
 
 TEXT = (pathlib.Path(__file__).with_name("wikipedia") / "leads.txt").read_text("utf-8")
 PROBES = [

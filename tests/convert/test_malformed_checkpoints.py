@@ -15,9 +15,9 @@ from running import slmjax
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import INDEX, SINGLE, Tensors, write
 from slmjax.errors import StorageError
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.lfm2 import lfm2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.lfm2 import lfm2
+from slmjax.models.families.llama import llama
 
 DECODER = llama(layers=2, width=16, heads=2, kv_heads=1, hidden=24, vocab=31, context=32)
 Q = "model.layers.1.self_attn.q_proj.weight"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from running import slmjax
 
-from slmjax.cli.loading import load
 from slmjax.convert.gate import Probe, forward
-from slmjax.convert.gguf_file import GGUF
+from slmjax.convert.gguf.file import GGUF
 from slmjax.data.chat import prompt
 from slmjax.evals.generate import Generator
-from slmjax.models.llama import smollm2_135m
+from slmjax.models.families.llama import smollm2_135m
 from slmjax.nn.compute import Compute
+from slmjax.runs.loading import load
 from slmjax.tree import flatten
 
 TEXT = pathlib.Path(__file__).with_name("wikipedia") / "leads.txt"

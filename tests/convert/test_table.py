@@ -11,7 +11,7 @@ from models.tiny import tiny_llama
 from slmjax.convert.table import entries, to_ours, to_theirs
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Stage
-from slmjax.models.table import Row, present
+from slmjax.models.families.common.rows import Row, present
 from slmjax.nn.mlp import MLP
 from slmjax.tree import flatten, unflatten
 

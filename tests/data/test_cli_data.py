@@ -3,7 +3,8 @@
 import pytest
 from data_corpora import sentences, write_jsonl
 
-from slmjax.cli.data import main, show_progress
+from slmjax.cli.data import main
+from slmjax.data.build_progress import show_progress
 from slmjax.errors import DataError, UserError
 
 pytestmark = pytest.mark.fast
@@ -73,7 +74,7 @@ def test_mistakes(built, tmp_path):
         main(["show", out, "--lenght", "3"])
     with pytest.raises(UserError, match="--samples is -1; expected 0 or more"):
         main(["show", out, "--samples", "-1"])
-    with pytest.raises(DataError, match=r"Data.length is 1"):
+    with pytest.raises(DataError, match=r"data.length is 1"):
         main(["show", out, "--length", "1"])
     with pytest.raises(DataError, match="no token store there"):
         main(["show", str(tmp_path / "nothing")])

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slmjax.data.loader import Loader, Processes, check_tokenizers, open_stores, shuffled, validation_batches
+from slmjax.data.loader import Loader, ReadProcesses, check_tokenizers, open_stores, shuffled, validation_batches
 from slmjax.data.packing import BestFit, Concatenate
 from slmjax.data.rows import Rows, assemble
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.errors import DataError
 
 pytestmark = pytest.mark.fast
@@ -25,7 +25,7 @@ def cache(tmp_path_factory):
 
 def data(*weights, **fields):
     parts = tuple(Part(source="unused", weight=w) for w in weights or (1.0,))
-    return Data(**({"train": parts, "length": LENGTH, "batch": 8} | fields))
+    return PackedText(**({"train": parts, "length": LENGTH, "batch": 8} | fields))
 
 
 def take(loader, n):
@@ -147,9 +147,9 @@ def test_another_batch_size_goes_on_at_the_same_sequence(store, cache):
 def test_processes_read_what_threads_read(store, other, cache):
     spec = data(2.0, 1.0)
     expected = take(Loader(spec, [store, other], cache=cache), 6)
-    loader = Loader(spec, [store, other], prefetch=Processes(count=2, batches=1), cache=cache)
+    loader = Loader(spec, [store, other], prefetch=ReadProcesses(count=2, batches=1), cache=cache)
     got = take(loader, 4)
-    three = Loader(spec, [store, other], prefetch=Processes(count=1, batches=1), cache=cache)
+    three = Loader(spec, [store, other], prefetch=ReadProcesses(count=1, batches=1), cache=cache)
     three.restore(loader.state())
     loader.close()
     got += take(three, 2)
@@ -193,7 +193,7 @@ def test_validation_is_split_over_hosts(store, cache):
 
 
 def test_refusals(store, other, bpe_store, cache):
-    with pytest.raises(DataError, match=r"Data.batch is 8; it must be a multiple of the number of hosts, 3"):
+    with pytest.raises(DataError, match=r"data.batch is 8; it must be a multiple of the number of hosts, 3"):
         Loader(data(), [store], hosts=3, cache=cache)
     with pytest.raises(DataError, match="bpe and store were written by different tokenizers"):
         Loader(data(1.0, 1.0), [store, bpe_store], cache=cache)
@@ -214,11 +214,11 @@ def test_refusals(store, other, bpe_store, cache):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"length": 1}, r"Data.length is 1; expected 2 to"),
-        ({"length": 1 << 30}, r"Data.length is 1073741824"),
-        ({"batch": 0}, r"Data.batch is 0"),
-        ({"train": ()}, r"Data.train is empty"),
-        ({"seed": -1}, r"Data.seed is -1"),
+        ({"length": 1}, r"data.length is 1; expected 2 to"),
+        ({"length": 1 << 30}, r"data.length is 1073741824"),
+        ({"batch": 0}, r"data.batch is 0"),
+        ({"train": ()}, r"data.train is empty"),
+        ({"seed": -1}, r"data.seed is -1"),
     ],
 )
 def test_data_that_makes_no_sense(fields, message):

@@ -13,7 +13,7 @@ from data_corpora import recipe_of, sentences, write_jsonl
 
 from slmjax.data.build import build
 from slmjax.data.loader import Loader
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.data.token_store import TokenStore
 from slmjax.data.tokenizer import BPE
 from slmjax.errors import DataError
@@ -112,7 +112,7 @@ def test_the_loader_names_a_corrupt_shard(copied, tmp_path):
     for i in range(0, 1 << 15, 256):
         raw[i] ^= 1
     path.write_bytes(raw)
-    loader = Loader(Data(train=(Part(source="x"),), length=32, batch=8), [TokenStore(copied)], cache=tmp_path)
+    loader = Loader(PackedText(train=(Part(source="x"),), length=32, batch=8), [TokenStore(copied)], cache=tmp_path)
     with pytest.raises(DataError, match="train/tokens/c/0: corrupt shard"):
         list(itertools.islice(loader, 100))
 

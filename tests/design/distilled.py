@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from slmjax.config import Experiment
 from slmjax.experiment_file import load_config, load_experiment
-from slmjax.models.llama import llama
+from slmjax.models.families.llama import llama
 from slmjax.objectives import ObjectiveSpec
 from slmjax.serialise import from_json
 from slmjax.train.checkpoint_folder import restore_params

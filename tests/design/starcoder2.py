@@ -5,11 +5,11 @@ from typing import Any
 
 from slmjax.models.arrange import repeated
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.gpt_like import parts
-from slmjax.models.hf_config import NUMBER, Fields, Names, exact, finished
-from slmjax.models.hf_rope import both_versions
-from slmjax.models.llama_like import ATTENTION, PRE_NORMS, TABLES, whole_rope
-from slmjax.models.table import Family, dense_rows, table
+from slmjax.models.families.common.config_fields import NUMBER, Fields, Names, exact, finished
+from slmjax.models.families.common.gpt_like import parts
+from slmjax.models.families.common.llama_like import ATTENTION, PRE_NORMS, TABLES, whole_rope
+from slmjax.models.families.common.rope_fields import both_versions
+from slmjax.models.families.common.rows import Family, dense_rows, table
 from slmjax.nn.attention import Attention
 from slmjax.nn.mlp import MLP, gelu_tanh
 from slmjax.nn.norm import LayerNorm

@@ -10,7 +10,7 @@ from running import ROOT
 
 from slmjax.convert import expressed, hf
 from slmjax.errors import UserError
-from slmjax.models import FAMILIES
+from slmjax.models.families import FAMILIES
 from slmjax.models.flops import parameter_count
 from slmjax.nn.norm import RMSNorm
 
@@ -19,7 +19,7 @@ FILE = ROOT / "tests" / "design" / "starcoder2.py"
 
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
-    """The line that models/__init__.py would get."""
+    """The line that models/families/__init__.py would get."""
     for module in (expressed, hf):
         monkeypatch.setattr(module, "FAMILIES", (*FAMILIES, starcoder2.FAMILY))
 

@@ -130,8 +130,8 @@ def test_the_student_learns_from_the_teacher(student):
 
 def test_the_teacher_is_frozen(student, teacher):
     """The step gives back its parameters untouched; they are what the loss is pulled to."""
-    from slmjax.cli.launch import build
     from slmjax.config import Runtime
+    from slmjax.runs.launch import build
 
     load_module(DISTILLED)
     experiment, _ = load_experiment(str(student / "config.json"))

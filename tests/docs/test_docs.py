@@ -11,7 +11,7 @@ import pytest
 
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.data.tokenizer import Bytes
-from slmjax.models.bert import bert
+from slmjax.models.families.bert import bert
 from slmjax.nn.heads import Pooler
 
 ROOT = Path(__file__).resolve().parents[2]

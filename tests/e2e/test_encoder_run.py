@@ -14,9 +14,9 @@ EXPERIMENT = """
 from slmjax.config import Evaluation, Experiment
 from slmjax.data.recipe import Recipe
 from slmjax.data.sources import JSONL
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.data.tokenizer import {tokenizer}
-from slmjax.models.bert import bert
+from slmjax.models.families.bert import bert
 from slmjax.objectives import MaskedLM
 from slmjax.optim.schedules import Cosine
 
@@ -28,7 +28,7 @@ def experiment() -> Experiment:
     return Experiment(
         name="masked",
         model=bert(layers=2, width=32, heads=2, hidden=64, vocab=384, context=64),
-        data=Data(train=(Part(source=RECIPE),), length=32, batch=8),
+        data=PackedText(train=(Part(source=RECIPE),), length=32, batch=8),
         objective=MaskedLM(),
         schedule=Cosine(peak_lr=1e-2, warmup_steps=2),
         steps=10,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from running import slmjax
 
-from slmjax.cli.loading import load
+from slmjax.runs.loading import load
 from slmjax.track.jsonl import read
 from slmjax.tree import flatten
 

@@ -16,8 +16,8 @@ from slmjax.evals import decoding, generate
 from slmjax.evals.generate import Generator, bucket
 from slmjax.evals.sampling import Sampler, sampler
 from slmjax.models.decoder import Decoder
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.nn.compute import Compute
 from slmjax.platform import jaxlib_version
 from slmjax.types import Params

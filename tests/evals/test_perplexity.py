@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from slmjax.errors import DataError
 from slmjax.evals.perplexity import evaluate, ratio, summarise
-from slmjax.models.llama import llama
+from slmjax.models.families.llama import llama
 from slmjax.types import Batch
 
 pytestmark = pytest.mark.fast

@@ -13,8 +13,8 @@ from slmjax.convert.export import export_hf
 from slmjax.convert.hf import family_of, import_hf, write_hf
 from slmjax.convert.safetensors_io import Tensors, write
 from slmjax.errors import UserError
-from slmjax.models import SIZES, bloom, cerebras_gpt, gpt_neox, opt
 from slmjax.models.decoder import Block
+from slmjax.models.families import SIZES, bloom, cerebras_gpt, gpt_neox, opt
 from slmjax.models.flops import parameter_count
 from slmjax.nn.block import Parallel, ParallelShared, PostNorm
 from slmjax.nn.mlp import gelu_tanh

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from slmjax.convert.hf import family_of, import_hf, write_hf
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.errors import StorageError
-from slmjax.models import SIZES
 from slmjax.models.encoder import Encoder
+from slmjax.models.families import SIZES
 from slmjax.models.flops import parameter_count
 from slmjax.nn.compute import Compute
 from slmjax.nn.heads import Classifier

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slmjax.convert.hf import family_of, import_hf, write_hf
 from slmjax.errors import UserError
-from slmjax.models import granite, llama
+from slmjax.models.families import granite, llama
 from slmjax.models.flops import nonembedding_count, parameter_count
 from slmjax.nn.embedding import Logits
 

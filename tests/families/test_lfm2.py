@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
-from slmjax.models import lfm2
 from slmjax.models.decoder import Stage
+from slmjax.models.families import lfm2
 from slmjax.models.flops import flops_per_token, parameter_count
 from slmjax.nn.short_conv import ShortConv
 

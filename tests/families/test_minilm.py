@@ -12,7 +12,7 @@ from running import ROOT, slmjax
 from slmjax.convert.hf import import_hf
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.evals.embedding import embed
-from slmjax.models import bert
+from slmjax.models.families import bert
 from slmjax.models.flops import parameter_count
 from slmjax.nn.compute import Compute
 

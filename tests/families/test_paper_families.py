@@ -12,9 +12,9 @@ from slmjax.convert import table
 from slmjax.convert.hf import Imported, abstract, family_of, import_hf, write_hf
 from slmjax.convert.safetensors_io import Tensors, write
 from slmjax.errors import UserError
-from slmjax.models import apple, llama, open_lm, openelm
+from slmjax.models.families import apple, llama, open_lm, openelm
+from slmjax.models.families.common.rows import Row, present
 from slmjax.models.flops import parameter_count
-from slmjax.models.table import Row, present
 from slmjax.nn.norm import LayerNorm
 
 PUBLISHED = {  # of the files on the hub; Fox-1: computed, and half the bytes of its bfloat16 file of 3.33 GB

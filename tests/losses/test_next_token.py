@@ -140,9 +140,9 @@ def test_gradients_of_the_table_add_up_in_float32():
 def test_the_automatic_size_keeps_to_its_bounds(batch, length, vocab):
     size = module._chunk(batch, length, vocab)
     assert 1 <= size <= length
-    assert size == 1 or batch * size <= max(module.PIECE // vocab, module.LEAST)
+    assert size == 1 or batch * size <= max(module.MAX_LOGITS // vocab, module.MIN_TOKENS)
     assert size == length or batch * (2 * size + 1) > max(
-        module.PIECE // vocab, module.LEAST
+        module.MAX_LOGITS // vocab, module.MIN_TOKENS
     )  # no smaller than need be
 
 
@@ -150,4 +150,4 @@ def test_automatic_chunking_happens_in_a_large_case():
     b, t, d, v = 2, 4096, 4, 50_000
     shapes = ({"table": jax.ShapeDtypeStruct((v, d), jnp.float32)}, jax.ShapeDtypeStruct((b, t, d), jnp.float32))
     targets, weights = jnp.zeros((b, t), jnp.int32), jnp.ones((b, t))
-    assert largest(lambda p, h: next_token(unembed, p, h, targets, weights)[0], *shapes) <= module.LEAST * v
+    assert largest(lambda p, h: next_token(unembed, p, h, targets, weights)[0], *shapes) <= module.MIN_TOKENS * v

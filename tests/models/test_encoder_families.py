@@ -7,11 +7,11 @@ from contract.shapes import changed
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
-from slmjax.models import FAMILIES, SIZES, bert, distilbert, mobilebert
 from slmjax.models.decoder import Decoder
 from slmjax.models.encoder import Encoder
+from slmjax.models.families import FAMILIES, SIZES, bert, distilbert, mobilebert
+from slmjax.models.families.llama import llama
 from slmjax.models.flops import parameter_count
-from slmjax.models.llama import llama
 from slmjax.nn.heads import Bare, Classifier, Pooler
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import relu

@@ -8,9 +8,9 @@ from models.tiny import tiny_gpt2, tiny_llama, tiny_pattern
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
-from slmjax.models import gpt2, llama
+from slmjax.models.families import gpt2, llama
+from slmjax.models.families.common.rows import Row
 from slmjax.models.flops import Flops, flops_per_token, nonembedding_count, parameter_count
-from slmjax.models.table import Row
 from slmjax.nn.layer import Initial
 from slmjax.nn.mlp import gelu, gelu_tanh, relu
 from slmjax.nn.norm import LayerNorm

@@ -6,7 +6,8 @@ import pytest
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
-from slmjax.models import FAMILIES, gemma2, gemma3, mistral, olmo2, phi3, phi3_factors, qwen2, qwen3, smollm3, stablelm
+from slmjax.models.families import FAMILIES, gemma2, gemma3, mistral, olmo2, phi3, qwen2, qwen3, smollm3, stablelm
+from slmjax.models.families.common import phi3_factors
 from slmjax.models.flops import parameter_count
 from slmjax.nn.layer import Initial
 from slmjax.nn.position import NoPosition, Rope

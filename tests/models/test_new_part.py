@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from models.tiny import batch, logits, parameters, tiny_llama
 
-from slmjax.models import FAMILIES
 from slmjax.models.decoder import Block
+from slmjax.models.families import FAMILIES
 from slmjax.models.flops import flops_per_token, nonembedding_count
 from slmjax.nn.compute import Compute
 from slmjax.nn.parts import Mixer

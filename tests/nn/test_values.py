@@ -5,7 +5,7 @@ import math
 import pytest
 
 from slmjax.errors import UserError
-from slmjax.models.bert import bert
+from slmjax.models.families.bert import bert
 from slmjax.nn.attention import Attention
 from slmjax.nn.bottleneck import Bottleneck
 from slmjax.nn.embedding import Logits

@@ -11,9 +11,9 @@ from optim import reference
 
 from slmjax import tree
 from slmjax.errors import UserError
-from slmjax.models.bert import bert
-from slmjax.models.lfm2 import lfm2
-from slmjax.optim.recipes import Adafactor, AdamW, Lion, Muon, Recipe, ScheduleFreeAdamW, matrix
+from slmjax.models.families.bert import bert
+from slmjax.models.families.lfm2 import lfm2
+from slmjax.optim.recipes import Adafactor, AdamW, Lion, Muon, OptimizerSpec, ScheduleFreeAdamW, matrix
 from slmjax.optim.schedules import WSD, Constant, Cosine, InverseSqrt
 
 pytestmark = pytest.mark.fast
@@ -330,5 +330,5 @@ def test_it_trains_a_two_layer_classifier(recipe):
 def test_recipes_are_values():
     assert AdamW() == AdamW()
     assert len({kind() for kind in ALL}) == len(ALL)
-    assert all(issubclass(kind, Recipe) for kind in ALL)
+    assert all(issubclass(kind, OptimizerSpec) for kind in ALL)
     assert all(a != b for a, b in itertools.combinations([kind() for kind in ALL], 2))

@@ -11,13 +11,13 @@ from contract.shapes import perturbed
 from slmjax.config import Experiment
 from slmjax.convert.hf import family_of, write_hf
 from slmjax.convert.table import to_theirs
-from slmjax.data.spec import Data, Part
+from slmjax.data.spec import PackedText, Part
 from slmjax.errors import UserError
 from slmjax.evals.perplexity import evaluate
 from slmjax.losses.masked_lm import Masking, masked_lm
-from slmjax.models.bert import bert
+from slmjax.models.families.bert import bert
+from slmjax.models.families.mobilebert import mobilebert, mobilebert_base
 from slmjax.models.flops import flops_per_token, nonembedding_count
-from slmjax.models.mobilebert import mobilebert, mobilebert_base
 from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.compute import Compute
 from slmjax.nn.einsum_cpu import cpu_einsum
@@ -238,7 +238,7 @@ def test_an_experiment_asks_a_model_for_what_it_tells():
     parts = {
         "name": "x",
         "steps": 1,
-        "data": Data(train=(Part(source="store"),), length=32, batch=2),
+        "data": PackedText(train=(Part(source="store"),), length=32, batch=2),
         "schedule": Constant(peak_lr=1e-3),
     }
     Experiment(model=BERT, objective=MaskedLM(), **parts)

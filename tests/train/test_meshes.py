@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from slmjax import tree
-from slmjax.models.gpt2 import gpt2
-from slmjax.models.llama import llama
+from slmjax.models.families.gpt2 import gpt2
+from slmjax.models.families.llama import llama
 from slmjax.objectives import NextToken
 from slmjax.optim.recipes import AdamW, Muon
 from slmjax.optim.schedules import Cosine

@@ -1,0 +1,139 @@
+"""`export_gguf`: write, read back, compare, let llama.cpp run it, and only then give the file its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from slmjax import __version__
+from slmjax.convert import gate, memory, table
+from slmjax.convert.card import Facts
+from slmjax.convert.export import probe_tokens
+from slmjax.convert.expressed import expressed
+from slmjax.convert.folder import Rejected, remove_abandoned
+from slmjax.convert.gguf import gate as gguf_gate
+from slmjax.convert.gguf.file import GGUF
+from slmjax.convert.gguf.load import read_params, write_gguf, written_as
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import StorageError, UserError
+from slmjax.models.decoder import Decoder
+from slmjax.types import Params
+
+
+class ExportedGGUF(NamedTuple):
+    """What an export did."""
+
+    file: pathlib.Path
+    checks: list[gate.Check]
+    folded: tuple[str, ...] = ()
+    """Scalars that were folded into the weights"""
+
+
+def export_gguf(
+    decoder: Decoder,
+    params: Params,
+    out: pathlib.Path,
+    *,
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    facts: Facts | None = None,
+    overwrite: bool = False,
+    reference_python: str | None = None,
+    donate: bool = False,
+) -> ExportedGGUF:
+    """Writes a GGUF file that llama.cpp runs; it appears under its name only when every check has passed.
+
+    Args:
+        params: float32 parameters as evaluation uses them.
+        dtype: of the matrices: "float32", "float16", "bfloat16" or "q8_0" (8 bits, a scale for each 32). Vectors and
+            norms stay float32.
+        facts: name and licence go into the file.
+        overwrite: replace a GGUF file.
+        reference_python: a Python with xllamacpp; see `gate.find_python`.
+        donate: delete `params` once they are written and compared: the model is never held twice.
+
+    Raises:
+        UserError: llama.cpp cannot compute the model or has no such tokenizer, or `out` may not be written.
+        Rejected: a check failed; the file is kept under a name ending in `.failed`.
+        StorageError: the disk is full or not writable; `out` is as it was.
+    """
+    python = gate.find_python(reference_python, "xllamacpp")
+    probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab), decoder.context)
+    about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}
+    if facts is not None and facts.licence:
+        about["general.license"] = facts.licence
+    folded = expressed(decoder).folded
+    first = []
+    if folded.scalars:
+        weights = folded.apply(params)
+        first.append(gate.check_fold((decoder, params), (folded.decoder, weights), probe))
+        decoder, params = folded.decoder, weights
+    family = written_as(decoder)[0]
+    with publish_file(out, overwrite=overwrite) as file:
+        architecture, config = write_gguf(file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about)
+        try:
+            opened = GGUF(file)
+        except StorageError as e:
+            raise Rejected(f"the export cannot be read back: {e}") from e
+        wanted = architecture.tensors(config, table.to_theirs(family.rows(decoder), params))
+        checks = [*first, gguf_gate.check_tensors(opened, wanted, dtype)]
+        gate.demand(checks)
+        ours = gate.forward(decoder, params, probe)
+        if donate:
+            memory.delete(params)
+        stored = memory.to_device(read_params(opened, architecture, config, family, decoder))
+        theirs = gate.forward(decoder, stored, probe)
+        if dtype == "float32":
+            checks.append(gate.compare("reload: logits", ours, theirs, probe))
+        else:
+            checks.append(gguf_gate.check_rounding(ours, theirs, probe))
+        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, dtype, architecture.drift)
+        gate.demand(checks)
+    return ExportedGGUF(out, checks, folded.scalars)
+
+
+@contextlib.contextmanager
+def publish_file(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A new file beside `out` that takes its name when the block ends well; compare `folder.publish`.
+
+    Raises:
+        UserError: `out` is there and may not be replaced.
+        StorageError: the disk is full or not writable.
+    """
+    out = out.absolute()
+    check_file_free(out, overwrite=overwrite)
+    partial = out.with_name(f".{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out)
+        yield partial
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        check_file_free(out, overwrite=overwrite)
+        partial.replace(out)
+    except Rejected as e:
+        failed = out.with_name(f"{out.name}.failed")
+        if partial.exists():
+            partial.replace(failed)
+        raise Rejected(f"{e}; what was written is kept in {failed}") from e
+    except OSError as e:
+        raise StorageError(f"cannot write {out}: {e.strerror or e}; nothing was changed there") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_file_free(out: pathlib.Path, *, overwrite: bool) -> None:
+    """Raises UserError unless a GGUF file may be written to `out`."""
+    if not out.exists():
+        return
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; expected the name of a file such as {out / 'model.gguf'}")
+    if not overwrite:
+        raise UserError(f"--out {out} is there already; choose another name or add --overwrite")
+    with out.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UserError(f"--out {out} is no GGUF file, so it is not replaced")

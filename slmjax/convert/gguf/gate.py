@@ -1,0 +1,168 @@
+"""The gate behind a GGUF export: the file is read back tensor by tensor, run by our decoder, and by stock llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from slmjax.convert.folder import Rejected
+from slmjax.convert.gate import Check, Forward, Probe, forward
+from slmjax.convert.gguf.file import GGUF
+from slmjax.convert.tokenizer_files import PROBES
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.models.decoder import Decoder
+from slmjax.types import Params
+
+NEW_TOKENS, TOP = 24, 20
+MAY_DRIFT = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
+"""Of a log-probability, in nats times max(1, max|logit|): llama.cpp rounds what it multiplies with a matrix to the
+matrix's own format. About three times what SmolLM2-135M shows"""
+ROWS = 4096  # compared together
+HALF = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.BF16: ml_dtypes.bfloat16}
+
+
+def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray]], dtype: str) -> Check:
+    """Every tensor of the file against the model's, rounded as its format rounds."""
+    names, wrong = set(), []
+    for name, x in wanted:
+        names.add(name)
+        x = np.asarray(x, np.float32)
+        kind = file.infos[name].kind if name in file.infos else None
+        if kind is None or file.infos[name].shape != x.shape:
+            wrong.append(name)
+            continue
+        found = file[name]
+        if not all(_fits(x[i : i + ROWS], found[i : i + ROWS], kind) for i in range(0, len(x), ROWS)):
+            wrong.append(name)
+    wrong += sorted(set(file.infos) - names)
+    total = f"all {len(names)} as they should be"
+    found = f"{len(wrong)} differ, first {wrong[0]}" if wrong else total
+    return Check(name=f"reload: tensors ({dtype})", found=found, expected=total, passed=not wrong)
+
+
+def _fits(x: np.ndarray, found: np.ndarray, kind: GGMLQuantizationType) -> bool:
+    """Whether `found` is x [..., D] rounded to a format."""
+    if kind in HALF:
+        return np.array_equal(found, x.astype(HALF[kind]).astype(np.float32))
+    if kind != GGMLQuantizationType.Q8_0:
+        return np.array_equal(found, x)
+    # half a step of 1/127 of the largest in each block of 32; the step itself is kept as float16
+    largest = np.abs(x).reshape(*x.shape[:-1], -1, 32).max(axis=-1, keepdims=True)
+    error = np.abs(found - x).reshape(*largest.shape[:-1], 32)
+    return bool((error <= largest * (0.5 / 127 + 2**-10) + 2**-24 * 127).all())
+
+
+def check_rounding(ours: Forward, stored: Forward, probe: Probe) -> Check:
+    """What rounding to the file's format costs: for information."""
+    real = probe.mask.astype(bool)
+    a, b = (_log_softmax(x.logits[real]) for x in (ours, stored))
+    divergence = float((np.exp(a) * (a - b)).sum(axis=-1).mean())
+    found = f"KL {divergence:.1e} nats a token, max|Δ logit| {np.abs(ours.logits - stored.logits)[real].max():.1e}"
+    return Check(name="rounded: logits", found=found, expected="for information", passed=None)
+
+
+def check_llama_cpp(
+    file: pathlib.Path, decoder: Decoder, params: Params, python: str | None, probe: Probe, tokenizer: Tokenizer,
+    dtype: str, drift: float,
+) -> list[Check]:  # fmt: skip
+    """Stock llama.cpp on the file: loads it, tokenizes as training did, same tokens, same probabilities.
+
+    Args:
+        params: as the file holds them.
+        drift: what the architecture may be off besides, in the same unit.
+    """
+    missing = "not run: give --reference-python or SLMJAX_REFERENCE_PYTHON, a Python with xllamacpp"
+    skipped = [Check(name="stock llama.cpp", found=missing, expected="xllamacpp", passed=None)]
+    if python is None:
+        return skipped
+    lengths = [max(1, probe.tokens.shape[1] // 4), max(1, probe.tokens.shape[1] // 2)]
+    prompts = [row[:n].tolist() for row, n in zip(probe.tokens, lengths, strict=False)]
+    new_tokens = min(NEW_TOKENS, decoder.context - max(lengths) - 1)
+    request = {"prompts": prompts, "new_tokens": new_tokens, "top": min(TOP, decoder.vocab), "texts": list(PROBES)}
+    answer = _run(file, python, request)
+    if answer is None:
+        return skipped
+    name = f"llama.cpp (xllamacpp {answer['version']})"
+    limit = MAY_DRIFT[dtype] + drift
+    checks = [_compare(name, decoder, params, prompts, answer["rows"], new_tokens, limit, tokenizer)]
+    wanted = [tokenizer.encode(text, bos=True) for text in PROBES]
+    wrong = [i for i, ids in enumerate(wanted) if ids != answer["encoded"][i]]
+    found = f"{PROBES[wrong[0]]!r} becomes {answer['encoded'][wrong[0]]}" if wrong else "identical"
+    checks.append(Check(name=f"{name}: tokenizer", found=found, expected="ids as in training", passed=not wrong))
+    return checks
+
+
+def _compare(
+    name: str, decoder: Decoder, params: Params, prompts: list[list[int]], rows: list[Any], new_tokens: int,
+    limit: float, tokenizer: Tokenizer,
+) -> Check:  # fmt: skip
+    """Our probabilities along llama.cpp's own greedy path: at each step its token is our likeliest, or nearly so.
+
+    limit: of a log-probability, in nats times max(1, max|logit|).
+    """
+    whole = [prompt + row["tokens"] for prompt, row in zip(prompts, rows, strict=True)]
+    longest = max(map(len, whole))
+    tokens = np.zeros((len(whole), longest), np.int32)
+    for i, ids in enumerate(whole):
+        tokens[i, : len(ids)] = ids  # what stands behind a row's end cannot be seen from before it
+    logits = forward(decoder, params, Probe(tokens, np.ones_like(tokens))).logits
+    limit *= max(1.0, float(np.abs(logits).max()))
+    scores = _log_softmax(logits)
+    worst, lead, same, made = 0.0, 0.0, 0, 0
+    ends = set(tokenizer.special.values())
+    for score, prompt, row in zip(scores, prompts, rows, strict=True):
+        for step, token in enumerate(row["tokens"]):
+            here = score[len(prompt) + step - 1]
+            if step < len(row["top"]):
+                ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
+                worst = float(np.maximum(worst, np.abs(here[ids] - theirs).max()))  # NaN stays, and fails
+            lead = max(lead, float(here.max() - here[token]))
+            same += int(here.argmax() == token)
+            made += 1
+        ended = ends & {*row["tokens"][-1:], int(score[len(prompt) + len(row["tokens"]) - 1].argmax())}
+        if len(row["tokens"]) < new_tokens and not ended:
+            worst = math.inf  # it stopped where we go on
+    if not made and worst <= limit:
+        nothing = "nothing to compare: both end every text of the probe at once"
+        return Check(name=f"{name}: tokens", found=nothing, expected="for information", passed=None)
+    found = f"{same} of {made} greedy tokens identical, max|Δ log p| {worst:.1e}"
+    passed = worst <= limit and lead <= 2 * limit  # nearly equal: a tie that rounding decides
+    return Check(name=f"{name}: tokens", found=found, expected=f"≤ {limit:.1e}, or a tie", passed=passed)
+
+
+def _run(file: pathlib.Path, python: str, request: dict[str, Any]) -> dict[str, Any] | None:
+    """What the program found; None if this Python has no llama.cpp."""
+    program = importlib.resources.files("slmjax.convert").joinpath("stock_llama_cpp.py.txt")
+    with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
+        asked, answered = pathlib.Path(tmp, "request.json"), pathlib.Path(tmp, "answer.json")
+        asked.write_text(json.dumps(request))
+        command = [python, str(script), str(file), str(asked), str(answered)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", env=os.environ, timeout=1800
+            )
+        except subprocess.TimeoutExpired:
+            raise Rejected("stock llama.cpp did not answer within half an hour") from None
+        if answered.is_file():
+            return json.loads(answered.read_text())
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if lines and "ModuleNotFoundError" in lines[-1] and "xllamacpp" in lines[-1]:
+            return None
+        said = [line for line in lines if "error" in line.lower()] or lines or [str(done.returncode)]
+        raise Rejected(f"stock llama.cpp failed on the export: {said[0].strip()[:300]}")
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    top = x.max(axis=-1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))

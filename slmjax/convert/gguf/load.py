@@ -1,0 +1,242 @@
+"""GGUF files <-> a decoder, its parameters and its tokenizer. What llama.cpp runs."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from slmjax.convert import table
+from slmjax.convert.gguf import write as gguf_write
+from slmjax.convert.gguf.arch import Config, GGUFArchitecture
+from slmjax.convert.gguf.families import LLAMA, architecture_of
+from slmjax.convert.gguf.file import GGUF, named, shown
+from slmjax.convert.gguf.rope import scaling_of
+from slmjax.convert.gguf.tokenizer import from_gguf, to_gguf
+from slmjax.convert.hf import abstract, family_of
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import StorageError, UserError
+from slmjax.models.decoder import Decoder
+from slmjax.models.families import FAMILIES
+from slmjax.models.families.common.rows import Family
+from slmjax.types import Params
+
+HARMLESS = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
+"""Keys of the architecture that change nothing, or that the tensors say again"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedGGUF:
+    """What a file held."""
+
+    decoder: Decoder
+    params: Params
+    """float32, as numpy arrays"""
+    family: Family
+    tokenizer: Tokenizer
+    metadata: Mapping[str, Any]
+
+    @property
+    def licence(self) -> str | None:
+        """What the file says of it."""
+        found = self.metadata.get("general.license")
+        return found if isinstance(found, str) else None
+
+
+class Theirs(Mapping[str, np.ndarray]):
+    """Tensors of a GGUF file under the keys that `transformers` has for them."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, keys: Any):
+        self.tensors, self.architecture, self.config, self.known = tensors, architecture, config, dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.architecture.theirs(self.config, key, self.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.known
+
+
+def import_gguf(file: pathlib.Path) -> ImportedGGUF:
+    """Reads a model of the llama architecture, unpacked to float32. Runs nothing from it but the chat template, later.
+
+    Raises:
+        UserError: an architecture, a key or a tokenizer without counterpart here.
+        StorageError: the file is damaged, or its tensors do not fit its metadata.
+    """
+    opened = GGUF(file)
+    try:
+        return _import(opened)
+    except UserError as e:
+        raise e if str(e).startswith(f"{file}: ") else type(e)(f"{file}: {e}") from e
+
+
+def _import(file: GGUF) -> ImportedGGUF:
+    name = named(file.metadata, "general.architecture")
+    if name != LLAMA.name:
+        raise UserError(f"general.architecture = {name!r} cannot be imported; only {LLAMA.name!r} can")
+    tokenizer = from_gguf(file.metadata)
+    config = config_of(file)
+    family = next(family for family in FAMILIES if family.model_type == LLAMA.model_type)
+    decoder = family.from_config(config)
+    tree = abstract(decoder)
+    _check_tensors(file, config, shapes_of(LLAMA, config, family, decoder, tree))
+    params = read_params(file, LLAMA, config, family, decoder)
+    return ImportedGGUF(decoder=decoder, params=params, family=family, tokenizer=tokenizer, metadata=file.metadata)
+
+
+def config_of(file: GGUF) -> dict[str, Any]:
+    """LlamaConfig of a GGUF file.
+
+    Raises:
+        UserError: a key that could change what the model computes and has no counterpart.
+        StorageError: a key is missing or no sensible number.
+    """
+    prefix = f"{LLAMA.name}."
+    left = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+
+    def count(key: str, default: int | None = None) -> int:
+        value = left.pop(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
+        return value
+
+    def real(key: str, default: float | None = None) -> float:
+        value = left.pop(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
+        return float(np.float64(str(np.float32(value))))  # the shortest decimal: 1e-5, not 9.99999974e-06
+
+    layers, width, heads = count("block_count"), count("embedding_length"), count("attention.head_count")
+    if layers > len(file):
+        raise StorageError(f"{file.file}: {prefix}block_count = {layers}, but there are only {len(file)} tensors")
+    size = count("attention.key_length", max(1, width // heads))
+    if count("attention.value_length", size) != size or count("rope.dimension_count", size) != size:
+        raise UserError(f"{prefix}rope.dimension_count and value_length other than the head's width of {size}")
+    kv = count("attention.head_count_kv", heads)
+    if size % 2 or heads % kv:
+        raise StorageError(f"{file.file}: {heads} heads of width {size} with {kv} key-value heads are no model")
+    theta = real("rope.freq_base", 1e4)
+    if "token_embd.weight" not in file.infos:
+        raise StorageError(f"{file.file}: tensor 'token_embd.weight' is missing")
+    config = {
+        "model_type": LLAMA.model_type,
+        "vocab_size": file.infos["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": count("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": size,
+        "hidden_act": "silu",
+        "max_position_embeddings": count("context_length"),
+        "rms_norm_eps": real("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.infos,
+        "attention_bias": "blk.0.attn_q.bias" in file.infos,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.infos,
+        "rope_parameters": {"rope_theta": theta, **scaling_of(file, left, theta, size)},
+    }
+    for key, value in left.items():
+        if key not in HARMLESS and np.any(value):
+            raise UserError(f"{prefix}{key} = {shown(value)} is not known here and may change what the model computes")
+    return config
+
+
+def shapes_of(
+    architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder, params: Any
+) -> dict[str, tuple[int, ...]]:
+    """GGUF name -> shape, in the order of writing; nothing is computed."""
+    return {name: x.shape for name, x in architecture.tensors(config, iter(_blank(family, decoder, params).items()))}
+
+
+def read_params(
+    tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder
+) -> Params:
+    """The parameters of a file whose tensors are known to fit."""
+    tree = abstract(decoder)
+    theirs = Theirs(tensors, architecture, config, _blank(family, decoder, tree))
+    return table.to_ours(family.rows(decoder), theirs, tree)
+
+
+def write_gguf(
+    file: pathlib.Path,
+    decoder: Decoder,
+    params: Params,
+    *,
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    about: Mapping[str, Any] | None = None,
+) -> tuple[GGUFArchitecture, dict[str, Any]]:
+    """Writes a file; `gguf_export.export_gguf` does that atomically and checks it.
+
+    Args:
+        about: more metadata, such as general.name.
+
+    Returns:
+        The architecture and the configuration that the file was written by.
+
+    Raises:
+        UserError: llama.cpp cannot compute the model or tokenize as its tokenizer, or a value is not finite.
+        StorageError: the disk is full or not writable.
+    """
+    family, architecture, config = written_as(decoder)
+    metadata = {**(about or {}), **architecture.keys(config), **to_gguf(tokenizer, decoder.vocab)}
+    gguf_write.write(
+        file,
+        architecture.name,
+        metadata,
+        shapes_of(architecture, config, family, decoder, params),
+        lambda: architecture.tensors(config, table.to_theirs(family.rows(decoder), params)),
+        dtype,
+    )
+    return architecture, config
+
+
+def written_as(decoder: Decoder) -> tuple[Family, GGUFArchitecture, dict[str, Any]]:
+    """The first of the classes of transformers that compute this which llama.cpp computes too, and its config.json.
+
+    Raises:
+        UserError: there is none; what stands in the way of the first.
+    """
+    refused = None
+    for family in FAMILIES:
+        config = family.to_config(decoder) if isinstance(decoder, family.kind) else None
+        if config is None:
+            continue
+        config = {"seq_length": decoder.context, **config}
+        try:
+            architecture = architecture_of(family.model_type)
+            architecture.keys(config)
+            return family, architecture, config
+        except UserError as e:
+            refused = refused or e
+    family_of(decoder)  # says why no class fits
+    raise refused or UserError("scalars of this model have to be folded into its weights first (convert/fold.py)")
+
+
+def _blank(family: Family, decoder: Decoder, params: Any) -> dict[str, np.ndarray]:
+    """Their keys, each with a tensor of its shape that takes no memory."""
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), params)
+    return dict(table.to_theirs(family.rows(decoder), empty))
+
+
+def _check_tensors(file: GGUF, config: Config, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Before anything is unpacked: all there, of the right shape, and no other."""
+    for name, shape in expected.items():
+        if name not in file.infos:
+            raise StorageError(f"{file.file}: tensor {name!r} of shape {list(shape)} is missing")
+        if file.infos[name].shape != shape:
+            found = list(file.infos[name].shape)
+            raise StorageError(f"{file.file}: tensor {name!r} has shape {found}; expected {list(shape)}")
+    for name in file.infos:
+        if name not in expected:
+            raise StorageError(f"{file.file}: tensor {name[:120]!r} has no place in this model")

@@ -1,0 +1,181 @@
+"""What the families of encoders have in common: their classes in `transformers`, one for each head, rows and fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from slmjax.errors import UserError
+from slmjax.models.encoder import Encoder
+from slmjax.models.families.common.config_fields import NUMBER, Fields, Names
+from slmjax.models.families.common.rows import Asked, Row, attention_rows, dense_rows, norm_rows, present
+from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
+from slmjax.nn.mlp import MLP, tanh
+
+GREEK = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names in files older than 2019, as `transformers` renames them"""
+
+
+class Kind(NamedTuple):
+    """A class of `transformers`, for a kind of head."""
+
+    architecture: str
+    prefix: str
+    """Of the keys of the encoder inside it"""
+    head: type[Head]
+    output: str
+    """The field of its answer that `unembed` gives"""
+    first: bool
+    """Whether it tells of the first token of each sequence alone"""
+
+
+def kinds(name: str, prefix: str, *, pooler: bool) -> tuple[Kind, ...]:
+    """The classes `{name}ForMaskedLM` and so on."""
+    return (
+        Kind(f"{name}ForMaskedLM", prefix, MaskedWords, "logits", False),
+        Kind(f"{name}Model", "", Pooler, "pooler_output", True)
+        if pooler
+        else Kind(f"{name}Model", "", Bare, "last_hidden_state", False),
+        Kind(f"{name}ForSequenceClassification", prefix, Classifier, "logits", True),
+    )
+
+
+def kind_of(known: tuple[Kind, ...], model: Any) -> Kind | None:
+    """The class that has the head of this encoder; None if none has, or it is no encoder."""
+    head = type(getattr(model, "head", None))
+    return next((kind for kind in known if kind.head is head), None)
+
+
+def prefix_of(known: tuple[Kind, ...], encoder: Encoder) -> str:
+    """Of the keys of the encoder inside the class that has its head."""
+    kind = kind_of(known, encoder)
+    return "" if kind is None else kind.prefix
+
+
+def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
+    """How stock transformers is asked for what an encoder tells."""
+
+    def of(encoder: Encoder) -> Asked:
+        kind = kind_of(known, encoder)
+        assert kind is not None
+        return Asked(
+            loader=kind.architecture, output=kind.output, first=kind.first, generates=False, pads="right", closes=True
+        )
+
+    return of
+
+
+def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], *, activation: Callable = tanh) -> Head | None:
+    """The head of the class that a config.json names; None if that is the one for masked words, as families' functions
+    take it.
+
+    Args:
+        activation: of the one for labels.
+
+    Raises:
+        UserError: it names none, or another.
+    """
+    names = config.get("architectures") or [None]
+    found = next((kind for kind in known if kind.architecture == names[0]), None)
+    if found is None:
+        raise UserError(
+            f"config.json: architectures = {names[0]!r} is not supported; there are "
+            f"{', '.join(kind.architecture for kind in known)}"
+        )
+    if config.get("is_decoder"):
+        raise UserError("config.json: is_decoder = True is not supported; only False is")
+    if found.head is Classifier:
+        return Classifier(labels=_labels(config), activation=activation)
+    return None if found.head is MaskedWords else found.head()
+
+
+def head_fields(encoder: Encoder) -> dict[str, Any]:
+    """What config.json says of the head."""
+    if not isinstance(encoder.head, Classifier):
+        return {}
+    names = encoder.head.labels
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
+
+
+def ignore_dropout(fields: Fields, *names: str) -> None:
+    """Takes probabilities that matter in training with `transformers` alone."""
+    for name in names:
+        fields.take(name, NUMBER, 0.0)
+
+
+NAMES = Names()
+
+
+def bert_config(encoder: Encoder, kind: Kind, model_type: str, heads: int, mlp: MLP, eps: float) -> dict[str, Any]:
+    """What `bert_fields` reads."""
+    return {
+        **NAMES.written(encoder, kind.architecture, model_type, heads, mlp),
+        "type_vocab_size": encoder.types,
+        "layer_norm_eps": eps,
+        "tie_word_embeddings": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **head_fields(encoder),
+    }
+
+
+def bert_fields(fields: Fields, config: Mapping[str, Any], known: tuple[Kind, ...], **defaults: Any) -> dict[str, Any]:
+    """The arguments of BERT's function that it shares with MobileBERT's; `defaults` are those of `Names.read`.
+
+    Raises:
+        UserError: a field has no counterpart here, by name.
+    """
+    ignore_dropout(fields, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    fields.expect("tie_word_embeddings", True)
+    return {
+        **NAMES.read(fields, vocab=30522, context=512, **defaults),
+        "types": fields.take("type_vocab_size", int, 2),
+        "eps": float(fields.take("layer_norm_eps", NUMBER, 1e-12)),
+        "head": head_of(known, config),
+    }
+
+
+def embedding_rows(prefix: str) -> tuple[Row, ...]:
+    """Rows of tables and their norm."""
+    return (
+        Row("embed/table", f"{prefix}embeddings.word_embeddings.weight", "v d -> v d"),
+        Row("embed/positions", f"{prefix}embeddings.position_embeddings.weight", "c d -> c d"),
+        Row("embed/types", f"{prefix}embeddings.token_type_embeddings.weight", "t d -> t d"),
+        *dense_rows("embed/project", f"{prefix}embeddings.embedding_transformation"),
+        *norm_rows("embed/norm", f"{prefix}embeddings.LayerNorm"),
+    )
+
+
+def bert_rows(
+    known: tuple[Kind, ...], fed: Callable[[str, Encoder], tuple[Row, ...]]
+) -> Callable[[Encoder], tuple[Row, ...]]:
+    """`Family.rows` of BERT and MobileBERT; `fed` gives, for a layer's prefix, what comes after attention and norm."""
+
+    def rows(encoder: Encoder) -> tuple[Row, ...]:
+        prefix = prefix_of(known, encoder)
+        layer = f"{prefix}encoder.layer.{{}}"
+        found = (
+            *embedding_rows(prefix),
+            *attention_rows(f"{layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
+            *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm"),
+            *fed(layer, encoder),
+            *dense_rows("head/pool", f"{prefix}pooler.dense"),
+            *dense_rows("head/classify", "classifier"),
+            *dense_rows("head/transform", "cls.predictions.transform.dense"),
+            *norm_rows("head/norm", "cls.predictions.transform.LayerNorm"),
+            Row("head/rest", "cls.predictions.dense.weight", "e v -> v e"),
+            Row("head/bias", "cls.predictions.bias", "v -> v"),
+        )
+        return present(found, encoder)
+
+    return rows
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("id2label")
+    if names is None:
+        return Classifier().labels
+    try:
+        return tuple(str(names[str(i)]) for i in range(len(names)))
+    except (KeyError, TypeError):
+        raise UserError(f'config.json: id2label = {str(names)[:60]} does not number its labels from "0" on') from None

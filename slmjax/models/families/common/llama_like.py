@@ -1,0 +1,249 @@
+"""What Llama and the families of its shape have in common: sizes, a layer, rows, fields of config.json.
+
+Pre-norm or another wiring, grouped-query attention, rotary positions and a gated MLP. The file of a family says where
+it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from slmjax.errors import UserError
+from slmjax.models.arrange import layers_of
+from slmjax.models.decoder import Block, Decoder
+from slmjax.models.families.common.config_fields import NUMBER, Fields, Names, activation_name
+from slmjax.models.families.common.rope_fields import rope_from_config
+from slmjax.models.families.common.rows import Row, attention_rows, dense_rows, norm_rows
+from slmjax.nn.attention import Attention
+from slmjax.nn.block import AnyBlock
+from slmjax.nn.mlp import GatedMLP, silu
+from slmjax.nn.norm import LayerNorm, RMSNorm
+from slmjax.nn.parts import Norm
+from slmjax.nn.position import Position, Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large a model of Llama's shape is."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    """None: as many as `heads`"""
+    hidden: int
+    """Width of the gated MLP"""
+    vocab: int
+    context: int
+    tied: bool = False
+    head_dim: int | None = None
+    """None: width / heads"""
+    eps: float = 1e-5
+    """Of all norms"""
+    activation: Callable = silu
+
+    def block(
+        self, position: Position, norm: Norm, *, kind: type[AnyBlock] = Block, mlp_bias: bool = False, **attention: Any
+    ) -> AnyBlock:
+        """One layer; `attention` are further fields of `Attention`."""
+        mixer = Attention(
+            heads=self.heads,
+            kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
+            head_dim=self.width // self.heads if self.head_dim is None else self.head_dim,
+            position=position,
+            **attention,
+        )
+        mlp = GatedMLP(hidden=self.hidden, activation=self.activation, bias=mlp_bias)
+        return kind(mixer=mixer, mlp=mlp, norm=norm)
+
+    def each(self, windows: Sequence[int | None]) -> Sequence[int | None]:
+        """The window of each layer, where one stands for all."""
+        return list(windows) * (self.layers if len(windows) == 1 else 1)
+
+    def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
+        """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
+        laid_out = layers_of(blocks)
+        return Decoder(
+            vocab=self.vocab,
+            width=self.width,
+            context=self.context,
+            tied=self.tied,
+            final_norm=blocks[0].norm,
+            **laid_out,
+            **options,
+        )
+
+
+_LAYER = "model.layers.{}"
+_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
+
+TABLES = (
+    Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
+    *norm_rows("final_norm", "model.norm"),
+    Row("unembed/table", "lm_head.weight", "v d -> v d"),
+)
+PRE_NORMS = (
+    *norm_rows("layers/attn_norm", f"{_LAYER}.input_layernorm"),
+    *norm_rows("layers/mlp_norm", f"{_LAYER}.post_attention_layernorm"),
+)
+SANDWICH_NORMS = (
+    *norm_rows("layers/attn_norm", f"{_LAYER}.input_layernorm"),
+    *norm_rows("layers/attn_post_norm", f"{_LAYER}.post_attention_layernorm"),
+    *norm_rows("layers/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
+    *norm_rows("layers/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
+)
+"""Of which a block that norms only after its branches has the second and the fourth"""
+ATTENTION = attention_rows(_ATTENTION, "q_proj", "k_proj", "v_proj", "o_proj")
+QK_NORMS = (
+    *norm_rows("layers/attn/q_norm", f"{_ATTENTION}.q_norm"),
+    *norm_rows("layers/attn/k_norm", f"{_ATTENTION}.k_norm"),
+)
+"""One gain for all heads"""
+MLP = (
+    *dense_rows("layers/mlp/gate", f"{_MLP}.gate_proj"),
+    *dense_rows("layers/mlp/up", f"{_MLP}.up_proj"),
+    *dense_rows("layers/mlp/down", f"{_MLP}.down_proj"),
+)
+LLAMA = (*TABLES, *PRE_NORMS, *ATTENTION, *MLP)
+"""Parameters as LlamaForCausalLM saves them"""
+
+
+class Common(NamedTuple):
+    """A decoder of Llama's shape in the words of transformers, as far as all these families use the same."""
+
+    config: dict[str, Any]
+    mixers: tuple[Attention, ...]
+    """Of each layer"""
+    mlp: GatedMLP
+    """Of the first layer"""
+    rope: Rope
+    """Of the first layer that has rotary positions"""
+
+
+def common_config(
+    decoder: Decoder,
+    architecture: str,
+    model_type: str,
+    *,
+    eps: str = "rms_norm_eps",
+    activation: str = "hidden_act",
+    head_dim: bool = True,
+) -> Common | None:
+    """What `sizes_from` reads, or None if a layer has another kind of part. Whether the decoder is then exactly the one
+    that these fields describe, `exact` says.
+
+    Args:
+        eps, activation: the names of these fields.
+        head_dim: whether the class has that field.
+    """
+    mixers = tuple(block.mixer for block in decoder.blocks() if isinstance(block.mixer, Attention))
+    ropes = [mixer.position for mixer in mixers if isinstance(mixer.position, Rope)]
+    mlp, norm = decoder.pattern[0].mlp, decoder.pattern[0].norm
+    if len(mixers) < decoder.layers or not ropes or not isinstance(mlp, GatedMLP):
+        return None
+    if not isinstance(norm, (RMSNorm, LayerNorm)) or activation_name(mlp.activation) is None:
+        return None
+    config = {
+        **Names(activation=activation).written(decoder, architecture, model_type, mixers[0].heads, mlp),
+        "num_key_value_heads": mixers[0].kv_heads,
+        **({"head_dim": mixers[0].head_dim} if head_dim else {}),
+        eps: norm.eps,
+        "tie_word_embeddings": decoder.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    return Common(config, mixers, mlp, ropes[0])
+
+
+def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", activation: str = "hidden_act") -> Sizes:
+    """The fields that `common_config` writes; absent ones have the defaults of the class."""
+    common = Names(activation=activation).read(
+        fields,
+        layers=defaults.layers,
+        width=defaults.width,
+        heads=defaults.heads,
+        hidden=defaults.hidden,
+        vocab=defaults.vocab,
+        context=defaults.context,
+        activation=activation_name(defaults.activation) or "",
+    )
+    return Sizes(
+        **common,
+        kv_heads=fields.nullable("num_key_value_heads", int, defaults.kv_heads),
+        head_dim=fields.nullable("head_dim", int, defaults.head_dim),
+        tied=fields.take("tie_word_embeddings", bool, defaults.tied),
+        eps=fields.take(eps, NUMBER, defaults.eps),
+    )
+
+
+def divided(sizes: Sizes) -> Sizes:
+    """For classes whose heads share the width.
+
+    Raises:
+        UserError: head_dim is another number than width / heads.
+    """
+    if sizes.width % sizes.heads or sizes.head_dim not in (None, sizes.width // sizes.heads):
+        raise UserError(
+            f"config.json: hidden_size = {sizes.width} is not {sizes.heads} heads (num_attention_heads) of head_dim = "
+            f"{sizes.head_dim or sizes.width // sizes.heads}, as this model needs"
+        )
+    return sizes
+
+
+def whole_rope(fields: Fields, context: int, theta: float = 1e4) -> Rope:
+    """Rotary positions of whole heads.
+
+    Raises:
+        UserError: a part of each head only, or as `rope_from_config`.
+    """
+    rope = rope_from_config(fields, theta=theta, context=context)
+    if rope.fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor = {rope.fraction} is not supported; only 1.0 is")
+    return rope
+
+
+def layer_windows(fields: Fields, length: int | None, default: Sequence[bool]) -> tuple[int | None, ...]:
+    """The window of each layer by `layer_types`: `length`, or None where it attends to all.
+
+    Args:
+        default: whether each layer has a window if the field is absent.
+
+    Raises:
+        UserError: the field does not name each layer, names an unknown kind, or a window without `length`.
+    """
+    given = fields.take("layer_types", (list, tuple), None)
+    names = [_kind(slides) for slides in default] if given is None else given
+    if len(names) != len(default):
+        raise UserError(f"config.json: layer_types names {len(names)} layers; num_hidden_layers = {len(default)}")
+    if unknown := [x for x in names if x not in (_kind(True), _kind(False))]:
+        raise UserError(f"config.json: layer_types has {unknown[0]!r}; there are {_kind(True)} and {_kind(False)}")
+    if _kind(True) in names and length is None:
+        raise UserError(f"config.json: some layers are {_kind(True)!r}, but no sliding_window is in use")
+    return tuple(length if name == _kind(True) else None for name in names)
+
+
+def _kind(slides: bool) -> str:
+    return "sliding_attention" if slides else "full_attention"
+
+
+def window_in_use(fields: Fields, default: int | None) -> int | None:
+    """`sliding_window` where `use_sliding_window` says that layers have one."""
+    used, length = fields.take("use_sliding_window", bool, False), fields.nullable("sliding_window", int, default)
+    return length if used else None
+
+
+def windows_to_config(mixers: Sequence[Attention]) -> dict[str, Any]:
+    """The fields that `window_in_use` and `layer_windows` read, for the first window among these layers."""
+    lengths = [mixer.window for mixer in mixers if mixer.window is not None]
+    return {
+        "use_sliding_window": bool(lengths),
+        "sliding_window": lengths[0] if lengths else None,
+        "layer_types": layer_type_names(mixers),
+    }
+
+
+def layer_type_names(mixers: Sequence[Attention]) -> list[str]:
+    """`layer_types` of these layers."""
+    return [_kind(mixer.window is not None) for mixer in mixers]

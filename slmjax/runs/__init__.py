@@ -1,0 +1,1 @@
+"""Puts a run together, and opens one again: the library behind the commands."""

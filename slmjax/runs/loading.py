@@ -1,0 +1,218 @@
+"""MODEL, as every verb takes it: a run or one of its checkpoints, an import, a Hugging Face folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slmjax.config import Experiment
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import DataError, StorageError, UserError
+from slmjax.models.assembly import Assembly
+from slmjax.models.decoder import Decoder
+from slmjax.models.encoder import CANNOT
+from slmjax.serialise import from_json
+from slmjax.types import Params
+
+EXPECTED = "expected a run folder, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder, or a .gguf file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model with what is known of where it came from."""
+
+    decoder: Assembly
+    params: Params
+    """The effective parameters of evaluation, float32, on the first device"""
+    tokenizer_path: Path | None
+    """A folder with tokenizer.json"""
+    source: Path
+    """The run, import or Hugging Face folder, or the GGUF file"""
+    step: int | None = None
+    """The optimizer updates behind the parameters; None where unknown"""
+    experiment: Experiment | None = None
+    """What the run computes; None for models that no run of ours made"""
+    config: dict[str, Any]
+    """config.json of the folder"""
+    embedded: Tokenizer | None = None
+    """The tokenizer inside a GGUF file"""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.embedded is not None or self.tokenizer_path is not None
+
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            UserError: the model has none, or one of another model.
+        """
+        if self.embedded is None and self.tokenizer_path is None:
+            raise UserError(f"{self.source} has no tokenizer.json; copy the one that the model was trained with there")
+        found = self.embedded or Tokenizer.load(self.tokenizer_path or self.source)
+        return fitting(found, self.decoder.vocab, self.source)
+
+
+def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print) -> Loaded:
+    """Reads a model; of a run the newest checkpoint whose every byte is as written.
+
+    Args:
+        step: the checkpoint of a run to take, and no other.
+        say: told where an older checkpoint had to do, in one line.
+
+    Raises:
+        UserError: the path is none of these; the message says what was found.
+        StorageError: no checkpoint, or only damaged ones.
+    """
+    if Path(path).suffix == ".gguf" and not Path(path).is_dir():
+        return _gguf(Path(path), step)
+    folder, step = _resolve(Path(path), step)
+    config = _config(folder)
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    about = {"source": folder, "config": config, "tokenizer_path": tokenizer}
+    if "model_type" in config:
+        from slmjax.convert.hf import import_hf
+        from slmjax.convert.memory import to_device
+
+        if step is not None:
+            raise UserError(f"{folder} is a Hugging Face folder, without checkpoints: there is no step {step} to take")
+        imported = import_hf(folder)
+        return Loaded(decoder=imported.decoder, params=to_device(imported.params), **about)
+    step = _good_step(folder / "checkpoints", step, say)
+    if "experiment" in config:
+        experiment = from_json(config["experiment"])
+        params = _run_params(folder / "checkpoints", step, experiment)
+        return Loaded(decoder=experiment.model, params=params, step=step, experiment=experiment, **about)
+    from slmjax.train.checkpoint_folder import restore_params
+
+    params = restore_params(folder / "checkpoints", step)
+    return Loaded(decoder=from_json(config["model"]), params=_on_device(params), **about)
+
+
+def _gguf(file: Path, step: int | None) -> Loaded:
+    from slmjax.convert.gguf.load import import_gguf
+    from slmjax.convert.memory import to_device
+
+    if step is not None:
+        raise UserError(f"{file} is a GGUF file, without checkpoints: there is no step {step} to take")
+    imported = import_gguf(file)
+    return Loaded(
+        decoder=imported.decoder,
+        params=to_device(imported.params),
+        tokenizer_path=None,
+        embedded=imported.tokenizer,
+        source=file,
+        config={"imported": {"folder": file.name, "licence": imported.licence}},
+    )
+
+
+def fitting(tokenizer: Tokenizer, rows: int, source: str | Path) -> Tokenizer:
+    """The tokenizer of a model with so many rows in its table of tokens.
+
+    Raises:
+        DataError: it has more ids, which would be read as those of other tokens.
+    """
+    if tokenizer.rows > rows:
+        raise DataError(
+            f"{source}: the tokenizer has ids up to {tokenizer.rows - 1}, but the model has {rows} rows: they do not "
+            "belong together; put the tokenizer.json that the model was trained with there"
+        )
+    return tokenizer
+
+
+def generative(model: Assembly) -> Decoder:
+    """The model, if it can continue a text.
+
+    Raises:
+        UserError: it is an encoder.
+    """
+    if not isinstance(model, Decoder):
+        raise UserError(CANNOT)
+    return model
+
+
+def _resolve(path: Path, step: int | None) -> tuple[Path, int | None]:
+    """RUN/checkpoints/STEP and RUN/checkpoints -> RUN, and the step."""
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; {EXPECTED}")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; {EXPECTED}")
+    whole = path.absolute()
+    if whole.name.isdigit() and whole.parent.name == "checkpoints":
+        if step not in (None, int(whole.name)):
+            raise UserError(f"{path} is the checkpoint of step {whole.name}, but step {step} was asked for; drop one")
+        return path.parent.parent, int(whole.name)
+    if whole.name == "checkpoints":
+        return path.parent, step
+    return path, step
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        inside = sorted(p.name for p in folder.iterdir())
+        found = f"{', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}" if inside else "nothing"
+        raise UserError(f"{folder} has no config.json (it holds {found}); {EXPECTED}")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not {"experiment", "model", "model_type"} & set(config):
+        raise UserError(f"{file} describes no model (no experiment, model or model_type); {EXPECTED}")
+    return config
+
+
+def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]) -> int:
+    """The newest intact step, or the wanted one. Nothing is moved: the run may be going on."""
+    from slmjax.train import manifest
+    from slmjax.train.checkpoint_folder import steps
+
+    there = steps(checkpoints)
+    if wanted is not None and wanted not in there:
+        raise StorageError(f"{checkpoints}: no checkpoint of step {wanted}; there are: {_list(there)}")
+    damaged = []
+    for step in reversed(there) if wanted is None else [wanted]:
+        wrong = manifest.problems(checkpoints / str(step))
+        if not wrong:
+            if damaged:
+                say(f"checkpoint {damaged[0][0]} is damaged ({damaged[0][1]}); using step {step} instead")
+            return step
+        damaged.append((step, wrong[0]))
+    if not damaged:
+        raise StorageError(f"{checkpoints}: no checkpoint yet; train on, or name another run")
+    others = _list([s for s in there if s != wanted])
+    hint = f"choose another step of: {others}" if wanted is not None else "none of them can be used"
+    raise StorageError(f"{checkpoints}: checkpoint {damaged[0][0]} is damaged ({damaged[0][1]}); {hint}")
+
+
+def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
+    """The parameters that training evaluated with: after the optimizer's averaging and the view."""
+    from slmjax.train.checkpoint_folder import restore
+    from slmjax.train.sharding import Mesh
+    from slmjax.train.step import program
+
+    model = experiment.model.build()
+    schedule = experiment.schedule.build(experiment.steps)
+    made = program(
+        model.init,
+        model.axes,
+        experiment.objective.build(model),
+        experiment.optimizer.build(schedule, model.axes),
+        experiment.view.build(),
+        seed=experiment.seed,
+        mesh=Mesh(data=1).build(jax.local_devices()[:1]),
+        guard=experiment.guard,
+    )
+    return made.params(restore(checkpoints, step, made.abstract).state)
+
+
+def _on_device(params: Params) -> Params:
+    return jax.device_put(params, jax.local_devices()[0])
+
+
+def _list(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
