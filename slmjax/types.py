@@ -23,18 +23,23 @@ Metrics: TypeAlias = Mapping[str, Any]
 
 
 class Batch(NamedTuple):
-    """What one step reads. All fields are [B, T].
+    """What one step reads. Every array has the rows of the batch as its first dimension, B.
+
+    What handles a batch (cuts it into micro-batches, places it on devices, hashes it) works on its leaves. What must
+    stay together, such as the two answers of a preference pair, is one row.
 
     A position whose weight is 0 (padding, or the last token of a document in a packed row) adds nothing to the loss.
     Attention stays inside a segment: token i sees token j iff j <= i and their segment ids are equal. Padding has
     segment id 0, documents count from 1. Positions restart at 0 in each segment.
     """
 
-    tokens: Array  # int32
-    targets: Array  # int32: the token that follows
-    weights: Array  # float32
-    positions: Array  # int32
-    segment_ids: Array  # int32
+    tokens: Array  # int32 [B, T]
+    targets: Array  # int32 [B, T]: the token that follows
+    weights: Array  # float32 [B, T]
+    positions: Array  # int32 [B, T]
+    segment_ids: Array  # int32 [B, T]
+    extra: Mapping[str, Array] = {}
+    """Further arrays by name, each [B, ...]: labels, token types, targets of a teacher"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,9 +89,15 @@ def assemble(rows: Sequence[tuple[Rows, int]], length: int, size: int | None = N
     """Rows as one batch of numpy arrays [size, length]; every read is under way before the first is waited for.
     Rows beyond those given are padding, of weight 0."""
     shape = (size or len(rows), length)
-    fields: list[Any] = [np.zeros(shape, np.float32 if name == "weights" else np.int32) for name in Batch._fields]
-    out = Batch(*fields)
+    out = empty_batch(*shape)
     begun = [part.begin(row) for part, row in rows]
     for i, ((part, row), reads) in enumerate(zip(rows, begun, strict=True)):
         part.finish(row, reads, out, i)
     return out
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """A batch of padding, to be filled: zeros, numpy arrays [rows, length]."""
+    tokens, targets, positions, segment_ids = (np.zeros((rows, length), np.int32) for _ in range(4))
+    fields: dict[str, Any] = {"tokens": tokens, "targets": targets, "positions": positions, "segment_ids": segment_ids}
+    return Batch(weights=np.zeros((rows, length), np.float32), **fields)  # pyright: ignore[reportArgumentType]

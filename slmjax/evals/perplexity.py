@@ -102,7 +102,7 @@ def evaluate(
     key, rows = jax.random.key(0), []
     waiting = None  # read one batch late, so that the next one is under way meanwhile
     for i, batch in enumerate(batches):
-        now = sums(params, Batch(*map(jnp.asarray, batch)), jax.random.fold_in(key, i))
+        now = sums(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(key, i))
         if waiting is not None:
             rows.append(np.asarray(waiting, np.float64))
         waiting = now

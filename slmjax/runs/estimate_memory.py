@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.config import Experiment
+from slmjax.data.rows import empty_batch
 from slmjax.nn.compute import Compute
 from slmjax.train import micro, sharding
 from slmjax.train.sharding import RULES, is_axes
@@ -93,9 +94,7 @@ def micro_batches(experiment: Experiment, compute: Compute, mesh: Mapping[str, i
 
 def batch_of(rows: int, length: int) -> Batch:
     """An abstract batch [rows, length]."""
-    kinds = (jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields)
-    fields: Any = (jax.ShapeDtypeStruct((rows, length), kind) for kind in kinds)
-    return Batch(*fields)
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(rows, length)))
 
 
 def ways(axes: tuple, shape: tuple[int, ...], mesh: Mapping[str, int]) -> int:

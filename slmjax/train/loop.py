@@ -267,19 +267,32 @@ class _Run:
         retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
         at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
         at.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **pending.batch._asdict())
+        np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **_arrays(pending.batch))
         finite = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
         said = {"step": pending.step, **finite, "data": pending.position}
         (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(said, indent=1))
         return at
 
 
-def batch_hash(batch: Batch, first: int = 0) -> int:
-    """The sum of 48 bits of xxh3 of each row of tokens, seeded with its number, modulo 2^48 (exact in a float64).
+def _arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """{name: array} of a batch, those of `extra` too."""
+    return {name: x for name, x in batch._asdict().items() if name != "extra"} | dict(sorted(batch.extra.items()))
 
-    `first` is the number of the first row, so that the hash of a batch is the sum of those of its parts."""
-    rows = np.ascontiguousarray(batch.tokens)
-    return sum(xxhash.xxh3_64_intdigest(row, seed=first + i) >> 16 for i, row in enumerate(rows)) % 2**48
+
+def batch_hash(batch: Batch, first: int = 0) -> int:
+    """The sum of 48 bits of xxh3 of each row of each array, modulo 2^48 (exact in a float64).
+
+    A row's hash is seeded with its number and continues that of the row in the array before. `first` is the number of
+    the first row, so that the hash of a batch is the sum of those of its parts."""
+    arrays = [np.ascontiguousarray(x) for x in _arrays(batch).values()]
+
+    def of_row(i: int) -> int:
+        seed = first + i
+        for x in arrays:
+            seed = xxhash.xxh3_64_intdigest(x[i].tobytes(), seed=seed)
+        return seed >> 16
+
+    return sum(map(of_row, range(len(batch.tokens)))) % 2**48
 
 
 def memory_bytes() -> int:
