@@ -274,7 +274,7 @@ class _Run:
         return at
 
 
-def _arrays(batch: Batch) -> dict[str, np.ndarray]:
+def _arrays(batch: Batch) -> dict[str, Any]:
     """{name: array} of a batch, those of `extra` too."""
     return {name: x for name, x in batch._asdict().items() if name != "extra"} | dict(sorted(batch.extra.items()))
 
