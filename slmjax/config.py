@@ -17,10 +17,11 @@ from slmjax.objectives import NextToken, ObjectiveSpec
 from slmjax.optim.recipes import AdamW, OptimizerSpec
 from slmjax.optim.schedules import Schedule
 from slmjax.serialise import to_json
+from slmjax.start import FromScratch, Start
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.guard import Guard, Skip
 from slmjax.train.processes import Distributed, Local
-from slmjax.train.sharding import Mesh
+from slmjax.train.sharding import Layout, Mesh
 from slmjax.views import Identity, View
 
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Experiment:
     """Optimizer updates"""
     objective: ObjectiveSpec = field(default_factory=NextToken)
     optimizer: OptimizerSpec = field(default_factory=AdamW)
+    start: Start = field(default_factory=FromScratch)
+    """The parameters that training begins with: drawn from `seed`, or those of another model"""
     view: View = field(default_factory=Identity)
     guard: Guard = field(default_factory=Skip)
     """What is done about NaN and loss spikes"""
@@ -130,6 +133,8 @@ class Runtime:
     distributed: Distributed = field(default_factory=Local)
     """Which processes train together: local (this one), cluster, or processes"""
     mesh: Mesh = field(default_factory=Mesh)
+    layout: Layout = field(default_factory=Layout)
+    """Which arrays are split over which axes of the mesh"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     tracking: Tracking = field(default_factory=Tracking)
     samples: Samples = field(default_factory=Samples)
@@ -151,13 +156,20 @@ def _at_least(where: str, value: Any, **least: float) -> None:
             raise UserError(f"{said} is {getattr(value, name)}; expected at least {bound}")
 
 
-def identity(experiment: Experiment, stores: Sequence[str]) -> dict[str, Any]:
-    """What decides the numbers, as JSON: the experiment without its name, with what its data are (the fingerprints of
-    its token stores, those of training first) in place of where they lie."""
+def identity(experiment: Experiment, stores: Sequence[str], start: str | None = None) -> dict[str, Any]:
+    """What decides the numbers, as JSON: the experiment without its name, with what its data and the model that it
+    starts from are in place of where they lie.
+
+    Args:
+        stores: the fingerprints of its token stores, those of training first.
+        start: `start.content_hash` of the parameters that it starts from; None if they are drawn from the seed.
+    """
     data = {k: v for k, v in to_json(experiment).items() if k != "name"}
     parts = [*data["data"]["train"], *data["data"]["validation"]]
     for part in parts:
         del part["source"]
+    if start is not None:
+        data["start"] = {**data["start"], "model": start}
     return {**data, "stores": list(stores)}
 
 

@@ -5,12 +5,18 @@ A message names the field or file, the value, what was expected and the fix.
 """
 
 import math
+from typing import Any, TypeGuard
 
 
 class UserError(Exception):
     """A mistake in the command, the experiment or a file given by the user."""
 
     code = 2
+
+
+def is_number(x: Any) -> TypeGuard[int | float]:
+    """Whether x is a plain number, such as a person gives: those are checked. Arrays may be traced, and cannot be."""
+    return isinstance(x, int | float)
 
 
 def positive(**values: float | None) -> None:

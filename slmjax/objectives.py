@@ -93,7 +93,7 @@ class MaskedLM(ObjectiveSpec):
         return self if self.special is not None else replace(self, special=special)
 
     def build(self, model: Model) -> Objective:
-        def ask(batch, key):
+        def prepare(batch, key):
             if self.special is None:
                 raise UserError("objective.special: unknown; name the ids of the tokenizer, or use bound(special)")
             return self.masking(batch, key, vocab=model.vocab, special=self.special)
@@ -103,7 +103,7 @@ class MaskedLM(ObjectiveSpec):
             most = self.masking.most(batch.tokens.shape[1])
             return masked_lm(model.unembed, params, hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk)
 
-        return Objective(loss=loss, ask=ask)
+        return Objective(loss=loss, prepare=prepare)
 
 
 def _check(z_loss: float, chunk: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -55,6 +55,16 @@ def mask(tree: Any, patterns: Sequence[str]) -> Any:
         if not any(fnmatch.fnmatchcase(path, p) for path in paths):
             raise UserError(f"pattern {p!r} matches no parameter; there are: {', '.join(paths)}")
     return map_with_path(lambda path, _: matches(path, patterns), tree)
+
+
+def without(tree: Any, paths: Set[str]) -> Any:
+    """A nested dict without the leaves at these paths."""
+    return unflatten({path: x for path, x in flatten(tree).items() if path not in paths})
+
+
+def is_axes(x: Any) -> bool:
+    """Whether x is one parameter's tuple of logical axes."""
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
 
 
 def count(tree: Any) -> int:

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Special:
-    """Ids of a tokenizer that are no text."""
+    """Special token ids."""
 
     mask: int | None = None
     """Stands for a hidden token"""
@@ -83,24 +83,44 @@ class Model(NamedTuple):
     """V: rows of the embedding table"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """How the optimizer treats parameters that a view adds: with the direction of the experiment's optimizer, but with
+    a learning rate and a weight decay of their own."""
+
+    rate: Any = 1.0
+    """Factor on the learning rate of the schedule: a number, or an array []"""
+    weight_decay: Any = 0.0
+    """Decoupled, in place of the optimizer's"""
+
+
 class ParamView(NamedTuple):
     """Stored parameters -> the effective parameters that the model computes with.
 
-    Fake quantization, pruning masks, LoRA, casts and EMA are views, composed by `chain`.
+    Fake quantization, pruning masks, LoRA, casts and EMA are views, composed by `chain`. A view may add trainable
+    parameters of its own, such as learned scales or adapters, and freeze parameters of the model. Made by
+    `View.build(axes)`.
     """
 
-    init: Callable[[Params], Any]
-    """params -> view state (arrays only; `()` if there is none)"""
-    apply: Callable[[Params, Any], Params]
-    """(params, view state) -> effective parameters, differentiated through in the training step"""
-    update: Callable[[Any, Params, Any], Any]
-    """(view state, params after the update, step) -> view state"""
-    evaluate: Callable[[Params, Any], Params]
-    """(params, view state) -> the effective parameters of evaluation, sampling and export"""
+    init: Callable[[Params, Key], tuple[Params, Any]]
+    """(model's parameters, key) -> (the view's own trainable parameters, `{}` if none; the view's state, arrays only,
+    `()` if none)"""
+    apply: Callable[[Params, Params, Any], Params]
+    """(model's parameters, own, state) -> effective parameters, differentiated through in the training step"""
+    update: Callable[[Any, Params, Params, Any], Any]
+    """(state, model's parameters after the update, own after the update, step) -> state"""
+    evaluate: Callable[[Params, Params, Any], Params]
+    """(model's parameters, own, state) -> the effective parameters of evaluation, sampling and export"""
+    axes: Mapping[str, Any] = {}
+    """Logical axes of the view's own parameters, a nested dict like the one that `init` returns"""
+    groups: Mapping[str, Group] = {}
+    """How they are optimized, by path; those not named are treated as `Group()` says"""
+    frozen: frozenset[str] = frozenset()
+    """Paths of the model's parameters that are not trained: no gradient, no optimizer state, no copy"""
 
 
-def as_it_is(batch: Batch, key: Key) -> Batch:
-    """`Objective.ask` where batches come with their questions: the next token of each."""
+def unchanged(batch: Batch, key: Key) -> Batch:
+    """`Objective.prepare` where batches come with their targets: the next token of each position."""
     return batch
 
 
@@ -115,8 +135,8 @@ class Objective(NamedTuple):
     mean of the large batch."""
     frozen: Frozen = ()
     """Passed to `loss` by every step, undonated"""
-    ask: Callable[[Batch, Key], Batch] = as_it_is
-    """(the batch of a step, key) -> the batch that `loss` reads, such as one with words masked. Called inside the step
+    prepare: Callable[[Batch, Key], Batch] = unchanged
+    """(the batch of a step, key) -> the batch that `loss` reads, such as one with tokens masked. Called inside the step
     before it is cut into micro-batches, so that their number changes nothing of what is drawn"""
 
 
@@ -134,6 +154,6 @@ class TrainState(NamedTuple):
     """Everything that changes from step to step. Arrays only; randomness is `fold_in(key, step)`."""
 
     step: Array  # int32 []
-    params: Params
+    params: Params  # the model's; with the view's own under the key "view", where it has any (train/stored.py)
     opt: Any
     view: Any

@@ -7,19 +7,22 @@ quantization after an average, a mask before a low-rank update, without the step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from slmjax import tree
 from slmjax.errors import UserError
-from slmjax.types import ParamView
+from slmjax.types import Group, Params, ParamView
 
 IDENTITY = ParamView(
-    init=lambda params: (),
-    apply=lambda params, state: params,
-    update=lambda state, params, step: state,
-    evaluate=lambda params, state: params,
+    init=lambda params, key: ({}, ()),
+    apply=lambda params, own, state: params,
+    update=lambda state, params, own, step: state,
+    evaluate=lambda params, own, state: params,
 )
 """Effective parameters are the stored ones"""
 
@@ -29,15 +32,56 @@ class View(ABC):
     """How an experiment says which parameters the model computes with."""
 
     @abstractmethod
-    def build(self) -> ParamView:
-        """The pure functions of this view."""
+    def build(self, axes: Any) -> ParamView:
+        """The pure functions of this view.
+
+        Args:
+            axes: logical axes of the model's parameters (`Model.axes`), a nested dict of tuples of names.
+        """
+
+
+def stateless(
+    apply: Callable[[Params, Params], Params],
+    *,
+    own: Callable[[Params, Any], Params] = lambda params, key: {},
+    axes: Any = {},  # noqa: B006
+    groups: Mapping[str, Group] = {},
+    frozen: frozenset[str] = frozenset(),
+) -> ParamView:
+    """A view without a state, which computes the same in training and evaluation.
+
+    Args:
+        apply: (model's parameters, own) -> effective parameters.
+        own: (model's parameters, key) -> the trainable parameters that the view adds.
+        axes, groups, frozen: see `ParamView`.
+    """
+    return ParamView(
+        init=lambda params, key: (own(params, key), ()),
+        apply=lambda params, own, state: apply(params, own),
+        update=lambda state, params, own, step: state,
+        evaluate=lambda params, own, state: apply(params, own),
+        axes=axes,
+        groups=groups,
+        frozen=frozen,
+    )
+
+
+def selected(axes: Any, patterns: tuple[str, ...]) -> dict[str, tuple[str | None, ...]]:
+    """{path: logical axes} of the model's parameters that a pattern matches.
+
+    Raises:
+        UserError: a pattern matches no parameter.
+    """
+    flat = tree.flatten(axes, is_leaf=tree.is_axes)
+    mask = tree.flatten(tree.mask(tree.unflatten(dict.fromkeys(flat, False)), patterns))
+    return {path: flat[path] for path, chosen in mask.items() if chosen}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(View):
     """The stored parameters as they are."""
 
-    def build(self) -> ParamView:
+    def build(self, axes: Any) -> ParamView:
         return IDENTITY
 
 
@@ -58,17 +102,17 @@ class EMA(View):
         if not 0.0 <= self.decay < 1.0:
             raise UserError(f"view.decay is {self.decay}; it must be at least 0 and below 1, such as 0.999")
 
-    def build(self) -> ParamView:
-        def update(average, params, step):
+    def build(self, axes: Any) -> ParamView:
+        def update(average, params, own, step):
             t = jnp.asarray(step, jnp.float32)
             keep = jnp.minimum(self.decay, (1.0 + t) / (10.0 + t))
             return jax.tree.map(lambda a, p: a + (1.0 - keep) * (p - a), average, params)
 
         return ParamView(
-            init=lambda params: jax.tree.map(jnp.copy, params),
-            apply=lambda params, average: params,
+            init=lambda params, key: ({}, jax.tree.map(jnp.copy, params)),
+            apply=lambda params, own, average: params,
             update=update,
-            evaluate=lambda params, average: average,
+            evaluate=lambda params, own, average: average,
         )
 
 
@@ -78,42 +122,56 @@ class Chain(View):
 
     views: tuple[View, ...]
 
-    def build(self) -> ParamView:
-        return chain(*(view.build() for view in self.views))
+    def build(self, axes: Any) -> ParamView:
+        return chain(*(view.build(axes) for view in self.views))
 
 
 def chain(*views: ParamView) -> ParamView:
     """The composition: each view takes the effective parameters of the one before as its stored ones.
 
-    The state is the tuple of theirs; of one view, its own; of none, `()`.
+    State: the tuple of theirs; of one view, its own; of none, `()`. Parameters of their own: those of view i under the
+    key i. What one of them freezes is frozen.
     """
     if not views:
         return IDENTITY
     if len(views) == 1:
         return views[0]
 
-    def init(params):
-        states = []
-        for view in views:
-            states.append(view.init(params))
-            params = view.apply(params, states[-1])
-        return tuple(states)
+    def each(own, states):
+        return ((view, own.get(str(i), {}), state) for i, (view, state) in enumerate(zip(views, states, strict=True)))
 
-    def apply(params, states):
-        for view, state in zip(views, states, strict=True):
-            params = view.apply(params, state)
+    def init(params, key):
+        added, states = {}, []
+        for i, view in enumerate(views):
+            own, state = view.init(params, jax.random.fold_in(key, i))
+            added |= {str(i): own} if own else {}
+            states.append(state)
+            params = view.apply(params, own, state)
+        return added, tuple(states)
+
+    def apply(params, own, states):
+        for view, mine, state in each(own, states):
+            params = view.apply(params, mine, state)
         return params
 
-    def update(states, params, step):
+    def update(states, params, own, step):
         new = []
-        for view, state in zip(views, states, strict=True):
-            new.append(view.update(state, params, step))
-            params = view.apply(params, new[-1])
+        for view, mine, state in each(own, states):
+            new.append(view.update(state, params, mine, step))
+            params = view.apply(params, mine, new[-1])
         return tuple(new)
 
-    def evaluate(params, states):
-        for view, state in zip(views, states, strict=True):
-            params = view.evaluate(params, state)
+    def evaluate(params, own, states):
+        for view, mine, state in each(own, states):
+            params = view.evaluate(params, mine, state)
         return params
 
-    return ParamView(init=init, apply=apply, update=update, evaluate=evaluate)
+    return ParamView(
+        init=init,
+        apply=apply,
+        update=update,
+        evaluate=evaluate,
+        axes={str(i): view.axes for i, view in enumerate(views) if view.axes},
+        groups={f"{i}/{path}": group for i, view in enumerate(views) for path, group in view.groups.items()},
+        frozen=frozenset().union(*(view.frozen for view in views)),
+    )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
 BASE = {"errors", "types", "tree", "platform", "serialise", "user_code", "__init__"}
-PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views"}
+PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
 MAY_IMPORT = {  # layer -> what it may import besides itself
     "errors": set(),
     "types": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "data": BASE - {"tree"},
     "track": BASE - {"tree"},
     "views": BASE,
+    "start": BASE,
     "train": {"errors", "types", "tree", "platform", "serialise"},
     "models": BASE | PARTS,
     "objectives": BASE | PARTS | {"models"},

@@ -25,18 +25,17 @@ def main(argv: list[str]) -> int:
     memory_gb, rest = take_memory(argv)
     experiment, runtime, _ = parse(rest, PROG, ABOUT, EXAMPLE)
 
-    import jax
     from rich.console import Console
 
-    from slmjax.nn.compute import for_backend
+    from slmjax.runs.build import compute_of
     from slmjax.runs.estimate_memory import estimate, one_change
     from slmjax.runs.estimate_time import calibrate, watts
     from slmjax.track.progress import si
 
-    compute = runtime.compute or for_backend(jax.default_backend())
+    compute, layout = compute_of(runtime), runtime.layout
     mesh = dict(runtime.mesh.build().shape)
     limit, said = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
-    memory = estimate(experiment, compute, mesh)
+    memory = estimate(experiment, compute, mesh, layout)
     speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(_table(experiment, compute, mesh, memory, limit, said, speed, watts()))
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
         print(f"next:\n  slmjax train {shlex.join(rest)}")
         return 0
-    change = one_change(experiment, compute, mesh, limit)
+    change = one_change(experiment, compute, mesh, limit, layout)
     if change is None:
         print(
             f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B), and no single setting mends it: parameters, "

@@ -24,7 +24,7 @@ import numpy as np
 
 from slmjax.errors import DataError
 from slmjax.losses.next_token import MAX_LOGITS, next_token
-from slmjax.types import Batch, Key, Model, Params, as_it_is
+from slmjax.types import Batch, Key, Model, Params, unchanged
 
 
 class Estimate(NamedTuple):
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
 
 def row_sums(
-    model: Model, sizes: Sequence[int], ask: Callable[[Batch, Key], Batch] = as_it_is
+    model: Model, sizes: Sequence[int], ask: Callable[[Batch, Key], Batch] = unchanged
 ) -> Callable[[Params, Batch, Key], Any]:
     """The jitted (params, batch, key) -> float32 [B, 3]: nats, weight and bytes of each row.
 
@@ -83,7 +83,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     token_bytes: Sequence[int] = (),
-    ask: Callable[[Batch, Key], Batch] = as_it_is,
+    ask: Callable[[Batch, Key], Batch] = unchanged,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Result:
     """Streams over the batches; sums are kept in float64.

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 import optax
 import optax.contrib
+from jax.core import Tracer
 
 from slmjax import tree
-from slmjax.errors import UserError
+from slmjax.errors import UserError, is_number
 from slmjax.optim.schedules import Curve
-from slmjax.types import Optimizer
+from slmjax.types import Group, Optimizer
 
 Axes = tuple[str | None, ...]
 """The logical axis names of one parameter"""
@@ -62,20 +63,51 @@ def matrix(axes: Axes) -> Matrix | None:
 
 def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
     """`jax.tree.map` over a tree whose leaves are tuples of axis names."""
-    return jax.tree.map(f, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(f, axes, is_leaf=tree.is_axes)
 
 
 def _by_path(axes: Any) -> dict[str, Axes]:
-    return tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+    return tree.flatten(axes, is_leaf=tree.is_axes)
 
 
 def _mask(paths: Mapping[str, Any], patterns: Sequence[str]) -> Any:
     return tree.mask(tree.unflatten(dict.fromkeys(paths, False)), patterns)
 
 
+def _without(axes: Any, groups: Mapping[str, Group]) -> Any:
+    """Axes whose parameters of a group look like vectors, which are not decayed."""
+    return tree.map_with_path(lambda path, a: () if path in groups else a, axes, is_leaf=tree.is_axes)
+
+
+def _decays(group: Group) -> bool:
+    return not (is_number(group.weight_decay) and group.weight_decay == 0)
+
+
+def _other_rate(group: Group) -> bool:
+    return not (is_number(group.rate) and group.rate == 1)
+
+
+def _decay_of_group(axes: Any, path: str, group: Group) -> optax.GradientTransformation:
+    mask = tree.map_with_path(lambda p, _: p == path, axes, is_leaf=tree.is_axes)
+    return optax.add_decayed_weights(group.weight_decay, mask)
+
+
+def _rates(groups: Mapping[str, Group]) -> optax.GradientTransformation:
+    """Multiplies the updates of each group by its factor on the learning rate."""
+
+    def scale(updates, params=None):
+        return tree.map_with_path(lambda path, u: u * groups[path].rate if path in groups else u, updates)
+
+    return optax.stateless(scale)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec(ABC):
-    """What all optimizers share."""
+    """What all optimizers share.
+
+    Learning rates, weight decays, betas and epsilons may be arrays, traced ones too, so that `jax.vmap` can train
+    several runs at once. Plain numbers, which a person gives, are checked.
+    """
 
     weight_decay: float = 0.1
     """Decoupled: each step multiplies the decayed parameters by `1 - lr * weight_decay`"""
@@ -85,13 +117,14 @@ class OptimizerSpec(ABC):
     """Gradients of a larger global norm are scaled down to it; None leaves them"""
 
     def __post_init__(self):
-        if self.weight_decay < 0:
+        if is_number(self.weight_decay) and self.weight_decay < 0:
             raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if is_number(self.clip_norm) and not self.clip_norm > 0:
             raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or None")
         for name in MEMORIES:
-            if not 0 <= getattr(self, name, 0.0) < 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+            value = getattr(self, name, 0.0)
+            if is_number(value) and not 0 <= value < 1:
+                raise UserError(f"optimizer.{name} is {value}; it must be at least 0 and below 1")
 
     @abstractmethod
     def direction(self, axes: Any) -> optax.GradientTransformation:
@@ -106,21 +139,27 @@ class OptimizerSpec(ABC):
         spared = _mask(_by_path(axes), self.no_decay)
         return jax.tree.map(lambda spare, a: not spare and matrix(a) is not None, spared, axes)
 
-    def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
+    def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
         """All but the clipping."""
         return optax.chain(
             self.direction(axes),
-            optax.add_decayed_weights(self.weight_decay, self.decayed(axes)),
+            optax.add_decayed_weights(self.weight_decay, self.decayed(_without(axes, groups))),
+            *(_decay_of_group(axes, path, group) for path, group in groups.items() if _decays(group)),
+            *([_rates(groups)] if any(_other_rate(group) for group in groups.values()) else []),
             optax.scale_by_learning_rate(schedule),
         )
 
-    def build(self, schedule: Curve, axes: Any) -> Optimizer:
-        """The optimizer of parameters with these logical axes (`Model.axes`). Works sharded, and inside jit.
+    def build(self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}) -> Optimizer:
+        """The optimizer of parameters with these logical axes. Works sharded, and inside jit.
+
+        Args:
+            axes: those of the trained parameters: `Model.axes`, or what `train.stored.optimized` makes of them.
+            groups: path -> how that parameter is treated, of those that a view adds.
 
         Raises:
             UserError: a pattern of `no_decay` matches no parameter.
         """
-        tx = optax.chain(self.clip(), self.descend(schedule, axes))
+        tx = optax.chain(self.clip(), self.descend(schedule, axes, groups))
         return Optimizer(init=tx.init, update=tx.update, evaluate=lambda state, params: params)
 
     def clip(self) -> optax.GradientTransformation:
@@ -248,26 +287,27 @@ class ScheduleFreeAdamW(AdamW):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.b1 == 0:
+        if is_number(self.b1) and self.b1 == 0:
             raise UserError(
                 "optimizer.b1 is 0; ScheduleFreeAdamW needs it above 0 to find the average that it evaluates"
             )
 
-    def descend(self, schedule: Curve, axes: Any) -> optax.GradientTransformation:
+    def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
         with jax.ensure_compile_time_eval():
-            rates = [float(schedule(np.int32(2**k))) for k in range(31)]
-        if rates[-1] < 0.999 * max(rates):
+            rates = [schedule(np.int32(2**k)) for k in range(31)]
+        known = not any(isinstance(rate, Tracer) for rate in rates)
+        if known and float(rates[-1]) < 0.999 * max(map(float, rates)):
             raise UserError(
                 "schedule decays, but optimizer ScheduleFreeAdamW averages instead of decaying; use "
                 "schedule = Constant(peak_lr=..., warmup_steps=...)"
             )
-        return optax.contrib.schedule_free(super().descend(schedule, axes), schedule, b1=self.b1)
+        return optax.contrib.schedule_free(super().descend(schedule, axes, groups), schedule, b1=self.b1)
 
     def direction(self, axes: Any) -> optax.GradientTransformation:
         return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
 
-    def build(self, schedule: Curve, axes: Any) -> Optimizer:
-        built = super().build(schedule, axes)
+    def build(self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}) -> Optimizer:
+        built = super().build(schedule, axes, groups)
         return built._replace(evaluate=lambda state, params: optax.contrib.schedule_free_eval_params(state[-1], params))
 
 

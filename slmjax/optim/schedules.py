@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from slmjax.errors import UserError
+from slmjax.errors import UserError, is_number
 
 Curve = Callable[[Any], Any]
 """step, int32 [] -> learning rate, float32 []"""
@@ -24,14 +24,17 @@ Curve = Callable[[Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Linear warm-up, then what `after_warmup` says."""
+    """Linear warm-up, then what `after_warmup` says.
+
+    `peak_lr` and what scales it may be arrays, traced ones too; plain numbers, which a person gives, are checked.
+    """
 
     peak_lr: float
     """The highest learning rate"""
     warmup_steps: int = 0
 
     def __post_init__(self):
-        if not (math.isfinite(self.peak_lr) and self.peak_lr > 0):
+        if is_number(self.peak_lr) and not (math.isfinite(self.peak_lr) and self.peak_lr > 0):
             raise UserError(f"schedule.peak_lr is {self.peak_lr}; it must be a positive number, such as 3e-3")
         if self.warmup_steps < 0:
             raise UserError(f"schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more")
@@ -124,7 +127,7 @@ class WSD(Decaying):
     def __post_init__(self):
         super().__post_init__()
         _check_fraction("decay_fraction", self.decay_fraction)
-        if not self.power > 0:
+        if is_number(self.power) and not self.power > 0:
             raise UserError(f"schedule.power is {self.power}; it must be positive: 1 is linear, 0.5 is 1 - sqrt")
 
     def after_warmup(self, steps: int) -> Curve:
@@ -157,5 +160,5 @@ class InverseSqrt(Schedule):
 
 
 def _check_fraction(field: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
+    if is_number(value) and not 0.0 <= value <= 1.0:
         raise UserError(f"schedule.{field} is {value}; it must lie between 0 and 1")

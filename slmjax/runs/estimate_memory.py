@@ -20,8 +20,10 @@ from slmjax import tree
 from slmjax.config import Experiment
 from slmjax.data.rows import empty_batch
 from slmjax.nn.compute import Compute
-from slmjax.train import micro, sharding
-from slmjax.train.sharding import RULES, is_axes
+from slmjax.runs.build import pieces
+from slmjax.train import micro, stored
+from slmjax.train.sharding import Layout
+from slmjax.train.state import init_state
 from slmjax.types import Batch
 
 FUSED = frozenset(
@@ -51,56 +53,65 @@ class Memory:
         return self.params + self.optimizer + self.gradients + self.activations
 
 
-def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) -> Memory:
+def estimate(
+    experiment: Experiment,
+    compute: Compute,
+    mesh: Mapping[str, int],
+    layout: Layout = Layout(),  # noqa: B008
+) -> Memory:
     """
     Args:
-        mesh: sizes of the axes data, fsdp and tensor.
+        mesh: the sizes of its axes.
     """
-    model = experiment.model.build(compute)
-    optimizer = experiment.optimizer.build(experiment.schedule.build(experiment.steps), model.axes)
-    objective, view = experiment.objective.build(model), experiment.view.build()
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    opt, viewed = jax.eval_shape(optimizer.init, params), jax.eval_shape(view.init, params)
-    axes = tree.flatten(model.axes, is_leaf=is_axes)
-    whole = tree.nbytes(params)
-    mine = sum(tree.nbytes(x) / ways(axes[path], x.shape, mesh) for path, x in tree.flatten(params).items())
-    pieces = micro_batches(experiment, compute, mesh)
-    rows = math.ceil(experiment.data.batch / pieces / sharding.ways(mesh))
+    made = pieces(experiment, compute)
+    view, objective = made.view, experiment.objective.build(made.model)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: init_state(made.model.init, made.optimizer, view, experiment.guard, key), key)
+    axes = tree.flatten(stored.join(made.model.axes, view.axes), is_leaf=tree.is_axes)
+    trained = stored.trained(state.params, view.frozen)
+
+    def mine(params: Any) -> float:
+        """Bytes of them on one device."""
+        return sum(x.size * x.dtype.itemsize / layout.split(axes[path], x.shape, mesh)
+                   for path, x in tree.flatten(params).items())  # fmt: skip
+
+    n = micro_batches(experiment, compute, mesh, layout)
+    rows = math.ceil(experiment.data.batch / n / layout.ways(mesh))
     batch = batch_of(rows, experiment.data.length)
 
-    def loss(params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
-        return objective.loss(view.apply(params, view_state), frozen, batch, key)
+    def loss(trained: Any, params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
+        whole = stored.parts(stored.complete(trained, params, view.frozen))
+        return objective.loss(view.apply(*whole, view_state), frozen, batch, key)
 
     frozen = jax.eval_shape(lambda: objective.frozen)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    trace = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params, frozen, viewed, batch, key)
-    working = peak(trace.jaxpr) - whole  # the trace's outputs are the gradients
-    share = mine / whole
-    sums = 2 if pieces > 1 else 1
+    trace = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(
+        trained, state.params, frozen, state.view, batch, key
+    )
+    working = peak(trace.jaxpr) - tree.nbytes(trained)  # the trace's outputs are the gradients
+    share = mine(state.params) / tree.nbytes(state.params)
     return Memory(
-        params=mine + tree.nbytes(objective.frozen),
-        optimizer=(tree.nbytes(opt) + tree.nbytes(viewed)) * share,
-        gradients=sums * mine,
+        params=mine(state.params) + tree.nbytes(objective.frozen),
+        optimizer=(tree.nbytes(state.opt) + tree.nbytes(state.view)) * share,
+        gradients=(2 if n > 1 else 1) * mine(trained),
         activations=max(0.0, working) / mesh["tensor"] + tree.nbytes(batch),
     )
 
 
-def micro_batches(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) -> int:
+def micro_batches(
+    experiment: Experiment,
+    compute: Compute,
+    mesh: Mapping[str, int],
+    layout: Layout = Layout(),  # noqa: B008
+) -> int:
     """Micro-batches of a training step."""
     data = experiment.data
     least, tokens = experiment.accumulate, compute.micro_tokens(experiment.model.width)
-    return micro.count(data.batch, data.length, ways=sharding.ways(mesh), least=least, tokens=tokens)
+    return micro.count(data.batch, data.length, ways=layout.ways(mesh), least=least, tokens=tokens)
 
 
 def batch_of(rows: int, length: int) -> Batch:
     """An abstract batch [rows, length]."""
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(rows, length)))
-
-
-def ways(axes: tuple, shape: tuple[int, ...], mesh: Mapping[str, int]) -> int:
-    """Over how many devices the rules split an array; a size that does not divide is not split."""
-    taken = {RULES[a] for a, n in zip(axes, shape, strict=True) if a in RULES and n % mesh[RULES[a]] == 0}
-    return math.prod(mesh[to] for to in taken)
 
 
 def peak(jaxpr: Any) -> float:
@@ -148,7 +159,13 @@ class Change:
     memory: Memory
 
 
-def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int], limit: float) -> Change | None:
+def one_change(
+    experiment: Experiment,
+    compute: Compute,
+    mesh: Mapping[str, int],
+    limit: float,
+    layout: Layout = Layout(),  # noqa: B008
+) -> Change | None:
     """The mildest single setting under which the step fits into `limit` bytes a device, or None.
 
     In order: more micro-batches (no change of results), fsdp over the devices that are there, remat (slower), bfloat16
@@ -156,7 +173,7 @@ def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]
     """
     from slmjax.nn.compute import Remat
 
-    devices = sharding.ways(mesh)
+    devices = layout.ways(mesh)
     batch, most = experiment.data.batch, experiment.data.batch // devices
     candidates: list[tuple[str, str, Experiment, Compute, Mapping[str, int]]] = [
         (f"--accumulate {n}", "same results, a little slower", replace(experiment, accumulate=n), compute, mesh)
@@ -178,7 +195,7 @@ def one_change(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]
         )
         candidates.append((f"--data.batch {n}", "another experiment: retune the learning rate", smaller, compute, mesh))
     for setting, cost, changed, how, where in candidates:
-        memory = estimate(changed, how, where)
+        memory = estimate(changed, how, where, layout)
         if memory.total <= limit:
             return Change(setting=setting, cost=cost, memory=memory)
     return None

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.models.assembly import Assembly
-from slmjax.train.sharding import is_axes
 
 EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
 """What a whole step reaches of the speed that its matrix products reach alone: attention, norms, the loss and the
@@ -36,7 +35,7 @@ class Speed(NamedTuple):
 
 def products(decoder: Assembly) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer of each kind, and of the head."""
-    axes = tree.flatten(decoder.build().axes, is_leaf=is_axes)
+    axes = tree.flatten(decoder.build().axes, is_leaf=tree.is_axes)
     head = decoder.logit_products()
     found = [(head // decoder.vocab, decoder.vocab)] if head else []
     for path, shape in tree.flatten(decoder.declared()).items():

@@ -16,9 +16,12 @@ from slmjax.experiment_file import load_config
 from slmjax.serialise import differences, fingerprint, to_json
 
 
-def describe(experiment: Experiment, runtime: Runtime, stores: Sequence[Any]) -> dict[str, Any]:
-    """What config.json holds. `stores`: the token stores of training, then those of validation."""
-    is_of = identity(experiment, [store.fingerprint for store in stores])
+def describe(
+    experiment: Experiment, runtime: Runtime, stores: Sequence[Any], start: str | None = None
+) -> dict[str, Any]:
+    """What config.json holds. `stores`: the token stores of training, then those of validation. `start`: the content
+    hash of the parameters that the run starts from, if they are given."""
+    is_of = identity(experiment, [store.fingerprint for store in stores], start)
     return {
         "format": 1,
         "slmjax": __version__,

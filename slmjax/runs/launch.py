@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +21,9 @@ from slmjax.data.token_store import TOKENIZER_FILES, TokenStore
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.models.flops import flops_per_token, parameter_count
-from slmjax.nn.compute import Compute, for_backend
+from slmjax.runs import beginning
 from slmjax.runs import folder as runs
+from slmjax.runs.build import Built, build
 from slmjax.runs.loading import generative
 from slmjax.runs.peak import peak_flops, probe_bf16
 from slmjax.track import environment
@@ -34,41 +35,7 @@ from slmjax.train.lock import lock
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
 from slmjax.train.processes import together
-from slmjax.train.step import Program, program
-from slmjax.types import Batch, Model, Objective, Params
-
-
-class Built(NamedTuple):
-    """An experiment turned into functions."""
-
-    model: Model
-    objective: Objective
-    program: Program
-    compute: Compute
-
-
-def build(experiment: Experiment, runtime: Runtime) -> Built:
-    """The model and the jitted step of an experiment, on the devices of this process group."""
-    compute = runtime.compute or for_backend(jax.default_backend())
-    if runtime.dtype != "auto":
-        compute = replace(compute, dtype=runtime.dtype)
-    model = experiment.model.build(compute)
-    objective = experiment.objective.build(model)
-    schedule = experiment.schedule.build(experiment.steps)
-    compiled = program(
-        model.init,
-        model.axes,
-        objective,
-        experiment.optimizer.build(schedule, model.axes),
-        experiment.view.build(),
-        seed=experiment.seed,
-        mesh=runtime.mesh.build(),
-        accumulate=experiment.accumulate,
-        micro_tokens=compute.micro_tokens(experiment.model.width),
-        guard=experiment.guard,
-        schedule=schedule,
-    )
-    return Built(model, objective, compiled, compute)
+from slmjax.types import Batch, Params
 
 
 def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> tuple[tuple[TokenStore, ...], ...]:
@@ -111,7 +78,8 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
     folder = Path(runtime.workdir or f"runs/{experiment.name}")
     with show_progress() as progress:
         stores, held_out = open_data(experiment, runtime, progress)
-    config = runs.describe(experiment, runtime, [*stores, *held_out])
+    start = beginning.read(experiment, folder)
+    config = runs.describe(experiment, runtime, [*stores, *held_out], None if start is None else start.hash)
     _check_agreement(config["fingerprint"])
     first = jax.process_index() == 0
     changed = []
@@ -124,7 +92,8 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
             print(_next_steps(folder, experiment.model))
         return
     with lock(folder) if first else contextlib.nullcontext():
-        _run(experiment, runtime, folder, config, changed, stores, held_out, source.parent if source else Path())
+        code = source.parent if source else Path()
+        _run(experiment, runtime, folder, config, changed, stores, held_out, code, start)
     if first:
         print(f"done: {folder}")
         print(_next_steps(folder, experiment.model))
@@ -139,6 +108,7 @@ def _run(
     stores: Sequence[TokenStore],
     held_out: Sequence[TokenStore],
     code: Path,
+    start: beginning.Beginning | None,
 ) -> None:
     """The training itself, in a folder that is held. `code`: the folder of the experiment's file."""
     first = jax.process_index() == 0
@@ -146,6 +116,7 @@ def _run(
         _copy_tokenizer(stores[0], folder)
 
     built = build(replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)), runtime)
+    beginning.check(experiment, built, start)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     loader = Loader(
         experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
@@ -159,7 +130,7 @@ def _run(
     if slow:
         say(f"warning: {slow}")
     loop(
-        built.program,
+        built.program._replace(init=beginning.starting(experiment, built, start)),
         data=loader,
         steps=experiment.steps,
         workdir=folder,

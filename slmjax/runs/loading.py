@@ -191,22 +191,10 @@ def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]
 
 def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
     """The parameters that training evaluated with: after the optimizer's averaging and the view."""
+    from slmjax.runs.build import states_of
     from slmjax.train.checkpoint_folder import restore
-    from slmjax.train.sharding import Mesh
-    from slmjax.train.step import program
 
-    model = experiment.model.build()
-    schedule = experiment.schedule.build(experiment.steps)
-    made = program(
-        model.init,
-        model.axes,
-        experiment.objective.build(model),
-        experiment.optimizer.build(schedule, model.axes),
-        experiment.view.build(),
-        seed=experiment.seed,
-        mesh=Mesh(data=1).build(jax.local_devices()[:1]),
-        guard=experiment.guard,
-    )
+    made = states_of(experiment)
     return made.params(restore(checkpoints, step, made.abstract).state)
 
 

@@ -1,7 +1,8 @@
-"""Where arrays live: a mesh, rules from logical axes to mesh axes, and the placements that follow."""
+"""Where arrays live: a mesh, a layout (rules from logical axes to mesh axes), and the placements that follow."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,23 +17,10 @@ from slmjax import tree
 from slmjax.errors import UserError
 from slmjax.types import Batch
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))
-"""The rows of a batch are split over both, since fsdp is data parallelism whose parameters are split too"""
-
-RULES: Mapping[str, str] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "embed": "fsdp",
-}
-"""Logical axis -> mesh axis. What is not named is replicated."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each way of being parallel; -1 takes what the others leave."""
+    """Devices along each way of being parallel; -1 takes what the others leave. A field is an axis of the mesh."""
 
     data: int = -1
     """Copies of the model that split the batch"""
@@ -48,56 +36,122 @@ class Mesh:
             UserError: the sizes do not multiply to the number of devices.
         """
         devices = jax.devices() if devices is None else devices
-        sizes = [self.data, self.fsdp, self.tensor]
-        said = f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
+        names = tuple(f.name for f in dataclasses.fields(self))
+        sizes = [getattr(self, name) for name in names]
+        said = f"mesh {' '.join(f'{name}={n}' for name, n in zip(names, sizes, strict=True))}"
         if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
             raise UserError(f"{said}: each size is at least 1, and at most one of them is -1 (the rest of the devices)")
         known = math.prod(n for n in sizes if n > 0)
         if len(devices) % known or (-1 not in sizes and known != len(devices)):
             raise UserError(f"{said} does not fit {len(devices)} device(s): the sizes must multiply to that number")
         shape = tuple(len(devices) // known if n == -1 else n for n in sizes)
-        auto = (jax.sharding.AxisType.Auto,) * len(AXES)  # jax.make_mesh defaults to Explicit from 0.12 on
-        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+        auto = (jax.sharding.AxisType.Auto,) * len(names)  # jax.make_mesh defaults to Explicit from 0.12 on
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: jax.sharding.Mesh, rules: Mapping[str, str]) -> P:
-    """The placement of one array.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How arrays are spread over a mesh. Another layout changes no result beyond rounding."""
 
-    A dimension that the mesh axis does not divide (3 key-value heads over 2 devices) is replicated, as is a second
-    dimension that asks for a mesh axis already taken.
-    """
-    taken: set[str] = set()
-    out: list[str | None] = []
-    for name, size in zip(axes, shape, strict=True):
-        to = rules.get(name) if name else None
-        if to is None or to in taken or size % mesh.shape[to]:
-            to = None
-        else:
-            taken.add(to)
-        out.append(to)
-    return P(*out)
+    rules: tuple[tuple[str, str], ...] = (
+        ("vocab", "tensor"),
+        ("heads", "tensor"),
+        ("kv_heads", "tensor"),
+        ("mlp", "tensor"),
+        ("experts", "tensor"),
+        ("embed", "fsdp"),
+    )
+    """(logical axis of a parameter, mesh axis that splits it). What is not named is replicated"""
+    rows: tuple[str, ...] = ("data", "fsdp")
+    """Mesh axes over which the rows of a batch are split: over both, since fsdp is data parallelism whose parameters
+    are split too"""
+    tokens: tuple[str, ...] = ()
+    """Mesh axes over which the tokens of each row are split (context parallelism). Attention must then be one that
+    exchanges keys and values, and a loss must not be cut into pieces along the tokens"""
+    gathered: str = "fsdp"
+    """Mesh axis from which parameters are brought together before they are used"""
 
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> P:
+        """The placement of one parameter on a mesh of these sizes.
 
-def is_axes(x: Any) -> bool:
-    """Whether x is one parameter's tuple of logical axes."""
-    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+        A dimension that the mesh axis does not divide (3 key-value heads over 2 devices) is replicated, as is a second
+        dimension that asks for a mesh axis already taken.
+        """
+        taken: set[str] = set()
+        out: list[str | None] = []
+        rules = dict(self.rules)
+        for name, size in zip(axes, shape, strict=True):
+            to = rules.get(name) if name else None
+            if to is None or to in taken or size % mesh[to]:
+                to = None
+            else:
+                taken.add(to)
+            out.append(to)
+        return P(*out)
 
+    def split(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> int:
+        """Over how many devices a parameter is split."""
+        return math.prod(mesh[to] for to in self.spec(axes, shape, mesh) if to is not None)
 
-def shardings(params: Any, axes: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = RULES) -> Any:
-    """The placement of each parameter (arrays or abstract), as a tree of `NamedSharding`."""
-    flat = tree.flatten(axes, is_leaf=is_axes)
-    return tree.map_with_path(lambda path, x: NamedSharding(mesh, spec(flat[path], x.shape, mesh, rules)), params)
+    def shardings(self, params: Any, axes: Any, mesh: jax.sharding.Mesh) -> Any:
+        """The placement of each parameter (arrays or abstract), as a tree of `NamedSharding`."""
+        flat = tree.flatten(axes, is_leaf=tree.is_axes)
+        return tree.map_with_path(
+            lambda path, x: NamedSharding(mesh, self.spec(flat[path], x.shape, mesh.shape)), params
+        )
 
+    def replicated(self, params: Any, axes: Any, mesh: Mapping[str, int]) -> dict[str, str]:
+        """{path: why} of the parameters that a rule would split over several devices, were their size divisible."""
+        flat, rules = tree.flatten(axes, is_leaf=tree.is_axes), dict(self.rules)
+        return {
+            path: f"{name}={size} is not divisible by {rules[name]}={mesh[rules[name]]}"
+            for path, x in tree.flatten(params).items()
+            for name, size in zip(flat[path], x.shape, strict=True)
+            if name in rules and size % mesh[rules[name]]
+        }
 
-def replicated(params: Any, axes: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = RULES) -> dict[str, str]:
-    """{path: why} of the parameters that a rule would split, were their size divisible. Worth a line in the log."""
-    flat = tree.flatten(axes, is_leaf=is_axes)
-    return {
-        path: f"{name}={size} is not divisible by {rules[name]}={mesh.shape[rules[name]]}"
-        for path, x in tree.flatten(params).items()
-        for name, size in zip(flat[path], x.shape, strict=True)
-        if name in rules and size % mesh.shape[rules[name]]
-    }
+    def gather(self, params: Any, axes: Any, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+        """A function that brings parameters together from the axis `gathered`, for use inside jit.
+
+        Left to itself the partitioner often moves activations to the pieces of the parameters instead, which costs far
+        more (and a gather from an embedding table split by width is replicated as a whole).
+        """
+        if mesh.shape[self.gathered] == 1:
+            return lambda effective: effective
+        whole_rules = tuple((name, to) for name, to in self.rules if to != self.gathered)
+        whole = dataclasses.replace(self, rules=whole_rules).shardings(params, axes, mesh)
+        return lambda effective: jax.lax.with_sharding_constraint(effective, mirror(effective, params, whole, mesh))
+
+    def ways(self, mesh: Mapping[str, int]) -> int:
+        """Over how many devices a mesh of these sizes splits the rows of a batch."""
+        return math.prod(mesh[name] for name in self.rows)
+
+    def batch_spec(self, x: Any, length: int) -> P:
+        """The placement of an array of a batch whose rows have `length` tokens."""
+        by_token = self.tokens and x.ndim > 1 and x.shape[1] == length
+        return P(self.rows, self.tokens) if by_token else P(self.rows)
+
+    def put(self, batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+        """This process's rows of a batch [B / processes, ...] -> the global batch [B, ...] on the mesh.
+
+        Raises:
+            UserError: the rows cannot be split evenly.
+        """
+        rows, split = batch.tokens.shape[0] * jax.process_count(), self.ways(mesh.shape)
+        said = " ".join(f"{name}={n}" for name, n in mesh.shape.items())
+        if rows % split:
+            raise UserError(f"batch {rows} cannot be split over {split} devices (mesh {said})")
+        placed = jax.tree.map(lambda x: NamedSharding(mesh, self.batch_spec(x, batch.tokens.shape[1])), batch)
+        if jax.process_count() == 1:
+            return jax.device_put(batch, placed)
+        by_row = NamedSharding(mesh, P(self.rows))
+        here = {str(index) for index in by_row.addressable_devices_indices_map((rows,)).values()}
+        if len(here) * jax.process_count() != split:  # two processes would give the same rows, each with its own data
+            raise UserError(
+                f"mesh {said} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; keep "
+                "the other axes within a process"
+            )
+        return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, placed)
 
 
 def mirror(state: Any, params: Any, placed: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -119,41 +173,3 @@ def mirror(state: Any, params: Any, placed: Any, mesh: jax.sharding.Mesh) -> Any
         return NamedSharding(mesh, P())
 
     return tree.map_with_path(place, state)
-
-
-def gathered(params: Any, axes: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = RULES) -> Callable[[Any], Any]:
-    """A function that brings parameters together from the `fsdp` axis, for use inside jit.
-
-    Left to itself the partitioner often moves activations to the pieces of the parameters instead, which costs far
-    more (and a gather from an embedding table split by width is replicated as a whole).
-    """
-    if mesh.shape["fsdp"] == 1:
-        return lambda effective: effective
-    whole = shardings(params, axes, mesh, {name: to for name, to in rules.items() if to != "fsdp"})
-    return lambda effective: jax.lax.with_sharding_constraint(effective, mirror(effective, params, whole, mesh))
-
-
-def ways(mesh: Mapping[str, int]) -> int:
-    """Over how many devices a mesh of these sizes splits the rows of a batch."""
-    return mesh["data"] * mesh["fsdp"]
-
-
-def put(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's rows of a batch [B / processes, T] -> the global batch [B, T] on the mesh.
-
-    Raises:
-        UserError: the rows cannot be split evenly.
-    """
-    rows, split = batch.tokens.shape[0] * jax.process_count(), ways(mesh.shape)
-    if rows % split:
-        raise UserError(f"batch {rows} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}")
-    sharding = NamedSharding(mesh, ROWS)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    here = {str(index) for index in sharding.addressable_devices_indices_map((rows,)).values()}
-    if len(here) * jax.process_count() != split:  # two processes would feed the same rows, each with its own data
-        raise UserError(
-            f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']} splits rows over "
-            f"{split} of {mesh.size} devices in {jax.process_count()} processes; keep tensor within a process"
-        )
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

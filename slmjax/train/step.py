@@ -13,18 +13,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slmjax.platform import give_back
-from slmjax.train import micro, sharding
-from slmjax.train.guard import Guard, GuardState, Skip
+from slmjax.train import micro, stored
+from slmjax.train.guard import Guard, Skip
+from slmjax.train.sharding import Layout
+from slmjax.train.state import Opt, evaluation_params, states
 from slmjax.types import Batch, Frozen, Key, Metrics, Objective, Optimizer, Params, ParamView, TrainState
 
 SKIP = Skip()
-
-
-class Opt(NamedTuple):
-    """`TrainState.opt`: what the optimizer keeps, and what the guard has seen."""
-
-    optimizer: Any
-    guard: GuardState
 
 
 class Program(NamedTuple):
@@ -32,6 +27,8 @@ class Program(NamedTuple):
 
     init: Callable[[], TrainState]
     """() -> the state of step 0, each array where it belongs"""
+    given: Callable[[Params], TrainState]
+    """The model's parameters -> the state of step 0 that starts from them instead"""
     abstract: TrainState
     """The same as ShapeDtypeStructs with shardings: what a checkpoint is restored into"""
     step: Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
@@ -54,9 +51,10 @@ class Ahead:
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        program = self._programs.get(batch.tokens.shape)
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        program = self._programs.get(shapes)
         if program is None:
-            program = self._programs[batch.tokens.shape] = self.lower(state, frozen, batch).compile()
+            program = self._programs[shapes] = self.lower(state, frozen, batch).compile()
             give_back()
         return program(state, frozen, batch)
 
@@ -64,25 +62,6 @@ class Ahead:
     def compiled(self) -> int:
         """How many programs there are: one for each shape of batch that it was called with."""
         return len(self._programs)
-
-
-def init_state(
-    init: Callable[[Key], Params], optimizer: Optimizer, view: ParamView, guard: Guard, key: Key
-) -> TrainState:
-    """The state of step 0. `key` seeds the parameters and nothing else."""
-    params = init(key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt=Opt(optimizer.init(params), guard.init()),
-        view=view.init(params),
-    )
-
-
-def evaluation_params(state: TrainState, optimizer: Optimizer, view: ParamView) -> Params:
-    """The effective parameters of evaluation, sampling and export: first the optimizer's say (schedule-free averages),
-    then the view's (EMA, quantization)."""
-    return view.evaluate(optimizer.evaluate(state.opt.optimizer, state.params), state.view)
 
 
 def make_step(
@@ -97,37 +76,42 @@ def make_step(
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
     """The pure step, to be jitted with its first argument donated. `pieces`: the number of micro-batches, known from a
-    batch's shape. `gather`: see `sharding.gathered`.
+    batch's shape. `gather`: see `Layout.gather`.
 
-    Metrics, all float32 scalars: the objective's, `grad_norm` (before clipping), `param_norm`, `update_norm`,
-    `lr` (where a schedule is given), `good` (1, or 0 where the guard refused the update), `skipped` (refused so far)
-    and `consecutive` (refused since the last good step).
+    Metrics, all float32 scalars: the objective's; `grad_norm` (before clipping), `param_norm` and `update_norm` of the
+    trained parameters; `lr` (where a schedule is given); `good` (1, or 0 where the guard refused the update), `skipped`
+    (refused so far) and `consecutive` (refused since the last good step).
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_and_grads(params: Params, batch: Batch, key: Key) -> tuple[Metrics, Params]:
-            def loss_fn(params: Params) -> tuple[Any, Metrics]:
-                effective = gather(view.apply(params, state.view))
+        def all_of(trained: Params) -> tuple[Params, Params]:
+            return stored.parts(stored.complete(trained, state.params, view.frozen))
+
+        def loss_and_grads(trained: Params, batch: Batch, key: Key) -> tuple[Metrics, Params]:
+            def loss_fn(trained: Params) -> tuple[Any, Metrics]:
+                effective = gather(view.apply(*all_of(trained), state.view))
                 return objective.loss(effective, frozen, batch, key)
 
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
             return _float32({"loss": loss, **metrics}), grads
 
-        asking, losing = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = objective.ask(batch, asking)
-        metrics, grads = micro.accumulated(loss_and_grads, state.params, batch, losing, pieces(batch))
+        preparing, losing = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = objective.prepare(batch, preparing)
+        trained = stored.trained(state.params, view.frozen)
+        metrics, grads = micro.accumulated(loss_and_grads, trained, batch, losing, pieces(batch))
         grad_norm = optax.tree.norm(grads)
         good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
 
-        updates, opt = optimizer.update(grads, state.opt.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        after = (params, opt, view.update(state.view, params, state.step))
-        before = (state.params, state.opt.optimizer, state.view)
-        params, opt, viewed = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        updates, opt = optimizer.update(grads, state.opt.optimizer, trained)
+        updated = optax.apply_updates(trained, updates)
+        after = (updated, opt, view.update(state.view, *all_of(updated), state.step))
+        before = (trained, state.opt.optimizer, state.view)
+        updated, opt, viewed = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        params = stored.complete(updated, state.params, view.frozen)
 
         measured = {
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
+            "param_norm": optax.tree.norm(updated),
             "update_norm": jnp.where(good, optax.tree.norm(updates), 0.0),
             "good": good,
             "skipped": watched.skipped,
@@ -159,8 +143,8 @@ def make_evaluate(
             loss, metrics = objective.loss(params, frozen, batch, key)
             return _float32({"loss": loss, **metrics}), ()
 
-        asking, losing = jax.random.split(jax.random.fold_in(key, jnp.sum(batch.tokens, dtype=jnp.uint32)))
-        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.ask(batch, asking)
+        preparing, losing = jax.random.split(jax.random.fold_in(key, jnp.sum(batch.tokens, dtype=jnp.uint32)))
+        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.prepare(batch, preparing)
         return micro.accumulated(measured, effective, batch, losing, pieces(batch))[0]
 
     return evaluate_step
@@ -173,8 +157,9 @@ def program(
     optimizer: Optimizer,
     view: ParamView,
     *,
-    seed: int = 0,
+    seed: Any = 0,
     mesh: jax.sharding.Mesh,
+    layout: Layout = Layout(),  # noqa: B008
     accumulate: int = 1,
     micro_tokens: int | None = None,
     guard: Guard = SKIP,
@@ -184,29 +169,20 @@ def program(
 
     Args:
         init, axes: `Model.init` and `Model.axes`.
-        seed: parameters are drawn from `fold_in(key(seed), 0)`, the steps' randomness from `fold_in(key(seed), 1)`.
+        optimizer: that of the trained parameters (`stored.optimized`).
+        seed: parameters are drawn from `fold_in(key(seed), 0)` (see `states`), the steps' randomness from
+            `fold_in(key(seed), 1)`. A number, or an array [].
         accumulate: micro-batches a step, at least; divides the rows of the batch.
         micro_tokens: `Compute.micro_tokens(width)`: more micro-batches than that, while they stay this large.
             Evaluation has as many as this alone asks for.
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
-    root = jax.random.key(seed)
-    begin, steps, evals = (jax.random.fold_in(root, i) for i in range(3))
-
-    def fresh() -> TrainState:
-        return init_state(init, optimizer, view, guard, begin)
-
-    shapes = jax.eval_shape(fresh)
+    made = states(init, axes, optimizer, view, mesh=mesh, layout=layout, seed=seed, guard=guard)
+    steps, evals = (jax.random.fold_in(jax.random.key(seed), i) for i in (1, 2))
     everywhere = NamedSharding(mesh, P())
-    params = sharding.shardings(shapes.params, axes, mesh)
-    placed: Any = shapes._replace(
-        step=everywhere,
-        params=params,
-        opt=sharding.mirror(shapes.opt, shapes.params, params, mesh),
-        view=sharding.mirror(shapes.view, shapes.params, params, mesh),
-    )
-    gather = sharding.gathered(shapes.params, axes, mesh)
-    ways = sharding.ways(mesh.shape)
+    gather = layout.gather(stored.parts(made.abstract.params)[0], axes, mesh)
+    ways = layout.ways(mesh.shape)
+    placed = jax.tree.map(lambda x: x.sharding, made.abstract)
 
     def pieces(batch: Batch, least: int = 1) -> int:
         return micro.count(*batch.tokens.shape, ways=ways, least=least, tokens=micro_tokens)
@@ -215,12 +191,13 @@ def program(
     step = make_step(objective, optimizer, view, steps, pieces=training, guard=guard, schedule=schedule, gather=gather)
     evaluate = make_evaluate(objective, optimizer, view, evals, pieces=pieces, gather=gather)
     return Program(
-        init=jax.jit(fresh, out_shardings=placed),
-        abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
+        init=made.fresh,
+        given=made.given,
+        abstract=made.abstract,
         step=Ahead(jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
-        params=jax.jit(lambda state: evaluation_params(state, optimizer, view)),
-        put=lambda batch: sharding.put(batch, mesh),
+        params=made.params,
+        put=lambda batch: layout.put(batch, mesh),
         mesh=mesh,
     )
 

@@ -16,7 +16,7 @@ from slmjax.models.flops import nonembedding_count
 from slmjax.nn.compute import Compute, Remat
 from slmjax.objectives import NextToken
 from slmjax.optim.schedules import Cosine
-from slmjax.runs.estimate_memory import batch_of, estimate, one_change, ways
+from slmjax.runs.estimate_memory import batch_of, estimate, one_change
 from slmjax.runs.estimate_time import calibrate, products
 from slmjax.train.sharding import Mesh
 from slmjax.train.step import program
@@ -82,14 +82,6 @@ def test_what_saves_memory_is_seen_to_save_it():
     split = estimate(experiment(), Compute(), {"data": 1, "fsdp": 4, "tensor": 1})
     assert split.params < 0.3 * plain.params
     assert split.activations < 0.4 * plain.activations
-
-
-@pytest.mark.fast
-def test_how_often_an_array_is_split():
-    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
-    assert ways(("layers", "embed", "heads", "head_dim"), (3, 64, 4, 8), mesh) == 8
-    assert ways(("layers", "embed", "kv_heads", "head_dim"), (3, 64, 3, 8), mesh) == 4
-    assert ways(("layers", "embed"), (3, 6), mesh) == 1
 
 
 def test_the_one_change_is_the_mildest_that_fits():

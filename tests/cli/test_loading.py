@@ -75,23 +75,13 @@ def test_falls_back_to_the_last_good_checkpoint_and_says_so(tiny_run, tmp_path):
 
 def test_views_and_optimizers_have_their_say(tiny_run, tmp_path):
     """A checkpoint of a run with EMA gives the average, as training's own evaluation did."""
+    from slmjax.runs.build import states_of
     from slmjax.train.checkpoint import Checkpointer, Checkpoints
-    from slmjax.train.sharding import Mesh
-    from slmjax.train.step import program
 
     config = json.loads((tiny_run / "config.json").read_text())
     experiment = override(from_json(config["experiment"]), "view", EMA(decay=0.9))
-    model = experiment.model.build()
-    made = program(
-        model.init,
-        model.axes,
-        experiment.objective.build(model),
-        experiment.optimizer.build(experiment.schedule.build(10), model.axes),
-        experiment.view.build(),
-        mesh=Mesh(data=1).build(jax.devices()[:1]),
-        guard=experiment.guard,
-    )
-    state = made.init()
+    made = states_of(experiment)
+    state = made.fresh()
     state = state._replace(view=jax.tree.map(lambda x: x + 1.0, state.view))
     expected = jax.tree.map(np.asarray, made.params(state))
     with Checkpointer(tmp_path / "checkpoints", Checkpoints()) as saver:

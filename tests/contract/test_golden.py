@@ -14,7 +14,8 @@ from slmjax.nn.compute import Compute
 from slmjax.objectives import NextToken
 from slmjax.optim.recipes import AdamW
 from slmjax.optim.schedules import Cosine
-from slmjax.train.step import SKIP, init_state, make_step
+from slmjax.train.state import init_state
+from slmjax.train.step import SKIP, make_step
 from slmjax.views import EMA
 
 pytestmark = pytest.mark.fast
@@ -29,7 +30,7 @@ DECODERS = {
 def metrics_of(decoder):
     model = decoder.build(Compute(dtype="float32"))
     schedule = Cosine(peak_lr=3e-3, warmup_steps=2).build(10)
-    optimizer, view = AdamW().build(schedule, model.axes), EMA(decay=0.9).build()
+    optimizer, view = AdamW().build(schedule, model.axes), EMA(decay=0.9).build(model.axes)
     key = jax.random.key(0)
     step = jax.jit(make_step(NextToken(z_loss=1e-4).build(model), optimizer, view, key, schedule=schedule))
     state = init_state(model.init, optimizer, view, SKIP, key)

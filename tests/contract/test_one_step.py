@@ -11,7 +11,8 @@ from slmjax.nn.compute import Compute
 from slmjax.objectives import NextToken
 from slmjax.optim.recipes import AdamW
 from slmjax.optim.schedules import Constant
-from slmjax.train.step import SKIP, init_state, make_step
+from slmjax.train.state import init_state
+from slmjax.train.step import SKIP, make_step
 from slmjax.types import Batch
 from slmjax.views import Identity
 
@@ -60,7 +61,7 @@ def test_loss_gradients_and_adamw_are_those_of_torch(tmp_path, reference, name):
     rows = family_of(decoder).rows(decoder)
     batch = packed(decoder.vocab)
     model = decoder.build(Compute(dtype="float32"))
-    objective, view = NextToken().build(model), Identity().build()
+    objective, view = NextToken().build(model), Identity().build(model.axes)
     optimizer = AdamW(b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=DECAY, clip_norm=CLIP).build(
         Constant(peak_lr=LR).build(STEPS), model.axes
     )

@@ -33,7 +33,8 @@ def take(loader, n):
 
 
 def same(a, b):
-    return all((x == y).all() for left, right in zip(a, b, strict=True) for x, y in zip(left[:5], right[:5], strict=True))
+    pairs = ((x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left[:5], right[:5], strict=True))
+    return all((x == y).all() for x, y in pairs)
 
 
 @pytest.mark.parametrize("packing", [BestFit(), Concatenate(), Concatenate(cross_document=True)])

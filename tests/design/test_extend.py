@@ -5,6 +5,7 @@ docs/extend.md shows the files.
 
 import hashlib
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +14,16 @@ import pytest
 from running import ROOT, slmjax
 
 from slmjax import tree
+from slmjax.config import Runtime
 from slmjax.experiment_file import load_experiment, load_module
+from slmjax.runs.build import build
 from slmjax.track.jsonl import read
+from slmjax.train import stored
 from slmjax.train.checkpoint_folder import restore_params
 from slmjax.types import Batch
 
 INT4 = ROOT / "tests" / "design" / "int4_weights.py"
 DISTILLED = ROOT / "tests" / "design" / "distilled.py"
-DATA = ROOT / ".cache" / "test-data"
-"""The quickstart's token store is built once, in seconds, and kept: its name is a hash of what it is made from"""
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Runs a file's experiment at a size for tests -> the run folder."""
-    folder = tmp_path_factory.mktemp("design")
-
-    def train(file, name, *more):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
-            done = slmjax(
-                "train", file, "--runtime.workdir", folder / name, "--runtime.data-dir", DATA,
-                "--runtime.tracking.wandb", "disabled", "--data.batch", 8,
-                "--data.length", 32, "--steps", 30, "--schedule.warmup-steps", 3, "--evaluation.every", 15,
-                "--evaluation.batches", 2, "--model.repeats", 2, *more,
-            )  # fmt: skip
-        assert done.code == 0, done.err
-        return folder / name
-
-    return train
 
 
 @pytest.fixture(scope="module")
@@ -89,30 +71,58 @@ def test_int4_weights_train(int4):
     assert validation[1] < validation[0]
 
 
-def test_int4_weights_take_at_most_sixteen_values_a_row(int4):
+def test_int4_weights_take_at_most_sixteen_values_an_output_channel(int4):
     view = load_module(INT4).Int4Weights()
-    stored = jax.tree.map(jnp.asarray, restore_params(int4 / "checkpoints"))
-    effective = tree.flatten(view.build().evaluate(stored, ()))
-    quantized = [path for path in effective if tree.matches(path, view.patterns)]
-    assert {path.split("/")[-1] for path in quantized} == {"q", "k", "v", "o", "gate", "up", "down"}
-    for path, w in tree.flatten(stored).items():
-        rows = np.asarray(effective[path]).reshape(-1, w.shape[-1])
-        if path not in quantized:
+    experiment, _ = load_experiment(str(int4 / "config.json"))
+    params, own = stored.parts(jax.tree.map(jnp.asarray, restore_params(int4 / "checkpoints")))
+    effective = tree.flatten(view.build(experiment.model.axes()).evaluate(params, own, ()))
+    scales = tree.flatten(own)
+    assert {path.split("/")[-1] for path in scales} == {"q", "k", "v", "o", "gate", "up", "down"}
+    for path, w in tree.flatten(params).items():
+        if path not in scales:
             np.testing.assert_array_equal(effective[path], w)
             continue
-        assert max(len(np.unique(np.round(r, 9))) for r in rows) <= 16
-        assert len(np.unique(np.asarray(w).reshape(-1, w.shape[-1])[0])) > 16
-        step = np.abs(np.asarray(w)).max(-1, keepdims=True) / 7.5
-        assert np.all(np.abs(effective[path] - w) <= 0.5001 * step + 1e-9)
+        assert scales[path].ndim == w.ndim
+        codes = np.asarray(effective[path] / scales[path])
+        np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
+        assert codes.min() >= -8.001
+        assert codes.max() <= 7.001
+        inside = np.abs(codes) < 7
+        assert np.all((np.abs(effective[path] - w) <= 0.5001 * np.broadcast_to(scales[path], w.shape))[inside])
 
 
-def test_the_gradient_goes_straight_through():
-    view = load_module(INT4).Int4Weights().build()
-    rng = np.random.default_rng(0)
-    params = {"layers": {"attn": {"q": jnp.float32(rng.normal(size=(2, 4, 2, 8)))}}}
-    cotangent = jnp.float32(rng.normal(size=(2, 4, 2, 8)))
-    grads = jax.grad(lambda p: jnp.sum(view.apply(p, ())["layers"]["attn"]["q"] * cotangent))(params)
-    np.testing.assert_array_equal(grads["layers"]["attn"]["q"], cotangent)
+def test_the_scales_are_learned_without_weight_decay_and_evaluated(int4):
+    """They move, all of them; and `slmjax eval` sees the same loss as the run did, so it has its grid."""
+    module = load_module(INT4)
+    experiment, _ = load_experiment(str(int4 / "config.json"))
+    built = build(experiment, Runtime())
+    _, first = stored.parts(built.program.init().params)
+    _, last = stored.parts(restore_params(int4 / "checkpoints"))
+    moved = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) != np.asarray(b))), first, last)
+    assert min(jax.tree.leaves(moved)) > 0.9
+    groups = tree.flatten(module.Int4Weights().build(experiment.model.axes()).groups, is_leaf=lambda x: True)
+    assert groups
+    done = slmjax("eval", int4, "--code", INT4)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("v", "in_s", "in_w"), [(2.3, -0.3, 1.0), (-3.6, -0.4, 1.0), (9.0, 7.0, 0.0), (-11.0, -8.0, 0.0)]
+)
+def test_the_gradients_are_those_of_the_paper(v, in_s, in_w):
+    s = 0.25
+    slopes = jax.grad(load_module(INT4).fake_quant, argnums=(0, 1))(jnp.float32(v * s), jnp.float32(s))
+    np.testing.assert_allclose(slopes, (in_w, in_s), rtol=1e-5, atol=1e-5)
+
+
+def test_int4_training_resumes_bit_for_bit(int4, small):
+    half = small(INT4, "int4-half", "--steps", 30, "--runtime.checkpoints.every", 10)
+    for step in ("20", "30"):
+        shutil.rmtree(half / "checkpoints" / step)
+    again = small(INT4, "int4-half", "--steps", 30, "--runtime.checkpoints.every", 10)
+    assert losses(again) == losses(int4)
+    saved = (restore_params(folder / "checkpoints") for folder in (again, int4))
+    jax.tree.map(np.testing.assert_array_equal, *saved)
 
 
 def test_a_run_of_an_own_view_replays_from_its_config(int4, small):
@@ -130,9 +140,6 @@ def test_the_student_learns_from_the_teacher(student):
 
 def test_the_teacher_is_frozen(student, teacher):
     """The step gives back its parameters untouched; they are what the loss is pulled to."""
-    from slmjax.config import Runtime
-    from slmjax.runs.launch import build
-
     load_module(DISTILLED)
     experiment, _ = load_experiment(str(student / "config.json"))
     built = build(experiment, Runtime())

@@ -25,7 +25,8 @@ from slmjax.nn.heads import Classifier
 from slmjax.objectives import MaskedLM, NextToken
 from slmjax.optim.recipes import AdamW
 from slmjax.optim.schedules import Constant
-from slmjax.train.step import SKIP, init_state, make_evaluate, make_step
+from slmjax.train.state import init_state
+from slmjax.train.step import SKIP, make_evaluate, make_step
 from slmjax.tree import flatten, map_with_path
 from slmjax.types import Batch, Special
 from slmjax.views import Identity
@@ -103,7 +104,7 @@ def test_the_key_decides():
         (lambda: Masking(rate=0.0), "masking.rate: 0.0"),
         (lambda: Masking(mask=0.9, random=0.2), "mask 0.9 and random 0.2"),
         (lambda: Masking()(packed(), jax.random.key(0), vocab=97, special=Special()), "no mask token"),
-        (lambda: MaskedLM().build(BERT.build()).ask(packed(), jax.random.key(0)), "special: unknown"),
+        (lambda: MaskedLM().build(BERT.build()).prepare(packed(), jax.random.key(0)), "special: unknown"),
         (lambda: MaskedLM(z_loss=-1.0), "z_loss: -1.0"),
         (lambda: BERT.build().init_cache(1, 2), "is an encoder"),
         (lambda: Classifier(labels=("a", "a")), "labels: a, a"),
@@ -183,7 +184,7 @@ def test_every_way_of_computing_gives_the_same_gradient(encoder):
 def test_the_number_of_micro_batches_changes_nothing_of_what_is_hidden():
     """Of a step and of an evaluation: the questions are drawn for the whole batch, and counted alike."""
     objective = MaskedLM(special=SPECIAL).build(BERT.build(Compute(dtype="float32")))
-    params, key, view = perturbed(BERT), jax.random.key(3), Identity().build()
+    params, key, view = perturbed(BERT), jax.random.key(3), Identity().build(BERT.axes())
     optimizer = AdamW().build(Constant(peak_lr=1e-3).build(4), BERT.axes())
     state = init_state(lambda _: params, optimizer, view, SKIP, key)
     found = []

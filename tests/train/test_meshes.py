@@ -40,7 +40,7 @@ def train(decoder, recipe, mesh, devices, accumulate, micro_tokens=None):
     schedule = Cosine(peak_lr=3e-3, warmup_steps=2).build(100)
     objective, optimizer = NextToken(z_loss=1e-4).build(model), recipe.build(schedule, model.axes)
     run = program(
-        model.init, model.axes, objective, optimizer, EMA(decay=0.9).build(),
+        model.init, model.axes, objective, optimizer, EMA(decay=0.9).build(model.axes),
         mesh=mesh.build(devices), accumulate=accumulate, micro_tokens=micro_tokens,
         guard=Skip(), schedule=schedule,
     )  # fmt: skip
@@ -85,8 +85,8 @@ def test_parameters_and_their_optimizer_state_are_split():
     model = LLAMA.build()
     schedule = Cosine(peak_lr=1e-3, warmup_steps=2).build(10)
     run = program(
-        model.init, model.axes, NextToken().build(model), AdamW().build(schedule, model.axes), EMA(decay=0.9).build(),
-        mesh=Mesh(data=2, fsdp=2, tensor=2).build(), schedule=schedule,
+        model.init, model.axes, NextToken().build(model), AdamW().build(schedule, model.axes),
+        EMA(decay=0.9).build(model.axes), mesh=Mesh(data=2, fsdp=2, tensor=2).build(), schedule=schedule,
     )  # fmt: skip
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.init()))
     assert held < 0.3 * tree.nbytes(run.abstract)

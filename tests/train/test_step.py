@@ -205,7 +205,9 @@ def test_what_is_asked_and_what_the_loss_draws_are_independent(accumulate):
         value = drawn + 0 * params["final_norm"]["scale"].sum()
         return value, {"loss": value, "asked": asked, "same": asked == drawn, "weight": jnp.ones(())}
 
-    program = toy.program(objective=Objective(loss, ask=ask), accumulate=accumulate, micro_tokens=toy.B * toy.T // 2)
+    program = toy.program(
+        objective=Objective(loss, prepare=ask), accumulate=accumulate, micro_tokens=toy.B * toy.T // 2
+    )
     state, batches = program.init(), [program.put(toy.batch(i)) for i in (0, 1, 0)]
     one, two, again = (program.evaluate(state, (), batch) for batch in batches)
     _, step = program.step(state, (), batches[0])
@@ -216,10 +218,10 @@ def test_what_is_asked_and_what_the_loss_draws_are_independent(accumulate):
 
 def test_a_view_is_trained_through_and_another_evaluated():
     half = ParamView(
-        init=lambda params: jnp.zeros(()),
-        apply=lambda params, state: jax.tree.map(lambda p: p / 2, params),
-        update=lambda state, params, step: state + 1,
-        evaluate=lambda params, state: jax.tree.map(lambda p: p * 0 + state, params),
+        init=lambda params, key: ({}, jnp.zeros(())),
+        apply=lambda params, own, state: jax.tree.map(lambda p: p / 2, params),
+        update=lambda state, params, own, step: state + 1,
+        evaluate=lambda params, own, state: jax.tree.map(lambda p: p * 0 + state, params),
     )
     program = toy.program(view=half, optimizer=SGD)
     params = jax.device_get(program.init().params)

@@ -46,10 +46,10 @@ OBJECTIVE = Objective(loss)
 ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 OPTIMIZER = Optimizer(ADAMW.init, ADAMW.update, lambda state, params: params)
 EMA = ParamView(
-    init=lambda params: jax.tree.map(jnp.copy, params),
-    apply=lambda params, average: params,
-    update=lambda average, params, step: jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params),
-    evaluate=lambda params, average: average,
+    init=lambda params, key: ({}, jax.tree.map(jnp.copy, params)),
+    apply=lambda params, own, average: params,
+    update=lambda average, params, own, step: jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params),
+    evaluate=lambda params, own, average: average,
 )
 
 

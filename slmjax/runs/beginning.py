@@ -1,0 +1,91 @@
+"""The parameters that a run begins with, where its experiment starts from another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from slmjax.config import Experiment
+from slmjax.errors import UserError
+from slmjax.runs.build import Built
+from slmjax.start import content_hash
+from slmjax.types import Params, TrainState
+
+
+class Beginning(NamedTuple):
+    """A model to start from."""
+
+    hash: str
+    """`content_hash` of its parameters"""
+    params: Params | None
+    """None where the model is gone, and a run that began with it goes on from its own checkpoints"""
+
+
+def read(experiment: Experiment, folder: Path) -> Beginning | None:
+    """What `experiment.start` begins with; None if parameters are drawn from the seed.
+
+    Args:
+        folder: the run's; if it has begun already, the model that it started from need not be there any more.
+
+    Raises:
+        UserError: no such model.
+    """
+    from slmjax.runs.loading import load
+
+    if experiment.start.source is None:
+        return None
+    source = Path(experiment.start.source).expanduser()
+    recorded = _recorded(folder)
+    if recorded is not None and not source.exists():
+        return Beginning(recorded, None)
+    params = jax.device_get(load(source).params)
+    return Beginning(content_hash(params), params)
+
+
+def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> None:
+    """Whether the tensors fit, without computing anything.
+
+    Raises:
+        UserError: see `Start.parameters`.
+    """
+    if beginning is not None and beginning.params is not None:
+        _combined(experiment, built, beginning.params, drawn=False)
+
+
+def starting(experiment: Experiment, built: Built, beginning: Beginning | None) -> Callable[[], TrainState]:
+    """What makes the state of step 0, in place of `Program.init`."""
+
+    def init() -> TrainState:
+        if beginning is None:
+            return built.program.init()
+        if beginning.params is None:
+            raise UserError(
+                f"start.model is {experiment.start.source}, which is not there, and the run has no checkpoint to go on "
+                "from; put the model back"
+            )
+        params = _combined(experiment, built, beginning.params, drawn=False)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            params = _combined(experiment, built, beginning.params, drawn=True)
+        return built.program.given(params)
+
+    return init
+
+
+def _combined(experiment: Experiment, built: Built, given: Params, *, drawn: bool) -> Params:
+    """`drawn`: whether parameters are drawn from the seed, for those that are new, or stand as their shapes."""
+    key = jax.random.fold_in(jax.random.key(experiment.seed), 0)  # as train/state.py draws them
+    init = built.model.init
+    fresh: Any = jax.device_get(jax.jit(init)(key)) if drawn else jax.eval_shape(init, key)
+    return experiment.start.parameters(fresh, given, built.model.axes)
+
+
+def _recorded(folder: Path) -> str | None:
+    """The hash of the model that the run in this folder began with."""
+    try:
+        return json.loads((folder / "config.json").read_text())["identity"]["start"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

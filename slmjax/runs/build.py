@@ -1,0 +1,88 @@
+"""From an experiment to functions: the one place where its values are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from slmjax.config import Experiment, Runtime
+from slmjax.nn.compute import Compute, for_backend
+from slmjax.train import stored
+from slmjax.train.sharding import Layout, Mesh
+from slmjax.train.state import States, states
+from slmjax.train.step import Program, program
+from slmjax.types import Model, Objective, Optimizer, ParamView
+
+
+class Pieces(NamedTuple):
+    """What the training state of an experiment consists of. No objective: a checkpoint is opened without it."""
+
+    model: Model
+    view: ParamView
+    optimizer: Optimizer
+    schedule: Callable[[Any], Any]
+
+
+class Built(NamedTuple):
+    """An experiment turned into functions."""
+
+    model: Model
+    view: ParamView
+    objective: Objective
+    program: Program
+    compute: Compute
+
+
+def pieces(experiment: Experiment, compute: Compute = Compute()) -> Pieces:  # noqa: B008
+    """The model of an experiment with its view and optimizer."""
+    model = experiment.model.build(compute)
+    view = experiment.view.build(model.axes)
+    schedule = experiment.schedule.build(experiment.steps)
+    optimizer = experiment.optimizer.build(schedule, *stored.optimized(model.axes, view))
+    return Pieces(model, view, optimizer, schedule)
+
+
+def states_of(experiment: Experiment) -> States:
+    """The states of an experiment on one device, for opening its checkpoints."""
+    made = pieces(experiment)
+    return states(
+        made.model.init,
+        made.model.axes,
+        made.optimizer,
+        made.view,
+        mesh=Mesh(data=1).build(jax.local_devices()[:1]),
+        layout=Layout(),
+        seed=experiment.seed,
+        guard=experiment.guard,
+    )
+
+
+def compute_of(runtime: Runtime) -> Compute:
+    """How this machine computes a model, as the runtime says or as is fastest."""
+    compute = runtime.compute or for_backend(jax.default_backend())
+    return compute if runtime.dtype == "auto" else replace(compute, dtype=runtime.dtype)
+
+
+def build(experiment: Experiment, runtime: Runtime) -> Built:
+    """The model and the jitted step of an experiment, on the devices of this process group."""
+    compute = compute_of(runtime)
+    made = pieces(experiment, compute)
+    objective = experiment.objective.build(made.model)
+    compiled = program(
+        made.model.init,
+        made.model.axes,
+        objective,
+        made.optimizer,
+        made.view,
+        seed=experiment.seed,
+        mesh=runtime.mesh.build(),
+        layout=runtime.layout,
+        accumulate=experiment.accumulate,
+        micro_tokens=compute.micro_tokens(experiment.model.width),
+        guard=experiment.guard,
+        schedule=made.schedule,
+    )
+    return Built(made.model, made.view, objective, compiled, compute)
