@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.config import Experiment
-from slmjax.data.rows import empty_batch
+from slmjax.data.spec import Data
 from slmjax.nn.compute import Compute
 from slmjax.train import micro, sharding
 from slmjax.train.sharding import RULES, is_axes
@@ -66,7 +66,7 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
     mine = sum(tree.nbytes(x) / ways(axes[path], x.shape, mesh) for path, x in tree.flatten(params).items())
     pieces = micro_batches(experiment, compute, mesh)
     rows = math.ceil(experiment.data.batch / pieces / sharding.ways(mesh))
-    batch = batch_of(rows, experiment.data.length)
+    batch = batch_of(experiment.data, rows)
 
     def loss(params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
         return objective.loss(view.apply(params, view_state), frozen, batch, key)
@@ -92,9 +92,9 @@ def micro_batches(experiment: Experiment, compute: Compute, mesh: Mapping[str, i
     return micro.count(data.batch, data.length, ways=sharding.ways(mesh), least=least, tokens=tokens)
 
 
-def batch_of(rows: int, length: int) -> Batch:
-    """An abstract batch [rows, length]."""
-    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(rows, length)))
+def batch_of(data: Data, rows: int) -> Batch:
+    """An abstract batch of so many rows."""
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, data.empty(rows)))
 
 
 def ways(axes: tuple, shape: tuple[int, ...], mesh: Mapping[str, int]) -> int:
