@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from slmjax.data.spec import PackedText
+from slmjax.data.spec import Data
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
@@ -62,7 +62,7 @@ class Experiment:
     name: str
     """For people: run names, the model card"""
     model: Assembly
-    data: PackedText
+    data: Data
     schedule: Schedule
     steps: int
     """Optimizer updates"""
@@ -88,6 +88,7 @@ class Experiment:
                 "shorten the sequences or raise model.context"
             )
         self.objective.fits(self.model)
+        self.objective.reads(self.model, self.data)
         if self.data.batch % self.accumulate:
             raise UserError(
                 f"accumulate is {self.accumulate}, which does not divide data.batch {self.data.batch}; choose a divisor"
@@ -125,7 +126,7 @@ class Runtime:
     workdir: str = ""
     """The run folder; default: runs/ and the experiment's name"""
     data_dir: str = "runs/data"
-    """Where token stores of recipes are built, once"""
+    """Where data are made ready, once: token stores of recipes, tokenised labelled text"""
     dtype: typing.Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and matrix products; auto: what `compute` says"""
     compute: Compute | None = None
@@ -161,16 +162,13 @@ def identity(experiment: Experiment, stores: Sequence[str], start: str | None = 
     starts from are in place of where they lie.
 
     Args:
-        stores: the fingerprints of its token stores, those of training first.
+        stores: fingerprints of what the data are read from (`Opened.stores`).
         start: `start.content_hash` of the parameters that it starts from; None if they are drawn from the seed.
     """
-    data = {k: v for k, v in to_json(experiment).items() if k != "name"}
-    parts = [*data["data"]["train"], *data["data"]["validation"]]
-    for part in parts:
-        del part["source"]
+    described = {k: v for k, v in to_json(experiment).items() if k != "name"}
     if start is not None:
-        data["start"] = {**data["start"], "model": start}
-    return {**data, "stores": list(stores)}
+        described["start"] = {**described["start"], "model": start}
+    return {**described, "data": experiment.data.identity(), "stores": list(stores)}
 
 
 def override(value: T, path: str, new: Any) -> T:

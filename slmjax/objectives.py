@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from slmjax.data.spec import Data
 from slmjax.errors import UserError
 from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.losses.next_token import next_token
@@ -24,6 +25,13 @@ class ObjectiveSpec:
 
         Raises:
             UserError: it means nothing for this model, or tells it the answers.
+        """
+
+    def reads(self, model: Assembly, data: Data) -> None:
+        """Nothing, if batches of these data hold what it asks of the model.
+
+        Raises:
+            UserError: they hold something else.
         """
 
     @property
@@ -50,6 +58,12 @@ class NextToken(ObjectiveSpec):
     def fits(self, model: Assembly) -> None:
         if not model.whole_text:
             raise UserError("objective is NextToken, but an encoder sees the next token: set objective=MaskedLM()")
+
+    def reads(self, model: Assembly, data: Data) -> None:
+        if not data.next_tokens:
+            raise UserError(
+                f"objective is NextToken, but data is {type(data).__name__}, which has no next tokens; use PackedText"
+            )
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):

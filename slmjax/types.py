@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from jax import Array
@@ -40,6 +40,19 @@ class Batch(NamedTuple):
     segment_ids: Array  # int32 [B, T]
     extra: Mapping[str, Array] = {}
     """Further arrays by name, each [B, ...]: labels, token types, targets of a teacher"""
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """An endless iterator over this process's rows, whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON; restoring it makes `__next__` give what it would have given. May hold `epoch` (a number)."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,6 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from slmjax.data.build_progress import show_progress
-    from slmjax.data.loader import validation_batches
     from slmjax.evals.perplexity import evaluate
     from slmjax.evals.text import token_bytes
     from slmjax.runs.loading import load
@@ -56,10 +55,9 @@ def main(argv: list[str]) -> int:
     errors = Console(stderr=True)
     loaded = load(args.model, step=args.step, say=errors.print)
     tokenizer = loaded.tokenizer()
-    data, stores = _data(args, loaded)
-    for store in stores:
-        check_tokenizer(store, tokenizer, args.model)
-    batches = validation_batches(data, stores, args.batches, batch=args.batch)
+    opened = _data(args, loaded)
+    check_tokenizer(opened, tokenizer, args.model)
+    batches = opened.validation(args.batches)
     with show_progress() as progress:
         result = evaluate(
             loaded.decoder.build(compute_of(args.dtype)),
@@ -70,9 +68,9 @@ def main(argv: list[str]) -> int:
             progress=lambda done: progress("batches", done, args.batches),
         )
     if args.json:
-        print(json.dumps(_record(result, loaded, stores)))
+        print(json.dumps(_record(result, loaded, opened)))
         return 0
-    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, stores))
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, opened))
     print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
 
@@ -89,12 +87,11 @@ def compute_of(dtype: str | None) -> Any:
     return compute if dtype is None else replace(compute, dtype=dtype)
 
 
-def _data(args: Args, loaded: Any) -> tuple[Any, Any]:
-    """The packing and the stores to read."""
+def _data(args: Args, loaded: Any) -> Any:
+    """What is held out, ready to be read (`data.spec.Opened`)."""
     from dataclasses import replace
 
     from slmjax.data.spec import PackedText, Part
-    from slmjax.data.token_store import TokenStore
 
     run = loaded.experiment
     if args.data is None and run is None:
@@ -104,30 +101,23 @@ def _data(args: Args, loaded: Any) -> tuple[Any, Any]:
         raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
     if args.batch < 1 or (args.batches is not None and args.batches < 1):
         raise UserError(f"--batch is {args.batch} and --batches {args.batches}; both must be at least 1")
-    if args.data is not None:
-        packing = {"packing": run.data.packing} if run else {}
-        return PackedText(train=(Part(source=args.data),), length=length, batch=args.batch, **packing), [
-            TokenStore(args.data)
-        ]
-    places = [s["location"] for s in loaded.config["stores"]]
-    held_out = places[len(run.data.train) :] or places
-    return replace(run.data, length=length), [TokenStore(_path(place)) for place in held_out]
+    if args.data is None:
+        return replace(run.data, length=length, batch=args.batch).reopen(loaded.config["stores"])
+    if run is None:
+        return PackedText(train=(Part(source=args.data),), length=length, batch=args.batch).open()
+    data = run.data.elsewhere(args.data, loaded.tokenizer_path)
+    return replace(data, length=length, batch=args.batch).open()
 
 
-def _path(location: str) -> str:
-    return location.removeprefix("file://") if location.startswith("file://") else location
-
-
-def check_tokenizer(store: Any, tokenizer: Any, model: str) -> None:
+def check_tokenizer(opened: Any, tokenizer: Any, model: str) -> None:
     """
     Raises:
-        DataError: the store was written by another tokenizer than the model's.
+        DataError: the data were written by another tokenizer than the model's.
     """
-    if tokenizer.fingerprint == store.tokenizer_fingerprint:
-        return
-    if _ids_of(store.tokenizer()) != _ids_of(tokenizer):
+    theirs = opened.tokenizer()
+    if tokenizer.fingerprint != theirs.fingerprint and _ids_of(theirs) != _ids_of(tokenizer):
         raise DataError(
-            f"{store.name} was written by another tokenizer ({store.tokenizer_fingerprint[:12]}) than that of "
+            f"{opened.name} was written by another tokenizer ({theirs.fingerprint[:12]}) than that of "
             f"{model} ({tokenizer.fingerprint[:12]}); build the store with the model's tokenizer.json"
         )
 
@@ -139,21 +129,24 @@ def _ids_of(tokenizer: Any) -> tuple[Any, ...]:
     return deciding, tokenizer.bos_id, tokenizer.eos_id
 
 
-def _record(result: Any, loaded: Any, stores: Any) -> dict[str, Any]:
+def _record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
     figures = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
-    out: dict[str, Any] = {"model": str(loaded.source), "step": loaded.step, "data": [s.fingerprint for s in stores]}
+    out: dict[str, Any] = {"model": str(loaded.source), "step": loaded.step, "data": _held_out(opened)}
     for name, estimate in figures.items():
         if estimate is not None:
             out |= {name: estimate.value, f"{name}_se": None if estimate.se != estimate.se else estimate.se}
     return out | {"tokens": result.tokens, "bytes": result.bytes, "sequences": result.sequences}
 
 
-def _table(result: Any, loaded: Any, stores: Any) -> Any:
+def _held_out(opened: Any) -> list[str]:
+    return [store.fingerprint for store in opened.stores if store.split == "validation"]
+
+
+def _table(result: Any, loaded: Any, opened: Any) -> Any:
     from rich.table import Table
 
-    where = ", ".join(store.name for store in stores)
     step = "" if loaded.step is None else f" after step {loaded.step}"
-    table = Table(title=f"{loaded.source}{step} on {where} (validation)", title_justify="left")
+    table = Table(title=f"{loaded.source}{step} on {opened.name} (validation)", title_justify="left")
     for column in ("", "value", "standard error"):
         table.add_column(column, justify="right" if column else "left")
     for name, estimate in (

@@ -1,69 +1,44 @@
-"""Batches for training and evaluation, through Grain.
+"""Batches of packed text, for training and evaluation.
 
 The order is a pure function of (stores, seed, global sequence number): sequence n of the run is sequence
-`permutation(part, epoch)[k]` of one part, where the permutation is Grain's `index_shuffle` (a small block cipher: no
-array of the corpus' size exists). The whole state is therefore n. Host h of H reads a contiguous part of each global
-batch: hosts may come and go between runs, and no sequence is repeated or dropped.
+`permutation(part, epoch)[k]` of one part; no array of the corpus' size exists. `stream.Stream` does the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
 from slmjax.data.recipe import describe
 from slmjax.data.rows import Rows, assemble
-from slmjax.data.spec import PackedText, Part
-from slmjax.data.token_store import TokenStore
+from slmjax.data.spec import Opened, PackedText, Part, Store
+from slmjax.data.stream import Prefetch, ReadProcesses, ReadThreads, Stream, host_rows, shuffled
+from slmjax.data.token_store import Split, TokenStore
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.data.weighting import Weighting
 from slmjax.data.work import Progress
 from slmjax.errors import DataError
 from slmjax.types import Batch
 
-STATE_VERSION = 1
+__all__ = ["Loader", "OpenedText", "ReadProcesses", "ReadThreads", "open_stores", "shuffled", "validation_batches"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadThreads:
-    """Read ahead in threads: right unless reading is far away or tokens are few."""
+@dataclass(frozen=True)
+class _Sequences:
+    """Global sequence numbers -> a batch."""
 
-    count: int = 2
-    batches: int = 4
-    """Batches held ready"""
+    parts: tuple[Rows, ...]
+    shares: tuple[Fraction, ...]
+    seed: int
+    length: int
+    weighting: Weighting
 
-
-@dataclass(frozen=True, kw_only=True)
-class ReadProcesses:
-    """Read ahead in processes, where Python itself is what is slow."""
-
-    count: int = 2
-    batches: int = 4
-    """Batches held ready by each process"""
-
-
-class _HostBatches:
-    """Grain's random-access source: item k is this host's part of the global batch that starts at first + k * batch."""
-
-    def __init__(
-        self, parts: list[Rows], shares: tuple[Fraction, ...], data: PackedText, first: int, host: int, hosts: int
-    ):
-        self.parts, self.shares, self.first = parts, shares, first
-        self.seed, self.length, self.global_batch = data.seed, data.length, data.batch
-        self.size = data.batch // hosts
-        self.offset = host * self.size
-
-    def __len__(self) -> int:
-        return (1 << 62) // self.global_batch
-
-    def __getitem__(self, index: Any) -> Batch:
-        start = self.first + int(index) * self.global_batch + self.offset
-        return assemble([self.locate(n) for n in range(start, start + self.size)], self.length)
+    def __call__(self, numbers: range) -> Batch:
+        return assemble([self.locate(n) for n in numbers], self.length, weighting=self.weighting)
 
     def locate(self, n: int) -> tuple[Rows, int]:
         """Global sequence n -> its part, and its row there."""
@@ -73,15 +48,7 @@ class _HostBatches:
         return rows, shuffled(k, rows.count, (self.seed, part, epoch))
 
 
-def shuffled(index: int, size: int, key: tuple[int, ...]) -> int:
-    """Where a keyed permutation of range(size) sends `index`, without storing the permutation."""
-    from grain.experimental import index_shuffle
-
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    return index_shuffle(index, max_index=size - 1, seed=seed, rounds=4)
-
-
-class Loader:
+class Loader(Stream):
     """An endless iterator of this host's batches, with its position as JSON.
 
     Each item is a `types.Batch` of numpy arrays [data.batch / hosts, data.length].
@@ -94,7 +61,7 @@ class Loader:
         *,
         host: int = 0,
         hosts: int = 1,
-        prefetch: ReadThreads | ReadProcesses | None = None,
+        prefetch: Prefetch | None = None,
         cache: str | Path | None = None,
     ):
         """
@@ -105,52 +72,24 @@ class Loader:
         Raises:
             DataError: the batch cannot be split over the hosts, or the stores have different tokenizers.
         """
-        if not 0 <= host < hosts or data.batch % hosts:
-            raise DataError(f"data.batch is {data.batch}; it must be a multiple of the number of hosts, {hosts}")
         check_tokenizers(stores)
-        self.data, self.stores, self.host, self.hosts = data, tuple(stores), host, hosts
-        self._prefetch = prefetch or ReadThreads()
-        self._parts = [Rows(s, "train", data.packing, data.length, cache_folder(cache)) for s in stores]
+        self._parts = tuple(Rows(s, "train", data.packing, data.length, cache_folder(cache)) for s in stores)
         self._shares = mixture.shares([p.weight for p in data.train])
-        self._next = 0
-        self._batches: Iterator[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
-        batch = next(self._batches)
-        self._next += self.data.batch
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """The position after the batch given last, the same on every host. JSON.
-
-        `next` is the whole position; `epoch` (over all parts) is for people, the rest is checked by `restore`."""
-        epoch = self._next / sum(self.sequences)
-        return {"version": STATE_VERSION, "next": self._next, "epoch": epoch, **self._identity()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that was last when `state` was taken, by any number of hosts.
-
-        Raises:
-            DataError: the stores, mixture, packing, length or seed are others, so that the position means nothing.
-        """
-        mine = {"version": STATE_VERSION, **self._identity()}
-        for name, value in mine.items():
-            if state.get(name) != value:
-                raise DataError(f"data of the checkpoint differs in {name}: it has {state.get(name)}, this run {value}")
-        self.close()
-        self._next = int(state["next"])
-
-    def close(self) -> None:
-        """Stop reading ahead. The loader goes on from its position if asked for more."""
-        close = getattr(self._batches, "close", None)
-        self._batches = None
-        if close is not None:
-            close()
+        super().__init__(
+            _Sequences(self._parts, self._shares, data.seed, data.length, data.weighting),
+            batch=data.batch,
+            epoch=sum(part.count for part in self._parts),
+            identity={
+                "stores": [s.fingerprint for s in stores],
+                "shares": [str(share) for share in self._shares],
+                "packing": describe(data.packing),
+                "length": data.length,
+                "seed": data.seed,
+            },
+            host=host,
+            hosts=hosts,
+            prefetch=prefetch,
+        )
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -161,31 +100,6 @@ class Loader:
         """How often each part has been read so far: 1.25 is once, and a quarter of the second time."""
         counts = mixture.drawn(self._shares, self._next)
         return tuple(n / part.count for n, part in zip(counts, self._parts, strict=True))
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "stores": [s.fingerprint for s in self.stores],
-            "shares": [str(share) for share in self._shares],
-            "packing": describe(self.data.packing),
-            "length": self.data.length,
-            "seed": self.data.seed,
-        }
-
-    def _start(self) -> Iterator[Batch]:
-        import grain
-
-        source = _HostBatches(self._parts, self._shares, self.data, self._next, self.host, self.hosts)
-        how = self._prefetch
-        reads = grain.ReadOptions(num_threads=how.count, prefetch_buffer_size=how.batches)
-        if isinstance(how, ReadThreads):
-            return iter(grain.MapDataset.source(source).to_iter_dataset(reads))
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers are handed the flags of absl, which nobody else parses
-        options = grain.MultiprocessingOptions(num_workers=how.count, per_worker_buffer_size=how.batches)
-        single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(grain.MapDataset.source(source).to_iter_dataset(single).mp_prefetch(options))
 
 
 def open_stores(
@@ -232,12 +146,10 @@ def validation_batches(
         batch: sequences over all hosts; default `data.batch`.
     """
     size = batch or data.batch
-    if size % hosts:
-        raise DataError(f"a validation batch of {size} cannot be split over {hosts} hosts")
     check_tokenizers(stores)
     parts = [Rows(s, "validation", data.packing, data.length, cache_folder(cache)) for s in stores]
     shares = mixture.shares([p.weight for p in data.validation or data.train])
-    order = []
+    order: list[tuple[Rows, int]] = []
     limit = None if count is None else count * size
     total = sum(p.count for p in parts)
     n = 0
@@ -246,5 +158,86 @@ def validation_batches(
         n += 1
         if k < parts[part].count:
             order.append((parts[part], shuffled(k, parts[part].count, (0, part, 0))))
-    for start in range(host * size // hosts, -(-len(order) // size) * size, size):
-        yield assemble(order[start : start + size // hosts], data.length, size // hosts)
+    for rows in host_rows(order, size, host=host, hosts=hosts):
+        yield assemble(rows, data.length, size // hosts, weighting=data.weighting)
+
+
+@dataclass(frozen=True)
+class OpenedText(Opened):
+    """Packed text whose token stores are there."""
+
+    data: PackedText
+    train: tuple[TokenStore, ...]
+    held_out: tuple[TokenStore, ...]
+    """Those whose validation splits are read"""
+    cache: str | Path | None = None
+
+    @property
+    def name(self) -> str:
+        return ", ".join(store.name for store in self.train)
+
+    @property
+    def vocab(self) -> int:
+        return max(store.vocab for store in (*self.train, *self.held_out))
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        weights = [part.weight for part in self.data.train]
+        shares = (weight / sum(weights) for weight in weights)
+        return (
+            *(_described(store, "train", share) for store, share in zip(self.train, shares, strict=True)),
+            *(_described(store, "validation", None) for store in self.held_out),
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        return self.train[0].tokenizer()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.train[0].tokenizer_path
+
+    def epochs(self, sequences: int) -> float:
+        return sequences * self.data.length / sum(store.count("train", "tokens") for store in self.train)
+
+    def training(self, *, host: int = 0, hosts: int = 1) -> Loader:
+        return Loader(self.data, self.train, host=host, hosts=hosts, cache=self.cache)
+
+    @property
+    def has_validation(self) -> bool:
+        return all(store.count("validation", "tokens") for store in self.held_out)
+
+    def validation(self, batches: int | None = None, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+        return validation_batches(self.data, self.held_out, batches, host=host, hosts=hosts, cache=self.cache)
+
+
+def open_text(data: PackedText, *, cache: str | Path | None, progress: Progress | None) -> OpenedText:
+    """The stores of `data`; recipes are built into the cache if they are not there.
+
+    Raises:
+        DataError: a store is missing or damaged, or their tokenizers differ.
+    """
+    train = open_stores(data.train, cache=cache, progress=progress)
+    held_out = open_stores(data.validation, cache=cache, progress=progress) or train
+    return OpenedText(data, train, held_out, cache)
+
+
+def _described(store: TokenStore, split: Split, share: float | None) -> Store:
+    """What a run's config.json says of a store."""
+    sources = tuple(
+        {
+            "name": source["name"],
+            "licence": source.get("licence"),
+            "url": origin if (origin := str(source.get("origin") or "")).startswith("https://") else None,
+            "documents": source.get("documents_kept"),
+        }
+        for source in store.manifest.get("sources", ())
+    )
+    return Store(
+        name=store.name,
+        location=store.location,
+        fingerprint=store.fingerprint,
+        split=split,
+        tokens=store.count(split, "tokens"),
+        share=share,
+        sources=sources,
+    )

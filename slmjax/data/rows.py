@@ -11,6 +11,7 @@ import numpy as np
 from slmjax.data.packing import Packing, Plan, plan
 from slmjax.data.recipe import describe, digest
 from slmjax.data.token_store import Split, TokenStore
+from slmjax.data.weighting import EveryToken, Weighting
 from slmjax.errors import DataError
 from slmjax.types import Batch
 
@@ -58,7 +59,7 @@ class Rows:
         ]
 
     def finish(self, row: int, reads: list[Read], out: Batch, i: int) -> None:
-        """Fill row i of `out`, which is zero."""
+        """Fill row i of `out`, which is zero. Its weights say where there is a target: 1, else 0."""
         at = 0
         for start, stop, inputs, future in reads:
             values = self._tokens.result(future, start, stop)
@@ -85,7 +86,13 @@ class Read(NamedTuple):
     future: Any
 
 
-def assemble(rows: Sequence[tuple[Rows, int]], length: int, size: int | None = None) -> Batch:
+def assemble(
+    rows: Sequence[tuple[Rows, int]],
+    length: int,
+    size: int | None = None,
+    *,
+    weighting: Weighting = EveryToken(),  # noqa: B008
+) -> Batch:
     """Rows as one batch of numpy arrays [size, length]; every read is under way before the first is waited for.
     Rows beyond those given are padding, of weight 0."""
     shape = (size or len(rows), length)
@@ -93,6 +100,7 @@ def assemble(rows: Sequence[tuple[Rows, int]], length: int, size: int | None = N
     begun = [part.begin(row) for part, row in rows]
     for i, ((part, row), reads) in enumerate(zip(rows, begun, strict=True)):
         part.finish(row, reads, out, i)
+    out.weights[...] *= weighting(*map(np.asarray, (out.tokens, out.targets, out.segment_ids, out.positions)))
     return out
 
 

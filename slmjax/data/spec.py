@@ -1,12 +1,159 @@
-"""What an experiment says about its data: frozen values that JSON can hold."""
+"""What an experiment says about its data: frozen values that JSON can hold, each of which opens what it describes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slmjax.data.packing import BestFit, Packing
 from slmjax.data.recipe import Recipe
+from slmjax.data.rows import empty_batch
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.data.weighting import EveryToken, Weighting
+from slmjax.data.work import Progress
 from slmjax.errors import DataError
+from slmjax.serialise import to_json
+from slmjax.types import Batch, BatchStream
+
+if TYPE_CHECKING:
+    from slmjax.data.loader import OpenedText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """One place that data are read from, as a run's config.json lists it: with what the model card says of it."""
+
+    name: str
+    location: str
+    """Folder or URL"""
+    fingerprint: str
+    """What decides the numbers that come out of it: equal means the same tokens"""
+    split: Literal["train", "validation"]
+    tokens: int
+    """In that split"""
+    share: float | None = None
+    """Of the training sequences"""
+    sources: tuple[Mapping[str, Any], ...] = ()
+    """Where its text is from: each with name, licence, url (or None) and documents (or None)"""
+
+
+class Opened(abc.ABC):
+    """Data that are there, ready to be read."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """For people: what is trained on"""
+
+    @property
+    @abc.abstractmethod
+    def stores(self) -> tuple[Store, ...]:
+        """What is read, the parts of training first. Their fingerprints enter that of the experiment"""
+
+    @property
+    @abc.abstractmethod
+    def vocab(self) -> int:
+        """Ids that a model must know: one more than the largest"""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of what `Batch.extra["labels"]` numbers; empty where there are no labels"""
+        return ()
+
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the text, with its special ids (`Tokenizer.roles`)."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer_path(self) -> Path:
+        """A local folder with tokenizer.json and tokenizer_config.json, which a run copies."""
+
+    @abc.abstractmethod
+    def epochs(self, sequences: int) -> float:
+        """How often so many training sequences go over the data."""
+
+    @abc.abstractmethod
+    def training(self, *, host: int = 0, hosts: int = 1) -> BatchStream:
+        """This host's rows of an endless stream, whose position can be saved.
+
+        Raises:
+            DataError: the batch cannot be split over the hosts.
+        """
+
+    @property
+    @abc.abstractmethod
+    def has_validation(self) -> bool:
+        """Whether anything is held out"""
+
+    @abc.abstractmethod
+    def validation(self, batches: int | None = None, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+        """This host's rows of the same batches every time: each sequence at most once, the last batch filled with rows
+        of weight 0.
+
+        Args:
+            batches: at most so many; None reads everything that is held out.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(abc.ABC):
+    """What a run reads. A subclass is a frozen dataclass that opens what it describes."""
+
+    length: int
+    """Tokens a sequence"""
+    batch: int
+    """Sequences a step, over all hosts"""
+    next_tokens: ClassVar[bool] = True
+    """Whether `targets` of its batches are the tokens that follow"""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.length <= 1 << 24:
+            raise DataError(f"data.length is {self.length}; expected 2 to {1 << 24} tokens a sequence")
+        if self.batch < 1:
+            raise DataError(f"data.batch is {self.batch}; expected at least 1 sequence a step")
+
+    @abc.abstractmethod
+    def open(self, *, cache: str | Path | None = None, progress: Progress | None = None) -> Opened:
+        """Everything that is read, made ready where it is not yet.
+
+        Args:
+            cache: folder for what is made from other files, used again by later runs (`build.cache_folder`).
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+
+    @abc.abstractmethod
+    def reopen(self, stores: Sequence[Mapping[str, Any]], *, cache: str | Path | None = None) -> Opened:
+        """What a run held out, to be evaluated on again. Nothing is built anew.
+
+        Args:
+            stores: the `Store`s that the run has listed in config.json.
+
+        Raises:
+            DataError: it is not there any more.
+        """
+
+    @abc.abstractmethod
+    def elsewhere(self, place: str, tokenizer: Path) -> Data:
+        """The same kind of data, of which the validation is read from `place`: a folder, URL or file.
+
+        Args:
+            tokenizer: folder with the tokenizer of the model that is evaluated, where `place` holds text.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as JSON: this value without where files lie. What they hold is said by
+        `Opened.stores`."""
+        return to_json(self)
+
+    def empty(self, rows: int) -> Batch:
+        """A batch of padding with so many rows: numpy zeros, in the shapes that `Opened` gives."""
+        return empty_batch(rows, self.length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +171,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedText:
+class PackedText(Data):
     """A mixture of token stores, cut into sequences and shuffled globally."""
 
     train: tuple[Part, ...]
@@ -35,15 +182,52 @@ class PackedText:
     batch: int = 16
     """Sequences a step, over all hosts"""
     packing: Packing = field(default_factory=BestFit)
+    weighting: Weighting = field(default_factory=EveryToken)
+    """Which tokens count in the loss: every one, or those after a marker"""
     seed: int = 0
     """Of the order of the sequences, which is another one in each epoch"""
 
     def __post_init__(self) -> None:
         if not self.train:
             raise DataError("data.train is empty; give at least one Part")
-        if not 2 <= self.length <= 1 << 24:
-            raise DataError(f"data.length is {self.length}; expected 2 to {1 << 24} tokens a sequence")
-        if self.batch < 1:
-            raise DataError(f"data.batch is {self.batch}; expected at least 1 sequence a step")
-        if not 0 <= self.seed < 1 << 32:
-            raise DataError(f"data.seed is {self.seed}; expected 0 to {(1 << 32) - 1}")
+        super().__post_init__()
+        check_seed(self.seed)
+
+    def open(self, *, cache: str | Path | None = None, progress: Progress | None = None) -> OpenedText:
+        """
+        Raises:
+            DataError: a store is missing or damaged, or their tokenizers differ.
+        """
+        from slmjax.data.loader import open_text
+
+        return open_text(self, cache=cache, progress=progress)
+
+    def reopen(self, stores: Sequence[Mapping[str, Any]], *, cache: str | Path | None = None) -> OpenedText:
+        """Its validation stores alone, where the run found them; recipes are not built again."""
+        places = [str(store["location"]) for store in stores][len(self.train) :]
+        weights = [part.weight for part in self.validation or self.train]
+        parts = tuple(Part(source=_path(a), weight=w) for a, w in zip(places, weights, strict=True))
+        return replace(self, train=parts, validation=()).open(cache=cache)
+
+    def elsewhere(self, place: str, tokenizer: Path) -> PackedText:
+        """Of a token store, which has its own tokenizer."""
+        return replace(self, train=(Part(source=place),), validation=())
+
+    def identity(self) -> dict[str, Any]:
+        described = to_json(self)
+        for part in (*described["train"], *described["validation"]):
+            del part["source"]
+        return described
+
+
+def check_seed(seed: int) -> None:
+    """
+    Raises:
+        DataError: it is no seed of a shuffle.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise DataError(f"data.seed is {seed}; expected 0 to {(1 << 32) - 1}")
+
+
+def _path(location: str) -> str:
+    return location.removeprefix("file://") if location.startswith("file://") else location

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.config import Experiment
-from slmjax.data.rows import empty_batch
+from slmjax.data.spec import Data
 from slmjax.nn.compute import Compute
 from slmjax.runs.build import pieces
 from slmjax.train import micro, stored
@@ -77,7 +77,7 @@ def estimate(
 
     n = micro_batches(experiment, compute, mesh, layout)
     rows = math.ceil(experiment.data.batch / n / layout.ways(mesh))
-    batch = batch_of(rows, experiment.data.length)
+    batch = batch_of(experiment.data, rows)
 
     def loss(trained: Any, params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
         whole = stored.parts(stored.complete(trained, params, view.frozen))
@@ -109,9 +109,9 @@ def micro_batches(
     return micro.count(data.batch, data.length, ways=layout.ways(mesh), least=least, tokens=tokens)
 
 
-def batch_of(rows: int, length: int) -> Batch:
-    """An abstract batch [rows, length]."""
-    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(rows, length)))
+def batch_of(data: Data, rows: int) -> Batch:
+    """An abstract batch of so many rows."""
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, data.empty(rows)))
 
 
 def peak(jaxpr: Any) -> float:

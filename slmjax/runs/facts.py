@@ -8,8 +8,6 @@ from typing import Any
 
 from slmjax.config import Experiment
 from slmjax.convert.card import Energy, Facts, Mixed, Result, Source
-from slmjax.data.token_store import TokenStore
-from slmjax.errors import DataError
 from slmjax.models.flops import flops_per_token
 from slmjax.track.jsonl import read
 
@@ -21,15 +19,14 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
     """
     config, environment = _json(run / "config.json"), _json(run / "environment.json")
     git = environment.get("git") or {}
-    stores = _stores(config)
-    data = experiment.data
+    stores, data = config.get("stores", []), experiment.data
     tokens = step * data.batch * data.length
     each = flops_per_token(experiment.model, data.length, experiment.objective.predicted).attention
     return Facts(
         name=name,
         licence=licence,
-        sources=tuple(source for store in stores for source in _sources(store.manifest)),
-        mixture=_mixture(experiment, config),
+        sources=_sources(stores),
+        mixture=_mixture(stores),
         tokens=tokens or None,
         steps=step or None,
         flops=float(tokens * each) or None,
@@ -38,46 +35,25 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
         hardware=_hardware(environment),
         results=_results(run, step),
         fingerprint=config.get("fingerprint"),
-        data_fingerprints=tuple(store.fingerprint for store in stores),
+        data_fingerprints=tuple(dict.fromkeys(store["fingerprint"] for store in stores)),
         commit=git.get("commit"),
         changed=bool(git.get("dirty")),
     )
 
 
-def _stores(config: dict[str, Any]) -> list[TokenStore]:
-    """The token stores of the run that are still where they were, each once."""
-    opened = (_opened(described) for described in config.get("stores", ()))
-    return list({store.fingerprint: store for store in opened if store is not None}.values())
-
-
-def _opened(described: dict[str, Any]) -> TokenStore | None:
-    try:
-        return TokenStore(described["location"])
-    except DataError:
-        return None
-
-
-def _mixture(experiment: Experiment, config: dict[str, Any]) -> tuple[Mixed, ...]:
-    """The parts of the training data whose stores are still where they were. A run's stores begin with these."""
-    parts = experiment.data.train
-    total = sum(part.weight for part in parts)
+def _mixture(stores: list[dict[str, Any]]) -> tuple[Mixed, ...]:
+    """The parts of the training data."""
     return tuple(
-        Mixed(name=store.name, tokens=store.count("train", "tokens"), share=part.weight / total)
-        for part, described in zip(parts, config.get("stores", ()), strict=False)
-        if (store := _opened(described)) is not None
+        Mixed(name=store["name"], tokens=store["tokens"], share=store["share"])
+        for store in stores
+        if store.get("share") is not None
     )
 
 
-def _sources(manifest: dict[str, Any]) -> list[Source]:
-    return [
-        Source(
-            name=source["name"],
-            licence=source.get("licence"),
-            url=origin if (origin := str(source.get("origin") or "")).startswith("https://") else None,
-            documents=source.get("documents_kept"),
-        )
-        for source in manifest.get("sources", ())
-    ]
+def _sources(stores: list[dict[str, Any]]) -> tuple[Source, ...]:
+    """Where the text of all stores is from, each store once."""
+    each = {store["fingerprint"]: store.get("sources", ()) for store in stores}
+    return tuple(Source(**source) for sources in each.values() for source in sources)
 
 
 def _energy(record: dict[str, Any]) -> Energy | None:

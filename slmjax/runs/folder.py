@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,25 +12,24 @@ from typing import Any
 
 from slmjax import __version__
 from slmjax.config import Experiment, Runtime, identity
+from slmjax.data.spec import Store
 from slmjax.errors import StorageError, UserError
 from slmjax.experiment_file import load_config
 from slmjax.serialise import differences, fingerprint, to_json
 
 
 def describe(
-    experiment: Experiment, runtime: Runtime, stores: Sequence[Any], start: str | None = None
+    experiment: Experiment, runtime: Runtime, stores: Sequence[Store], start: str | None = None
 ) -> dict[str, Any]:
-    """What config.json holds. `stores`: the token stores of training, then those of validation. `start`: the content
-    hash of the parameters that the run starts from, if they are given."""
+    """What config.json holds. `stores`: of the opened data. `start`: the content hash of the parameters that the run
+    starts from, if they are given."""
     is_of = identity(experiment, [store.fingerprint for store in stores], start)
     return {
         "format": 1,
         "slmjax": __version__,
         "fingerprint": fingerprint(is_of),
         "identity": is_of,
-        "stores": [
-            {"name": store.name, "location": str(store.location), "fingerprint": store.fingerprint} for store in stores
-        ],
+        "stores": [dataclasses.asdict(store) for store in stores],
         "experiment": to_json(experiment),
         "runtime": to_json(runtime),
     }

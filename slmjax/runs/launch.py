@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.config import Experiment, Runtime
-from slmjax.data.loader import Loader, open_stores, validation_batches
-from slmjax.data.token_store import TOKENIZER_FILES, TokenStore
+from slmjax.data.spec import Opened
+from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.models.flops import flops_per_token, parameter_count
@@ -38,26 +38,24 @@ from slmjax.train.processes import together
 from slmjax.types import Batch, Params
 
 
-def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> tuple[tuple[TokenStore, ...], ...]:
-    """The token stores of training and of validation; recipes are built by the first process, the others wait.
+def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened:
+    """The data, made ready by the first process while the others wait.
 
     Raises:
-        DataError: a store is missing or damaged.
-        UserError: the model's vocabulary is smaller than the tokenizer's.
+        DataError: something that is read is missing or damaged.
+        UserError: the model has fewer rows than the tokenizer ids, or other labels than the data.
     """
-    parts = experiment.data
     if jax.process_index() == 0:
-        open_stores(parts.train, cache=runtime.data_dir, progress=progress)
+        experiment.data.open(cache=runtime.data_dir, progress=progress)
     _barrier("data")
-    train = open_stores(parts.train, cache=runtime.data_dir, progress=progress)
-    validation = open_stores(parts.validation, cache=runtime.data_dir, progress=progress) or train
-    for store in (*train, *validation):
-        if store.vocab > experiment.model.vocab:
-            raise UserError(
-                f"model.vocab is {experiment.model.vocab}, but the tokenizer of {store.name} has {store.vocab} tokens; "
-                f"set model.vocab to at least {store.vocab}"
-            )
-    return train, validation
+    opened = experiment.data.open(cache=runtime.data_dir, progress=progress)
+    model = experiment.model
+    if opened.vocab > model.vocab:
+        raise UserError(
+            f"model.vocab is {model.vocab}, but the tokenizer of {opened.name} has {opened.vocab} tokens; "
+            f"set model.vocab to at least {opened.vocab}"
+        )
+    return opened
 
 
 def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
@@ -77,9 +75,9 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
 
     folder = Path(runtime.workdir or f"runs/{experiment.name}")
     with show_progress() as progress:
-        stores, held_out = open_data(experiment, runtime, progress)
+        opened = open_data(experiment, runtime, progress)
     start = beginning.read(experiment, folder)
-    config = runs.describe(experiment, runtime, [*stores, *held_out], None if start is None else start.hash)
+    config = runs.describe(experiment, runtime, opened.stores, None if start is None else start.hash)
     _check_agreement(config["fingerprint"])
     first = jax.process_index() == 0
     changed = []
@@ -93,7 +91,7 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
         return
     with lock(folder) if first else contextlib.nullcontext():
         code = source.parent if source else Path()
-        _run(experiment, runtime, folder, config, changed, stores, held_out, code, start)
+        _run(experiment, runtime, folder, config, changed, opened, code, start)
     if first:
         print(f"done: {folder}")
         print(_next_steps(folder, experiment.model))
@@ -105,39 +103,35 @@ def _run(
     folder: Path,
     config: dict[str, Any],
     changed: Sequence[str],
-    stores: Sequence[TokenStore],
-    held_out: Sequence[TokenStore],
+    opened: Opened,
     code: Path,
     start: beginning.Beginning | None,
 ) -> None:
     """The training itself, in a folder that is held. `code`: the folder of the experiment's file."""
     first = jax.process_index() == 0
     if first:
-        _copy_tokenizer(stores[0], folder)
+        _copy_tokenizer(opened.tokenizer_path, folder)
 
-    built = build(replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)), runtime)
+    built = build(replace(experiment, objective=experiment.objective.bound(opened.tokenizer().roles)), runtime)
     beginning.check(experiment, built, start)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
-    loader = Loader(
-        experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
-    )
     peak, peak_source = peak_flops(built.compute.dtype)
     slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
-    say(_summary(experiment, built, stores, peak, peak_source))
+    say(_summary(experiment, built, opened, peak, peak_source))
     if slow:
         say(f"warning: {slow}")
     loop(
         built.program._replace(init=beginning.starting(experiment, built, start)),
-        data=loader,
+        data=opened.training(host=jax.process_index(), hosts=jax.process_count()),
         steps=experiment.steps,
         workdir=folder,
         tracker=tracker,
         guard=experiment.guard,
         checkpoints=runtime.checkpoints,
-        hooks=_hooks(experiment, runtime, held_out, built, done=latest_step(folder / "checkpoints") or 0),
+        hooks=_hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0),
         frozen=frozen,
         speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
         log_every=runtime.log_every,
@@ -173,40 +167,31 @@ def _open_trackers(
     return trackers, progress.say
 
 
-def _hooks(
-    experiment: Experiment, runtime: Runtime, held_out: Sequence[TokenStore], built: Built, done: int
-) -> list[Hook]:
+def _hooks(experiment: Experiment, runtime: Runtime, opened: Opened, built: Built, done: int) -> list[Hook]:
     """Evaluation, samples and profiling, those that are asked for."""
     hooks: list[Hook] = []
     evaluation = experiment.evaluation
-    if evaluation.every and all(store.count("validation", "tokens") for store in held_out):
+    if evaluation.every and opened.has_validation:
 
         def batches() -> Iterator[Batch]:
-            return validation_batches(
-                experiment.data,
-                held_out,
-                evaluation.batches,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                cache=runtime.data_dir,
-            )
+            return opened.validation(evaluation.batches, host=jax.process_index(), hosts=jax.process_count())
 
         hooks.append(Evaluate(every=evaluation.every, batches=batches))
     if runtime.samples.every:
-        hooks.append(Sample(every=runtime.samples.every, generate=_sampler(experiment, runtime, held_out[0], built)))
+        hooks.append(Sample(every=runtime.samples.every, generate=_sampler(experiment, runtime, opened, built)))
     if runtime.profile:
         hooks.append(Profile.of(done, experiment.steps))
     return hooks
 
 
-def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built: Built) -> Callable[[Params], str]:
+def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Built) -> Callable[[Params], str]:
     """Parameters -> the continuation of each prompt, compiled once."""
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
 
     samples = runtime.samples
     rule = sampler(temperature=samples.temperature)
-    generator = Generator(generative(experiment.model), None, store.tokenizer(), built.compute)
+    generator = Generator(generative(experiment.model), None, opened.tokenizer(), built.compute)
 
     def write(params: Params) -> str:
         made = generator.with_params(params)(
@@ -217,24 +202,24 @@ def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built:
     return write
 
 
-def _summary(experiment: Experiment, built: Built, stores: Sequence[TokenStore], peak: float, source: str) -> str:
+def _summary(experiment: Experiment, built: Built, opened: Opened, peak: float, source: str) -> str:
     """Two lines on what is about to happen."""
     mesh = ", ".join(f"{name}={n}" for name, n in built.program.mesh.shape.items())
     tokens = experiment.steps * experiment.data.batch * experiment.data.length
-    known = sum(store.count("train", "tokens") for store in stores)
+    epochs = opened.epochs(experiment.steps * experiment.data.batch)
     parameters, seen, ceiling = (si(x).strip() for x in (parameter_count(experiment.model), tokens, peak))
     return (
         f"{parameters} parameters; {experiment.steps} steps of {experiment.data.batch} x {experiment.data.length}: "
-        f"{seen} tokens, {tokens / known:.2f} epochs of {', '.join(store.name for store in stores)}; "
+        f"{seen} tokens, {epochs:.2f} epochs of {opened.name}; "
         f"{jax.device_count()} {jax.devices()[0].platform} ({mesh}), {built.compute.dtype}, "
         f"matmul ceiling {ceiling}FLOP/s ({source})"
     )
 
 
-def _copy_tokenizer(store: TokenStore, folder: Path) -> None:
-    """The run can be evaluated, sampled and exported without its data."""
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """The run can be evaluated, sampled and exported without its data. `tokenizer`: the folder of its files."""
     for name in TOKENIZER_FILES:
-        shutil.copyfile(store.tokenizer_path / name, folder / name)
+        shutil.copyfile(tokenizer / name, folder / name)
 
 
 def _barrier(name: str) -> None:

@@ -16,19 +16,6 @@ from slmjax.types import Batch, Frozen, Metrics, Params, TrainState
 
 
 @runtime_checkable
-class BatchStream(Protocol):
-    """An endless iterator over this process's rows, whose position can be saved."""
-
-    def __next__(self) -> Batch: ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON; restoring it makes `__next__` give what it would have given. May hold `epoch` (a number)."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-
-@runtime_checkable
 class Tracker(Protocol):
     """Where metrics go. Only process 0 calls it."""
 

@@ -20,11 +20,11 @@ from slmjax.errors import Diverged, Preempted
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
-from slmjax.train.hooks import At, BatchStream, Hook, Silent, Tracker, silent
+from slmjax.train.hooks import At, Hook, Silent, Tracker, silent
 from slmjax.train.lock import Locked
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
-from slmjax.types import Batch, Frozen, Metrics, TrainState
+from slmjax.types import Batch, BatchStream, Frozen, Metrics, TrainState
 
 CLOCK = ("step_seconds", "tokens_per_second", "mfu", "memory_bytes")
 """Metrics that depend on the machine; a run that was interrupted repeats all others bit for bit"""

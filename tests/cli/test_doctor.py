@@ -51,7 +51,7 @@ def allocated(e: Experiment, compute: Compute) -> int:
         micro_tokens=compute.micro_tokens(e.model.width),
         guard=e.guard,
     )
-    batch = batch_of(e.data.batch, e.data.length)
+    batch = batch_of(e.data, e.data.batch)
     m = made.step.lower(made.abstract, (), batch).compile().memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 

@@ -1,5 +1,6 @@
 """Order, resume, hosts and epochs: nothing repeated, nothing dropped, and a batch is what its documents say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,9 @@ from slmjax.data.loader import Loader, ReadProcesses, check_tokenizers, open_sto
 from slmjax.data.packing import BestFit, Concatenate
 from slmjax.data.rows import Rows, assemble
 from slmjax.data.spec import PackedText, Part
+from slmjax.data.weighting import AfterToken, EveryToken, Weighting
 from slmjax.errors import DataError
+from slmjax.types import Batch
 
 pytestmark = pytest.mark.fast
 
@@ -32,9 +35,21 @@ def take(loader, n):
     return [next(loader) for _ in range(n)]
 
 
+def fields(batch):
+    """The five arrays [B, T] of a batch; packed text has no others."""
+    *found, extra = batch
+    assert not extra
+    return found
+
+
 def same(a, b):
-    pairs = ((x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left[:5], right[:5], strict=True))
-    return all((x == y).all() for x, y in pairs)
+    pairs = zip(a, b, strict=True)
+    return all((x == y).all() for one, two in pairs for x, y in zip(fields(one), fields(two), strict=True))
+
+
+def joined(parts):
+    """The parts of the hosts as one batch."""
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*map(fields, parts), strict=True)))
 
 
 @pytest.mark.parametrize("packing", [BestFit(), Concatenate(), Concatenate(cross_document=True)])
@@ -51,7 +66,7 @@ def test_batches_say_what_the_documents_say(store, cache, packing):
         follows[offsets[1:-1] - 1] = False
     assert learned == sorted(zip(tokens[:-1][follows], tokens[1:][follows], strict=True))
     assert np.isin(batch.weights, [0, 1]).all()
-    assert [a.dtype for a in batch[:5]] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+    assert [a.dtype for a in fields(batch)] == [np.int32, np.int32, np.float32, np.int32, np.int32]
     for i in range(rows.count):
         ids, positions = batch.segment_ids[i], batch.positions[i]
         used = int((ids > 0).sum())
@@ -68,6 +83,32 @@ def test_batches_say_what_the_documents_say(store, cache, packing):
             assert not (batch.tokens[i, :used][~np.append(starts[1:], True)] == 257).any()
         else:
             assert (ids == 1).all() or i == rows.count - 1
+
+
+def test_only_what_follows_a_marker_counts(store, cache):
+    """Against a count document by document: byte 46, a full stop, is the marker."""
+    packing, marker = Concatenate(), 46
+    rows = Rows(store, "train", packing, LENGTH, cache)
+    every = [(rows, r) for r in range(rows.count)]
+    whole, after = assemble(every, LENGTH), assemble(every, LENGTH, weighting=AfterToken(token=marker))
+    assert same([whole], [assemble(every, LENGTH, weighting=EveryToken())])
+    expected = np.zeros_like(whole.weights)
+    for i in range(rows.count):
+        for segment in range(1, int(whole.segment_ids[i].max()) + 1):
+            at = np.flatnonzero(whole.segment_ids[i] == segment)
+            seen = np.flatnonzero(whole.tokens[i][at] == marker)
+            if len(seen):
+                expected[i, at[seen[0]] :][: len(at) - seen[0]] = whole.weights[i, at[seen[0] :]]
+    assert (after.weights == expected).all()
+    assert 0 < expected.sum() < whole.weights.sum()
+    batches = take(Loader(data(packing=packing, weighting=AfterToken(token=marker)), [store], cache=cache), 2)
+    plain = take(Loader(data(packing=packing), [store], cache=cache), 2)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(batches, plain, strict=True))
+    assert sum(b.weights.sum() for b in batches) < sum(b.weights.sum() for b in plain)
+    with pytest.raises(DataError, match=r"data.weighting.token is -1"):
+        AfterToken(token=-1)
+    with pytest.raises(TypeError, match="use EveryToken or AfterToken"):
+        Weighting()(*[np.zeros((1, 2), np.int32)] * 4)
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another(store, cache):
@@ -114,8 +155,7 @@ def test_hosts_share_each_global_batch(store, cache, hosts):
     whole = take(Loader(data(), [store], cache=cache), 5)
     parts = [take(Loader(data(), [store], host=h, hosts=hosts, cache=cache), 5) for h in range(hosts)]
     for i, expected in enumerate(whole):
-        joined = [np.concatenate([p[i][f] for p in parts]) for f in range(5)]
-        assert same([joined], [expected])
+        assert same([joined([p[i] for p in parts])], [expected])
 
 
 def test_another_number_of_hosts_goes_on_without_repeating_or_dropping(store, cache):
@@ -128,7 +168,7 @@ def test_another_number_of_hosts_goes_on_without_repeating_or_dropping(store, ca
             if state:
                 loader.restore(state)
         batches = [take(loader, 3) for loader in loaders]
-        got += [[np.concatenate([b[i][f] for b in batches]) for f in range(5)] for i in range(3)]
+        got += [joined([b[i] for b in batches]) for i in range(3)]
         states = [loader.state() for loader in loaders]
         assert all(s == states[0] for s in states)
         state = states[0]
@@ -189,8 +229,7 @@ def test_validation_is_fixed_and_each_sequence_comes_once(store, other, cache):
 def test_validation_is_split_over_hosts(store, cache):
     whole = list(validation_batches(data(), [store], 3, cache=cache))
     halves = [list(validation_batches(data(), [store], 3, host=h, hosts=2, cache=cache)) for h in range(2)]
-    joined = [[np.concatenate([h[i][f] for h in halves]) for f in range(5)] for i in range(3)]
-    assert same(joined, whole)
+    assert same([joined([h[i] for h in halves]) for i in range(3)], whole)
 
 
 def test_refusals(store, other, bpe_store, cache):
@@ -227,6 +266,32 @@ def test_data_that_makes_no_sense(fields, message):
         data(**fields)
     with pytest.raises(DataError, match=r"Part.weight is -2.0"):
         Part(source="x", weight=-2.0)
+
+
+def test_what_a_run_needs_of_opened_data(store, other, bpe_store, tmp_path):
+    places = (Part(source=store.location, weight=3.0), Part(source=other.location))
+    spec = PackedText(train=places, validation=(Part(source=other.location),), length=LENGTH, batch=8)
+    opened = spec.open(cache=tmp_path)
+    assert [(s.split, s.share, s.fingerprint) for s in opened.stores] == [
+        ("train", 0.75, store.fingerprint),
+        ("train", 0.25, other.fingerprint),
+        ("validation", None, other.fingerprint),
+    ]
+    assert opened.stores[0].sources[0]["licence"] == store.manifest["sources"][0]["licence"]
+    assert (opened.vocab, opened.labels, opened.has_validation) == (258, (), True)
+    stream = opened.training()
+    assert same(take(stream, 2), take(Loader(spec, [store, other], cache=tmp_path), 2))
+    tokens = store.count("train", "tokens") + other.count("train", "tokens")
+    assert opened.epochs(16) == 16 * LENGTH / tokens
+    assert "source" not in str(spec.identity())
+    listed = [dataclasses.asdict(s) for s in opened.stores]
+    again = dataclasses.replace(spec, batch=4).reopen(listed, cache=tmp_path)
+    assert [s.fingerprint for s in again.stores if s.split == "validation"] == [other.fingerprint]
+    assert same(again.validation(2), dataclasses.replace(spec, batch=4).open(cache=tmp_path).validation(2))
+    elsewhere = spec.elsewhere(bpe_store.location, tmp_path).open(cache=tmp_path)
+    assert elsewhere.name == "bpe"
+    shapes = [a.shape for a in fields(spec.empty(3))]
+    assert shapes == [(3, LENGTH)] * 5
 
 
 def test_stores_are_opened_by_path(store, tmp_path):
