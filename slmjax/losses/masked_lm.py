@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are hidden, and the loss on those alone.
+"""Masked language modelling: which tokens are masked, and the loss on those alone.
 
 Devlin et al. 2019, arXiv:1810.04805, section 3.1.
 """
@@ -20,9 +20,12 @@ from slmjax.types import Batch, Key, Metrics, Params, Special
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Of the tokens of a row that are neither special nor padding, `rate` are asked for, at least one: so many exactly,
-    drawn without repetition. Of these the share `mask` is replaced by the mask token, `random` by any token, and the
-    rest stays as it is."""
+    """Which tokens of a row are to be predicted, and what the model sees in their place.
+
+    Of the tokens that are neither special nor padding the share `rate` is drawn without repetition, rounded to a whole
+    number of them and at least one. Each of these masked tokens is replaced by the mask token with probability `mask`,
+    by a random token with probability `random`, and otherwise left as it is.
+    """
 
     rate: float = 0.15
     mask: float = 0.8
@@ -38,7 +41,8 @@ class Masking:
             )
 
     def count(self, tokens: Any) -> Any:
-        """How many of so many tokens are asked for: rate * tokens, rounded, at least one of one."""
+        """How many of `tokens` tokens are to be predicted: rate * tokens, rounded, and at least one unless there are
+        none."""
         return jnp.maximum(jnp.floor(self.rate * tokens + 0.5), tokens > 0)
 
     def most(self, length: int) -> int:
@@ -46,9 +50,9 @@ class Masking:
         return max(1, math.floor(self.rate * length + 0.5))
 
     def __call__(self, batch: Batch, key: Key, *, vocab: int, special: Special) -> Batch:
-        """The batch with tokens hidden; targets are the tokens that were there, weights 1 where they are asked for.
+        """The batch with tokens masked; targets are the original tokens, weights 1 at the masked tokens and else 0.
 
-        A function of the key and of the batch alone: the same step hides the same tokens, on any number of devices.
+        A function of the key and of the batch alone: the same step masks the same tokens, on any number of devices.
 
         Raises:
             UserError: the tokenizer has no mask token.
@@ -59,20 +63,20 @@ class Masking:
                 "that has one (MaskedBPE, or a tokenizer.json whose tokenizer_config.json names mask_token)"
             )
         tokens = batch.tokens
-        draw, replace, word = jax.random.split(key, 3)
+        draw, choose, word = jax.random.split(key, 3)
         free = batch.segment_ids > 0
         for i in special.all:
             free &= tokens != i
         score = jnp.where(free, jax.random.uniform(draw, tokens.shape), -1.0)
         rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
-        asked = free & (rank < self.count(jnp.sum(free, axis=1, keepdims=True)))
-        by = jax.random.uniform(replace, tokens.shape)
+        masked = free & (rank < self.count(jnp.sum(free, axis=1, keepdims=True)))
+        share = jax.random.uniform(choose, tokens.shape)
         words = jax.random.randint(word, tokens.shape, 0, vocab, tokens.dtype)
-        shown = jnp.where(by < self.mask, special.mask, jnp.where(by < self.mask + self.random, words, tokens))
+        replaced = jnp.where(share < self.mask, special.mask, jnp.where(share < self.mask + self.random, words, tokens))
         return batch._replace(
-            tokens=jnp.where(asked, shown, tokens).astype(tokens.dtype),
+            tokens=jnp.where(masked, replaced, tokens).astype(tokens.dtype),
             targets=tokens,
-            weights=asked.astype(jnp.float32),
+            weights=masked.astype(jnp.float32),
         )
 
 
@@ -86,10 +90,11 @@ def masked_lm(
     z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """`next_token` of the tokens that are asked for: only their logits are computed.
+    """`next_token` on the masked tokens: only their logits are computed.
 
     Args:
-        batch: as `Masking` made it: at most `most` weights of a row are not 0.
+        batch: as `Masking` made it: its targets are the original tokens, its weights are 0 except at masked tokens.
+        most: at least the number of masked tokens of any row (`Masking.most`); a row with more loses some of them.
     """
     _, where = jax.lax.top_k(batch.weights, min(most, batch.weights.shape[1]))  # [B, most]
     picked = jnp.take_along_axis(hidden, where[..., None], axis=1)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from losses.jaxprs import largest
 
-from slmjax.losses import next_token as module
+from slmjax.losses import pieces as module
 from slmjax.losses.next_token import next_token
 
 pytestmark = pytest.mark.fast
@@ -82,22 +83,6 @@ def test_positions_without_weight_may_hold_anything(case, chunk, bad):
     assert bool((spoiled != hidden).any())
     clean = next_token(unembed, params, hidden, targets, weights, chunk=chunk)[0]
     assert float(next_token(unembed, params, spoiled, targets, weights, chunk=chunk)[0]) == float(clean)
-
-
-def largest(f, *args):
-    """Elements of the largest float32 array anywhere in the program, inner programs included."""
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            for var in eqn.outvars:
-                if getattr(var.aval, "dtype", None) == jnp.float32:
-                    yield var.aval.size
-            for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
-
-    return max(walk(jax.make_jaxpr(f)(*args).jaxpr))
 
 
 def test_chunks_never_hold_all_logits():
