@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.config import Experiment, Runtime
@@ -34,7 +32,7 @@ from slmjax.train.hooks import Evaluate, Hook, Profile, Sample, Silent, Tracker,
 from slmjax.train.lock import lock
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
-from slmjax.train.processes import together
+from slmjax.train.processes import barrier, of_the_first, together
 from slmjax.types import Batch, Params
 
 
@@ -47,7 +45,7 @@ def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened
     """
     if jax.process_index() == 0:
         experiment.data.open(cache=runtime.data_dir, progress=progress)
-    _barrier("data")
+    barrier("data")
     opened = experiment.data.open(cache=runtime.data_dir, progress=progress)
     model = experiment.model
     if opened.vocab > model.vocab:
@@ -84,7 +82,7 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
     if first:
         changed = runs.open_folder(folder, config, source, accept_changes=runtime.overwrite_changed)
     done = latest_step(folder / "checkpoints") or 0
-    if _says_the_first(done >= experiment.steps and not changed):
+    if of_the_first(done >= experiment.steps and not changed):
         if first:
             print(f"{folder}: complete, {done} steps; nothing to do")
             print(_next_steps(folder, experiment.model))
@@ -222,30 +220,16 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def _check_agreement(fingerprint: str) -> None:
     """
     Raises:
         UserError: this process was given another experiment than the first.
     """
-    if jax.process_count() > 1:
-        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        if (multihost_utils.broadcast_one_to_all(mine) != mine).any():
-            raise UserError(
-                f"process {jax.process_index()} has another experiment, or other data, than process 0 (fingerprint "
-                f"{fingerprint[:12]}); give all of them the same command but for --runtime.distributed.index"
-            )
-
-
-def _says_the_first(answer: bool) -> bool:
-    """The answer of the first process, in all of them."""
-    if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer, np.int32)))
+    if of_the_first(fingerprint) != fingerprint:
+        raise UserError(
+            f"process {jax.process_index()} has another experiment, or other data, than process 0 (fingerprint "
+            f"{fingerprint[:12]}); give all of them the same command but for --runtime.distributed.index"
+        )
 
 
 def _next_steps(folder: Path, model: Assembly) -> str:

@@ -169,24 +169,25 @@ def _config(folder: Path) -> dict[str, Any]:
 def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]) -> int:
     """The newest intact step, or the wanted one. Nothing is moved: the run may be going on."""
     from slmjax.train import manifest
-    from slmjax.train.checkpoint_folder import steps
+    from slmjax.train.checkpoint_folder import newest_good, steps
 
-    there = steps(checkpoints)
-    if wanted is not None and wanted not in there:
-        raise StorageError(f"{checkpoints}: no checkpoint of step {wanted}; there are: {_list(there)}")
-    damaged = []
-    for step in reversed(there) if wanted is None else [wanted]:
-        wrong = manifest.problems(checkpoints / str(step))
-        if not wrong:
-            if damaged:
-                say(f"checkpoint {damaged[0][0]} is damaged ({damaged[0][1]}); using step {step} instead")
-            return step
-        damaged.append((step, wrong[0]))
-    if not damaged:
+    if wanted is not None:
+        there = steps(checkpoints)
+        if wanted not in there:
+            raise StorageError(f"{checkpoints}: no checkpoint of step {wanted}; there are: {_list(there)}")
+        if wrong := manifest.problems(checkpoints / str(wanted)):
+            hint = f"choose another step of: {_list([s for s in there if s != wanted])}"
+            raise StorageError(f"{checkpoints}: checkpoint {wanted} is damaged ({wrong[0]}); {hint}")
+        return wanted
+    damaged: list[str] = []
+    found = newest_good(checkpoints, lambda step, wrong: damaged.append(f"checkpoint {step} is damaged ({wrong[0]})"))
+    if found is None and damaged:
+        raise StorageError(f"{checkpoints}: {damaged[0]}; none of them can be used")
+    if found is None:
         raise StorageError(f"{checkpoints}: no checkpoint yet; train on, or name another run")
-    others = _list([s for s in there if s != wanted])
-    hint = f"choose another step of: {others}" if wanted is not None else "none of them can be used"
-    raise StorageError(f"{checkpoints}: checkpoint {damaged[0][0]} is damaged ({damaged[0][1]}); {hint}")
+    if damaged:
+        say(f"{damaged[0]}; using step {found} instead")
+    return found
 
 
 def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from slmjax.errors import UserError
-from slmjax.train import checkpoint_folder, manifest
-from slmjax.train.checkpoint_folder import Checksummed, Restored, beside, steps, storage
+from slmjax.train import checkpoint_folder
+from slmjax.train.checkpoint_folder import Checksummed, Items, Restored, beside, steps, storage
 from slmjax.train.lock import lock
+from slmjax.train.processes import of_the_first
 from slmjax.types import TrainState
 
 
@@ -49,6 +47,14 @@ class Checkpoints:
         """Whether `step` is to be saved, whatever the clock and the metrics say."""
         return any(n > 0 and step % n == 0 for n in (self.every, self.keep_every))
 
+    def kept(self, there: Sequence[int], score: Callable[[int], float]) -> set[int]:
+        """The steps to keep of those that are there, oldest first. `score`: `best` of a step; infinite if unknown."""
+        kept = {*there[-self.keep_last :], *(step for step in there if self.keep_every and step % self.keep_every == 0)}
+        if self.best:
+            scores = {step: score(step) for step in there}
+            kept |= {step for step, x in scores.items() if x == min(scores.values()) < math.inf}
+        return kept
+
 
 class Checkpointer:
     """Saves and restores the checkpoints of one run, whose folder it holds while it is entered."""
@@ -57,6 +63,7 @@ class Checkpointer:
         self.folder = folder.absolute()
         self.policy = policy
         self.say = say
+        self._saved = False  # since old checkpoints were last removed
 
     def __enter__(self) -> Checkpointer:
         """
@@ -66,24 +73,16 @@ class Checkpointer:
         with contextlib.ExitStack() as stack, storage(self.folder, "open"):
             if jax.process_index() == 0:
                 stack.enter_context(lock(self.folder))
-            self.manager = ocp.CheckpointManager(
-                self.folder,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                        list(_preserved(self.folder, self.policy))
-                    ),
-                    cleanup_tmp_directories=True,
-                    temporary_path_class=Checksummed,
-                ),
-                item_names=("params", "train", "extra"),
-            )
+                checkpoint_folder.remove_leftovers(self.folder)
+            self._writer = ocp.AsyncCheckpointer(Checksummed())
             self._held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._held, storage(self.folder, "finish a save") if kind is None else contextlib.suppress(Exception):
+        with self._held, contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             if kind is None or jax.process_count() == 1:  # else it would wait for processes that may have died
-                self.manager.close()
+                with storage(self.folder, "finish a save"), contextlib.closing(self._writer):
+                    self.wait()
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Copies the state to the host and returns; writing goes on meanwhile. Does nothing if the step is there.
@@ -91,12 +90,14 @@ class Checkpointer:
         Raises:
             StorageError: this save, or the one before it, failed. Earlier checkpoints are intact.
         """
+        self.wait()
+        if of_the_first(step in steps(self.folder)):
+            return
         with storage(self.folder, f"save step {step}"):
-            if step in self.manager.all_steps():
-                return
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
+            self._saved = True
+            self._writer.save(
+                self.folder / str(step),
+                args=Items(
                     params=ocp.args.StandardSave(state.params),
                     train=ocp.args.StandardSave(beside(state)),
                     extra=ocp.args.JsonSave({**extra, "metrics": dict(metrics)}),
@@ -110,18 +111,28 @@ class Checkpointer:
         if name not in metrics:
             return False
         first = jax.process_index() == 0
-        answer = first and all(metrics[name] < _score(self.folder, step, name) for step in steps(self.folder))
-        return bool(_of_the_first(int(answer)))
+        return of_the_first(first and all(metrics[name] < _score(self.folder, s, name) for s in steps(self.folder)))
 
     def check(self) -> None:
         """Raises StorageError if a save in the background has failed."""
         with storage(self.folder, "save"):
-            self.manager.check_for_errors()
+            self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Until the save in flight is on disk. Raises StorageError if it failed."""
+        """Until the save in flight is on disk; then removes what the policy does not keep.
+
+        Raises:
+            StorageError: the save failed.
+        """
         with storage(self.folder, "save"):
-            self.manager.wait_until_finished()
+            self._writer.wait_until_finished()
+        if self._saved and jax.process_index() == 0:
+            there = steps(self.folder)
+            kept = self.policy.kept(there, lambda step: _score(self.folder, step, self.policy.best))
+            with storage(self.folder, "remove an old checkpoint"):
+                for step in set(there) - kept:
+                    checkpoint_folder.remove(self.folder, step)
+        self._saved = False
 
     def restore(self, abstract: TrainState) -> Restored | None:
         """The newest checkpoint whose every byte is as written, or None if there is none.
@@ -142,26 +153,16 @@ class Checkpointer:
 
     def _newest_good(self) -> int | None:
         """The first process reads and judges the files; the others are told."""
-        found = -1
-        if jax.process_index() == 0:
-            for step in reversed(steps(self.folder)):
-                wrong = manifest.problems(self.folder / str(step))
-                if not wrong:
-                    found = step
-                    break
-                aside = _set_aside(self.folder, step)
-                more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-                older = bool(steps(self.folder))
-                then = "trying the one before" if older else "no other is left: training starts over from step 0"
-                self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, {then}")
-        found = _of_the_first(found)
-        self.manager.reload()
-        return None if found < 0 else found
 
+        def damaged(step: int, wrong: list[str]) -> None:
+            aside = _set_aside(self.folder, step)
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            older = bool(steps(self.folder))
+            then = "trying the one before" if older else "no other is left: training starts over from step 0"
+            self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, {then}")
 
-def _of_the_first(number: int) -> int:
-    """The number that the first process gives, in all of them."""
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+        first = jax.process_index() == 0
+        return of_the_first(checkpoint_folder.newest_good(self.folder, damaged) if first else None)
 
 
 def _set_aside(folder: Path, step: int) -> str:
@@ -175,23 +176,3 @@ def _score(folder: Path, step: int, metric: str) -> float:
     """A metric as a checkpoint on disk holds it (one in flight does not yet); infinite if it does not, or is NaN."""
     score = checkpoint_folder.extra(folder, step).get("metrics", {}).get(metric, math.inf)
     return score if math.isfinite(score) else math.inf  # NaN would be neither less nor more than the others
-
-
-@dataclass(frozen=True)
-class _Best:
-    """The checkpoint with the least metric. Orbax's own forgets the metrics when a run is resumed."""
-
-    folder: Path
-    metric: str
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        scores = [_score(self.folder, c.step, self.metric) for c in checkpoints]
-        return [score == min(scores) < math.inf for score in scores]
-
-
-def _preserved(folder: Path, policy: Checkpoints) -> Iterator[Any]:
-    yield checkpoint_managers.LatestN(policy.keep_last)
-    if policy.keep_every:
-        yield checkpoint_managers.EveryNSteps(policy.keep_every)
-    if policy.best:
-        yield _Best(folder, policy.best)

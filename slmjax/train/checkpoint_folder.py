@@ -1,27 +1,27 @@
 """A folder of checkpoints, by itself: what lies in it, and how a state or parameters are read and written.
 
 A folder `<step>/` holds three items: `params`, `train` (step, optimizer, view) and `extra` (JSON: data position,
-tracker, rollbacks), and `SHA256SUMS`. Orbax writes them under another name; once the sums are written and synced, one
-rename makes it a checkpoint. A process killed before leaves the older checkpoints and a leftover that the next run
-removes.
+tracker, rollbacks), and `SHA256SUMS`. Orbax writes them into `<step>.<something>`; once the sums are written and
+synced, one rename makes it a checkpoint. A process killed before leaves the older checkpoints and that folder, which
+the next run removes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.path import atomicity
 
-from slmjax.errors import StorageError, UserError
+from slmjax.errors import StorageError
 from slmjax.train import manifest
 from slmjax.types import Params, TrainState
 
@@ -38,23 +38,60 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+# TensorStore raises a ValueError that starts with the name of its status.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+
 AT_ONCE = 1 << 27
 """Bytes that `save_params` has waiting to be written"""
 
 
-class Checksummed(atomicity.AtomicRenameTemporaryPath):
-    """The folder of a save in flight. `finalize` is its commit, called on the first process when all have written."""
+class Checksummed(ocp.CompositeCheckpointHandler):
+    """Writes the items of a step, and then their sums.
 
-    async def finalize(self) -> None:
-        folder = Path(self.get())
-        if folder.name.split(".")[0].isdigit():  # a step; its items pass here as well
-            await asyncio.to_thread(manifest.write, folder)
-        await super().finalize()
+    Orbax calls `finalize` on the first process, after every process has written and before the rename.
+    """
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        manifest.write(Path(directory))
+
+
+@ocp.args.register_with_handler(Checksummed, for_save=True, for_restore=True)
+class Items(ocp.args.Composite):
+    """What `Checksummed` saves: {item: how}."""
 
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a committed checkpoint, oldest first."""
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
+
+
+def newest_good(folder: Path, damaged: Callable[[int, list[str]], None]) -> int | None:
+    """The newest step whose every byte is as written; None if there is none.
+
+    Args:
+        damaged: told of each step that is not, from the newest on, with what is wrong, one line a file.
+    """
+    for step in reversed(steps(folder)):
+        wrong = manifest.problems(folder / str(step))
+        if not wrong:
+            return step
+        damaged(step, wrong)
+    return None
+
+
+def remove(folder: Path, step: int) -> None:
+    """Deletes a checkpoint; killed in between, it leaves a leftover and no half of a checkpoint."""
+    (folder / str(step)).rename(folder / f"{step}.removed")
+    shutil.rmtree(folder / f"{step}.removed")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what saves and removals that were cut short have left."""
+    for path in folder.iterdir():
+        step, dot, _ = path.name.partition(".")
+        if dot and step.isdigit() and path.is_dir():
+            shutil.rmtree(path)
 
 
 def latest_step(folder: Path) -> int | None:
@@ -73,7 +110,7 @@ def extra(folder: Path, step: int | None = None) -> dict[str, Any]:
 def restore(folder: Path, step: int, abstract: TrainState) -> Restored:
     """One checkpoint as it lies there, unverified, into the shapes and shardings of `abstract`."""
     at = folder.absolute() / str(step)
-    with storage(folder, f"restore step {step}"), _reader() as reader:
+    with _reader(folder, step) as reader:
         params = reader.restore(at / "params", args=ocp.args.StandardRestore(abstract.params))
         train = reader.restore(at / "train", args=ocp.args.StandardRestore(beside(abstract)))
         return Restored(step, TrainState(params=params, **train), extra(folder, step))
@@ -96,7 +133,7 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
         raise StorageError(f"{folder}: no checkpoint of step {step}; there are: {there}")
     if wrong := manifest.problems(at):
         raise StorageError(f"{at} is damaged: {wrong[0]}; choose another step of: {', '.join(map(str, steps(folder)))}")
-    with storage(folder, f"restore step {step}"), _reader() as reader:
+    with _reader(folder, step) as reader:
         wanted = abstract or _whole(at / "params")
         return reader.restore(at / "params", args=ocp.args.StandardRestore(wanted))
 
@@ -109,19 +146,11 @@ def save_params(folder: Path, params: Params, extra: dict[str, Any], step: int =
     """
     most = max([AT_ONCE, *(x.nbytes for x in jax.tree.leaves(params))])
     bound: Any = 1.05 * most / 1e9  # the library counts in (any) gigabytes, and refuses an array that exceeds them
-    handlers: dict[str, Any] = {
-        "params": ocp.StandardCheckpointHandler(save_concurrent_gb=bound),
-        "extra": ocp.JsonCheckpointHandler(),
-    }
-    with storage(folder, f"save step {step}"):
-        manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(temporary_path_class=Checksummed),
-            item_handlers=handlers,
-        )
-        with contextlib.closing(manager):
-            items = {"params": ocp.args.StandardSave(params), "extra": ocp.args.JsonSave(extra)}
-            manager.save(step, args=ocp.args.Composite(**items))
+    params_handler = ocp.StandardCheckpointHandler(save_concurrent_gb=bound)
+    handler = Checksummed(params=params_handler, extra=ocp.JsonCheckpointHandler())
+    items = Items(params=ocp.args.StandardSave(params), extra=ocp.args.JsonSave(extra))
+    with storage(folder, f"save step {step}"), contextlib.closing(ocp.Checkpointer(handler)) as writer:
+        writer.save(folder.absolute() / str(step), args=items)
 
 
 def beside(state: TrainState) -> dict[str, Any]:
@@ -137,20 +166,30 @@ def _whole(at: Path) -> Params:
 
 
 @contextlib.contextmanager
-def _reader() -> Iterator[ocp.Checkpointer]:
+def _reader(folder: Path, step: int) -> Iterator[ocp.Checkpointer]:
+    """Reads a step; that its arrays have other names or shapes is a StorageError as well (Orbax: ValueError)."""
+    doing = f"restore step {step}"
     with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
-        yield reader
+        try:
+            with storage(folder, doing):
+                yield reader
+        except ValueError as error:
+            raise _failed(folder, doing, error) from error
 
 
 @contextlib.contextmanager
 def storage(folder: Path, doing: str) -> Iterator[None]:
-    """Whatever the file system or Orbax raises -> one line."""
+    """What the file system or TensorStore raises -> StorageError, in one line. Anything else goes on as it is."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = (str(error) or type(error).__name__).splitlines()[0][:300]
-        full = "No space" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        hint = "; free some space and run the same command again" if full else ""
-        raise StorageError(f"{folder}: cannot {doing}: {said}; earlier checkpoints are intact{hint}") from error
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not _STATUS.match(str(error)):
+            raise
+        raise _failed(folder, doing, error) from error
+
+
+def _failed(folder: Path, doing: str, error: Exception) -> StorageError:
+    said = (str(error) or type(error).__name__).splitlines()[0][:300]
+    full = "No space" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+    hint = "; free some space and run the same command again" if full else ""
+    return StorageError(f"{folder}: cannot {doing}: {said}; earlier checkpoints are intact{hint}")

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from slmjax.errors import Diverged, Lost, Preempted, UserError
 from slmjax.train import aborts
@@ -196,6 +198,21 @@ def together(distributed: Distributed) -> Iterator[None]:
         else:
             watch.stop()
             jax.distributed.shutdown()
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has called it with this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def of_the_first(value: Any) -> Any:
+    """The JSON value that process 0 gives, in every process; all of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(mine, size))))
 
 
 def _client() -> Any:

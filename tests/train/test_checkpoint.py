@@ -19,6 +19,7 @@ from slmjax import tree
 from slmjax.errors import StorageError, UserError
 from slmjax.train import checkpoint_folder, manifest
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
+from slmjax.train.checkpoint_folder import storage
 from slmjax.train.sharding import Mesh
 from slmjax.types import TrainState
 
@@ -230,6 +231,59 @@ def test_a_checkpoint_of_another_model_is_not_damaged_but_refused(tmp_path, one)
     with pytest.raises(StorageError, match="cannot restore step 3"):
         restore(tmp_path, program)
     assert checkpoint_folder.steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: writing"), ValueError("DATA_LOSS: sums")],
+)
+def test_what_storage_raises_is_one_line(tmp_path, error):
+    with (
+        pytest.raises(StorageError, match=r"cannot save step 3: .*earlier checkpoints are intact"),
+        storage(tmp_path, "save step 3"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), KeyError("a"), AssertionError()])
+def test_a_bug_is_not_blamed_on_storage(tmp_path, error):
+    with pytest.raises(type(error)) as raised, storage(tmp_path, "save step 3"):
+        raise error
+    assert raised.value is error
+
+
+def test_the_sums_are_written_before_a_step_is_committed(tmp_path, one, monkeypatch):
+    """If they cannot be, there is no step, and the one before is used."""
+    program, state = one
+    save(tmp_path, state, 1)
+    seen = []
+
+    def fail(folder):
+        seen.append((folder.name, sorted(p.name for p in folder.iterdir() if p.is_dir())))
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "write", fail)
+        with pytest.raises(StorageError, match="No space left on device"):
+            save(tmp_path, state, 3)
+    ((name, items),) = seen
+    assert name.startswith("3.")
+    assert items == ["extra", "params", "train"]  # all of them under their last names: nothing is written after
+    assert checkpoint_folder.steps(tmp_path) == [1]
+    assert restore(tmp_path, program).step == 1
+    assert not (tmp_path / name).exists()  # removed as the folder was opened again
+
+
+def test_nothing_is_removed_before_a_newer_step_is_saved(tmp_path, one):
+    """The newest may be damaged: a run that starts with a stricter policy still falls back to the older ones."""
+    program, state = one
+    save(tmp_path, state, 1, 2, 3)
+    damage_flip(tmp_path / "3")
+    with Checkpointer(tmp_path, Checkpoints(keep_last=1), [].append) as saved:
+        assert saved.restore(program.abstract).step == 2
+        assert checkpoint_folder.steps(tmp_path) == [1, 2]
+        saved.save(4, state, EXTRA, {})
+    assert checkpoint_folder.steps(tmp_path) == [4]
 
 
 def test_parameters_alone(tmp_path, one):
