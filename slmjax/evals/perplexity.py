@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
-from slmjax.losses.next_token import MAX_LOGITS, next_token
+from slmjax.losses.next_token import next_token
+from slmjax.losses.pieces import MAX_LOGITS
 from slmjax.types import Batch, Key, Model, Params, unchanged
 
 

@@ -25,6 +25,7 @@ def base(small, tmp_path_factory):
     run = small(ROOT / "experiments/pretrain/quickstart.py", "base")
     folder = tmp_path_factory.mktemp("base") / "hf"
     loaded = load(run)
+    folder.mkdir()
     write_hf(folder, loaded.decoder, loaded.params)
     return folder
 
