@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract.shapes import perturbed
 
 from slmjax.losses.masked_lm import Masking
 from slmjax.losses.next_token import next_token
@@ -30,12 +29,14 @@ from slmjax.nn.compute import Compute
 from slmjax.objectives import MaskedLM, NextToken
 from slmjax.train import micro
 from slmjax.train.sharding import Mesh, put
-from slmjax.tree import flatten
+from slmjax.tree import flatten, map_with_path
 from slmjax.types import Batch, Objective, Params, Special
 
 TESTS = Path(__file__).parent.parent
-VOCAB, LENGTHS = 61, (13, 2, 9, 1, 5, 12, 3, 7)
-SMALL = {"layers": 2, "width": 32, "heads": 4, "hidden": 48, "vocab": VOCAB, "context": 64}
+QUICK = {"xla_backend_optimization_level": 0}
+"""Programs that run once: most of their time is that of the compiler"""
+VOCAB, LENGTHS = 11, (13, 2, 9, 1, 5, 12, 3, 7)
+SMALL = {"layers": 1, "width": 32, "heads": 4, "hidden": 48, "vocab": VOCAB, "context": 64}
 
 
 class Document(NamedTuple):
@@ -102,9 +103,19 @@ def masked_text() -> list[Document]:
     return out
 
 
+def drawn(model) -> Params:
+    """Parameters far enough from 0 and 1 that every one of them matters."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        return (path.endswith("scale") + 0.3 * rng.normal(size=x.shape)).astype(np.float32)
+
+    return map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0)))
+
+
 def decoder():
-    model = llama(**SMALL, kv_heads=2)
-    return model.build(Compute(dtype="float32")), perturbed(model)
+    model = llama(**SMALL, kv_heads=2).build(Compute(dtype="float32"))
+    return model, drawn(model)
 
 
 def next_tokens(spec: NextToken) -> Case:
@@ -113,9 +124,9 @@ def next_tokens(spec: NextToken) -> Case:
 
 
 def masked_tokens() -> Case:
-    model = bert(**SMALL)
+    model = bert(**SMALL).build(Compute(dtype="float32"))
     spec = MaskedLM(masking=Masking(rate=0.4), z_loss=0.1, chunk=2, special=Special(mask=3, all=(0, 3)))
-    return Case(spec.build(model.build(Compute(dtype="float32"))), perturbed(model), masked_text())
+    return Case(spec.build(model), drawn(model), masked_text())
 
 
 ENTRIES = (
@@ -171,7 +182,7 @@ def gradient(case: Case):
 def measures(case: Case) -> Callable[[Layout], dict[str, np.ndarray]]:
     """layout -> metrics and gradients by name. Layouts of one shape share a program."""
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
     def f(params, batch, pieces):
         return micro.accumulated(gradient(case), params, batch, jax.random.key(0), pieces)
 
@@ -195,7 +206,7 @@ def same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray], but: str = "
         if name == but:
             continue
         scale = largest if name.startswith("gradient/") else max(1.0, float(np.abs(x)))
-        np.testing.assert_allclose(got[name], x, rtol=0, atol=3e-6 * scale, err_msg=name)
+        np.testing.assert_allclose(got[name], x, rtol=0, atol=5e-6 * scale, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +234,7 @@ def base():
 )
 def test_no_layout_changes_loss_metrics_or_gradients(entry, layout, base):
     measured, wanted = base(entry)
-    assert all(np.abs(x).max() > 0 for name, x in wanted.items() if name != "metrics/accuracy")
+    assert all(np.abs(x).max() > 0 for x in wanted.values())
     same(measured(layout), wanted)
 
 
@@ -302,7 +313,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         rows = alone(case.documents)
         here = case.batch(rows[rank * len(rows) // 2 : (rank + 1) * len(rows) // 2], max(LENGTHS))
         params = jax.device_put(case.params, everywhere)
-        f = jax.jit(gradient(case), out_shardings=everywhere)
+        f = jax.jit(gradient(case), out_shardings=everywhere, compiler_options=QUICK)
         found = named(f(params, put(here, mesh), jax.random.key(0)))
         if rank == 0:
             np.savez(folder / f"{i}.npz", **found)
