@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
-from slmjax.losses.next_token import next_token
-from slmjax.losses.pieces import MAX_LOGITS
-from slmjax.types import Batch, Key, Model, Params, unchanged
+from slmjax.losses.next_token import cross_entropy
+from slmjax.losses.pieces import MAX_LOGITS, token_values
+from slmjax.types import Batch, Key, Model, Params, as_it_is
 
 
 class Estimate(NamedTuple):
@@ -66,14 +66,9 @@ def row_sums(
         hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
         rows, length = batch.tokens.shape
         chunk = max(1, min(length, MAX_LOGITS // (rows * model.vocab)))
-
-        def row(h: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-            one = (x[None] for x in (h, targets, weights))
-            loss, metrics = next_token(model.unembed, params, *one, chunk=chunk)
-            weight = metrics["weight"]
-            return jnp.stack([loss * weight, weight, jnp.sum(weights * jnp.asarray(table)[targets])])
-
-        return jax.vmap(row)(hidden, batch.targets, batch.weights)
+        values = token_values(cross_entropy, model.unembed, params, hidden, batch.targets, batch.weights, chunk=chunk)
+        counted = (values["loss"], jnp.ones_like(values["loss"]), jnp.asarray(table)[batch.targets])
+        return jnp.stack([jnp.sum(batch.weights * x, axis=1) for x in counted], axis=1)
 
     return jax.jit(sums)
 
