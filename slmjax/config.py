@@ -13,6 +13,7 @@ from slmjax.data.spec import PackedText
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
+from slmjax.nn.numerics import Numerics
 from slmjax.objectives import NextToken, ObjectiveSpec
 from slmjax.optim.recipes import AdamW, OptimizerSpec
 from slmjax.optim.schedules import Schedule
@@ -68,6 +69,8 @@ class Experiment:
     objective: ObjectiveSpec = field(default_factory=NextToken)
     optimizer: OptimizerSpec = field(default_factory=AdamW)
     view: View = field(default_factory=Identity)
+    numerics: Numerics = field(default_factory=Numerics)
+    """How products with parameters and the key-value cache are rounded; default: as the compute dtype does"""
     guard: Guard = field(default_factory=Skip)
     """What is done about NaN and loss spikes"""
     evaluation: Evaluation = field(default_factory=Evaluation)

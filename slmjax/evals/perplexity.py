@@ -91,8 +91,8 @@ def evaluate(
     Args:
         batches: of one shape, so that one program serves all.
         token_bytes: bytes of text that each token stands for (`text.token_bytes`).
-        ask: (batch, key) -> the batch that the model reads, with its targets and weights (`Assembly.asked`). The key
-            depends on the number of the batch alone.
+        ask: (batch, key) -> the batch that the model reads, with its targets and weights
+            (`Assembly.evaluation_batch`). The key depends on the number of the batch alone.
         progress: called with the number of batches done.
 
     Raises:

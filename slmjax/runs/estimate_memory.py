@@ -55,7 +55,7 @@ def estimate(experiment: Experiment, compute: Compute, mesh: Mapping[str, int]) 
     Args:
         mesh: sizes of the axes data, fsdp and tensor.
     """
-    model = experiment.model.build(compute)
+    model = experiment.model.build(compute, experiment.numerics)
     optimizer = experiment.optimizer.build(experiment.schedule.build(experiment.steps), model.axes)
     objective, view = experiment.objective.build(model), experiment.view.build()
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -52,7 +52,7 @@ def build(experiment: Experiment, runtime: Runtime) -> Built:
     compute = runtime.compute or for_backend(jax.default_backend())
     if runtime.dtype != "auto":
         compute = replace(compute, dtype=runtime.dtype)
-    model = experiment.model.build(compute)
+    model = experiment.model.build(compute, experiment.numerics)
     objective = experiment.objective.build(model)
     schedule = experiment.schedule.build(experiment.steps)
     compiled = program(
@@ -235,7 +235,8 @@ def _sampler(experiment: Experiment, runtime: Runtime, store: TokenStore, built:
 
     samples = runtime.samples
     rule = sampler(temperature=samples.temperature)
-    generator = Generator(generative(experiment.model), None, store.tokenizer(), built.compute)
+    model, numerics = generative(experiment.model), experiment.numerics
+    generator = Generator(model, None, store.tokenizer(), built.compute, numerics=numerics)
 
     def write(params: Params) -> str:
         made = generator.with_params(params)(
