@@ -13,6 +13,7 @@ from slmjax.data.spec import Data
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
+from slmjax.nn.numerics import Numerics
 from slmjax.objectives import NextToken, ObjectiveSpec
 from slmjax.optim.recipes import AdamW, OptimizerSpec
 from slmjax.optim.schedules import Schedule
@@ -71,6 +72,8 @@ class Experiment:
     start: Start = field(default_factory=FromScratch)
     """The parameters that training begins with: drawn from `seed`, or those of another model"""
     view: View = field(default_factory=Identity)
+    numerics: Numerics = field(default_factory=Numerics)
+    """How products with parameters and the key-value cache are rounded; default: as the compute dtype does"""
     guard: Guard = field(default_factory=Skip)
     """What is done about NaN and loss spikes"""
     evaluation: Evaluation = field(default_factory=Evaluation)

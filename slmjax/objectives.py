@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from slmjax.data.spec import Data
 from slmjax.errors import UserError
+from slmjax.losses.auxiliary import with_auxiliary
 from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.losses.next_token import next_token
 from slmjax.models.assembly import Assembly
@@ -46,7 +47,8 @@ class ObjectiveSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(ObjectiveSpec):
-    """Cross-entropy of the next token, in nats, plus `z_loss` times the mean of (log Z)^2; see losses/next_token.py."""
+    """Cross-entropy of the next token, in nats, plus `z_loss` times the mean of (log Z)^2 (losses/next_token.py), plus
+    what parts of the model add (losses/auxiliary.py)."""
 
     z_loss: float = 0.0
     chunk: int | None = None
@@ -56,7 +58,7 @@ class NextToken(ObjectiveSpec):
         _check(self.z_loss, self.chunk)
 
     def fits(self, model: Assembly) -> None:
-        if not model.whole_text:
+        if not model.causal:
             raise UserError("objective is NextToken, but an encoder sees the next token: set objective=MaskedLM()")
 
     def reads(self, model: Assembly, data: Data) -> None:
@@ -67,10 +69,12 @@ class NextToken(ObjectiveSpec):
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):
-            hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
-            return next_token(
-                model.unembed, params, hidden, batch.targets, batch.weights, z_loss=self.z_loss, chunk=self.chunk
+            output = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+            targets, weights = batch.targets, batch.weights
+            found = next_token(
+                model.unembed, params, output.hidden, targets, weights, z_loss=self.z_loss, chunk=self.chunk
             )
+            return with_auxiliary(*found, output.auxiliary, weights)
 
         return Objective(loss=loss)
 
@@ -94,8 +98,8 @@ class MaskedLM(ObjectiveSpec):
         _check(self.z_loss, self.chunk)
 
     def fits(self, model: Assembly) -> None:
-        if not model.tells_words:
-            raise UserError("objective is MaskedLM, but model.head tells no words; its head is to be MaskedWords")
+        if not model.predicts_tokens:
+            raise UserError("objective is MaskedLM, but model.head predicts no tokens; its head is to be MaskedWords")
 
     @property
     def predicted(self) -> float:
@@ -113,9 +117,10 @@ class MaskedLM(ObjectiveSpec):
             return self.masking(batch, key, vocab=model.vocab, special=self.special)
 
         def loss(params, frozen, batch, key):
-            hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
+            output = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
             most = self.masking.most(batch.tokens.shape[1])
-            return masked_lm(model.unembed, params, hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk)
+            found = masked_lm(model.unembed, params, output.hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk)
+            return with_auxiliary(*found, output.auxiliary, batch.weights)
 
         return Objective(loss=loss, prepare=prepare)
 

@@ -71,10 +71,11 @@ class Output(NamedTuple):
     hidden: Array  # [B, T, D]: after the final norm, what `unembed` reads
     cache: Any = None  # the key-value cache after these tokens, where one was given
     blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
+    auxiliary: Mapping[str, Array] = {}  # each [B, T]: terms of the loss that parts add, by name
 
 
 class Model(NamedTuple):
-    """Pure functions over `Params`. Made by `Decoder.build(compute)` or `Encoder.build(compute)`.
+    """Pure functions over `Params`. Made by `Assembly.build(compute, numerics)`.
 
     Logits are not returned by `apply`: [B, T, V] in fp32 is often the largest array of a step, so the loss decides
     how much of it exists at once by calling `unembed` on pieces of `hidden`.

@@ -14,9 +14,10 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
-BASE = {"errors", "types", "tree", "platform", "serialise", "user_code", "__init__"}
+BASE = {"axes", "errors", "types", "tree", "platform", "serialise", "user_code", "__init__"}
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
 MAY_IMPORT = {  # layer -> what it may import besides itself
+    "axes": set(),
     "errors": set(),
     "types": set(),
     "serialise": {"errors"},

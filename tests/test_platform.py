@@ -100,7 +100,7 @@ RULES = {
 def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_heads, rule):
     b, width = 2, 8
     ids = jnp.asarray(segments(b, t), jnp.int32)
-    mask = Mask(ids, ids)
+    mask = Mask.of_rows(ids)
     q, k, v = draw(0, b, t, heads, width), draw(1, b, t, kv_heads, width), draw(2, b, t, kv_heads, width)
     g = draw(3, b, t, heads, width)
 
@@ -115,7 +115,7 @@ def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_h
 
 def test_decoding_reads_the_cache_as_the_reference_does():
     q, k, v = draw(0, 2, 1, 4, 8), draw(1, 2, 12, 2, 8), draw(2, 2, 12, 2, 8)
-    mask = Mask(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 12), jnp.int32), jnp.int32(7))
+    mask = Mask.of_cache(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 12), jnp.int32), jnp.int32(7))
     rule = Scores(scale=0.3)
     np.testing.assert_array_equal(cpu_attention(q, k, v, mask, rule), reference_attention(q, k, v, mask, rule))
 

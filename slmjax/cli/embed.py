@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     if args.out is not None and not args.out.endswith(".npy"):
         raise UserError(f"--out is {args.out}; expected a file name that ends in .npy")
     loaded = load(args.model, step=args.step, say=_note)
-    model = loaded.decoder.build(compute_of(args.dtype))
+    model = loaded.decoder.build(compute_of(args.dtype), loaded.numerics)
     length = args.length or min(model.context, 512)
     vectors = embed(model, loaded.params, loaded.tokenizer(), texts, length=length, batch=args.batch)
     if args.out is None:

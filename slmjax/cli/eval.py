@@ -60,11 +60,11 @@ def main(argv: list[str]) -> int:
     batches = opened.validation(args.batches)
     with show_progress() as progress:
         result = evaluate(
-            loaded.decoder.build(compute_of(args.dtype)),
+            loaded.decoder.build(compute_of(args.dtype), loaded.numerics),
             loaded.params,
             batches,
-            token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.whole_text else (),
-            ask=lambda batch, key: loaded.decoder.asked(batch, key, tokenizer.roles),
+            token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
+            ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
             progress=lambda done: progress("batches", done, args.batches),
         )
     if args.json:
@@ -157,6 +157,6 @@ def _table(result: Any, loaded: Any, opened: Any) -> Any:
         if estimate is not None:
             table.add_row(name, f"{estimate.value:.4f}", f"{estimate.se:.4f}")
     size = f"{result.bytes:,.0f} bytes, " if result.bytes else ""
-    asked = "tokens" if loaded.decoder.whole_text else "hidden tokens"
-    table.caption = f"{result.tokens:,.0f} {asked}, {size}{result.sequences:,} sequences"
+    scored = "tokens" if loaded.decoder.causal else "hidden tokens"
+    table.caption = f"{result.tokens:,.0f} {scored}, {size}{result.sequences:,} sequences"
     return table

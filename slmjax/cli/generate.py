@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
         "seed": args.seed,
     }
     loaded = load(args.model, step=args.step, say=_note)
-    generator = Generator(generative(loaded.decoder), loaded.params, loaded.tokenizer(), _compute(args.dtype))
+    model, compute = generative(loaded.decoder), _compute(args.dtype)
+    generator = Generator(model, loaded.params, loaded.tokenizer(), compute, numerics=loaded.numerics)
     if args.chat is not None:
         return _chat(generator, args, options)
     start, made = time.monotonic(), 0

@@ -12,7 +12,7 @@ import numpy as np
 from slmjax import __version__
 from slmjax.convert import gate, gate_stock, memory
 from slmjax.convert.card import Facts, render
-from slmjax.convert.expressed import expressed
+from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import MARK, Rejected, publish
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.safetensors_io import SHARD_BYTES
@@ -20,6 +20,7 @@ from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.models.assembly import Assembly
 from slmjax.models.flops import parameter_count
+from slmjax.nn.numerics import Numerics
 from slmjax.types import Params
 
 TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want
@@ -43,6 +44,7 @@ def export_hf(
     out: pathlib.Path,
     *,
     dtype: str = "float32",
+    numerics: Numerics = NUMERICS,
     tokenizer: Tokenizer | None = None,
     facts: Facts | None = None,
     tokens: np.ndarray | None = None,
@@ -60,6 +62,7 @@ def export_hf(
     Args:
         params: float32 parameters as evaluation uses them.
         dtype: of the weights in the file: "float32" or "bfloat16".
+        numerics: what the model computes; stock runtimes know the default alone.
         facts: for the model card; the model's own sizes are filled in here.
         tokens: int [B, T] to compare logits on, B >= 2; by default a passage of text, or random without a tokenizer.
         overwrite: replace a folder that an earlier export wrote.
@@ -72,7 +75,7 @@ def export_hf(
         Rejected: a check failed; the folder is kept under a name ending in `.failed`.
         StorageError: the disk is full or not writable; `out` is as it was.
     """
-    family, folded = expressed(decoder)
+    family, folded = expressed(decoder, numerics)
     python = gate.find_python(reference_python)
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
     probe = gate.make_probe(tokens, decoder.context, pads=family.asked(decoder).pads)

@@ -18,8 +18,11 @@ from slmjax.nn.block import AnyBlock, Block
 from slmjax.nn.embedding import Logits
 from slmjax.nn.mlp import GatedMLP, gelu_tanh, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
+from slmjax.nn.numerics import Numerics
 from slmjax.nn.position import Learned, NoPosition, Rope
 
+NUMERICS = Numerics()
+"""What stock runtimes compute"""
 NONE = "no class of transformers computes exactly what this model does; known are: " + ", ".join(
     family.name for family in FAMILIES
 )
@@ -33,13 +36,20 @@ class Expressed(NamedTuple):
     """The decoder that the class has; the one asked for if no scalar had to be folded"""
 
 
-def expressed(decoder: Assembly) -> Expressed:
+def expressed(decoder: Assembly, numerics: Numerics = NUMERICS) -> Expressed:
     """The class that computes the same, with as few scalars folded into the weights as it takes (a decoder's; no other
     model has such).
 
     Raises:
         UserError: there is none; the message names the value that none has.
     """
+    for field in fields(Numerics):
+        value = getattr(numerics, field.name)
+        if value != getattr(NUMERICS, field.name):
+            raise UserError(
+                f"numerics.{field.name} is {_short(value)}, which no stock runtime computes, so an export would be "
+                "another model; train with the default numerics to export"
+            )
     if not isinstance(decoder, Decoder):
         if family := _family(decoder):
             return Expressed(family=family, folded=Folded(decoder=decoder))

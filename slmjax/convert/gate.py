@@ -25,7 +25,7 @@ from slmjax.convert.hf import Imported
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.tree import flatten
 from slmjax.types import Model, Params
 
@@ -80,7 +80,7 @@ def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "
 
 def forward(decoder: Assembly, params: Params, probe: Probe) -> Forward:
     """Logits and the input of each stage, in float32 throughout."""
-    run = _program(replace(decoder, initial=Initial()))  # initial values do not matter: one program, compiled once
+    run = _program(replace(decoder, initial=Normal()))  # initial values do not matter: one program, compiled once
     with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for float32
         logits, blocks, hidden = run(params, probe.tokens, probe.positions, probe.mask)
     # The unembedding may read another width than the blocks do (OPT-350m).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from slmjax import tree
 from slmjax.evals.sampling import Sampler
 from slmjax.models.decoder import Decoder
 from slmjax.nn.compute import Compute, KeepAll
+from slmjax.nn.numerics import Numerics, Product
 from slmjax.types import Params
 
 NOTHING = -1
@@ -51,12 +52,20 @@ class Decoding(NamedTuple):
     """(state, length=slots) -> the state with a longer cache"""
 
 
-def decoding(decoder: Decoder, compute: Compute, sampler: Sampler, eos: tuple[int, ...]) -> Decoding:
+def decoding(
+    decoder: Decoder,
+    compute: Compute,
+    sampler: Sampler,
+    eos: tuple[int, ...],
+    numerics: Numerics = Numerics(),  # noqa: B008
+) -> Decoding:
     """
     Args:
         eos: a row is done after any of these tokens.
     """
-    model = unrolled(decoder).build(replace(compute, remat=KeepAll(), unroll=1))
+    paths = tuple((f"layers/{number}/", f"{place.path}/") for place in decoder.places() for number in place.numbers)
+    product = Stacked(product=numerics.product, paths=paths if decoder.layers > 1 else ())
+    model = unrolled(decoder).build(replace(compute, remat=KeepAll(), unroll=1), replace(numerics, product=product))
 
     def choose(prepared: Any, state: State, hidden: jax.Array, keys: Any, limits: jax.Array) -> State:
         """hidden [B, D] of the last token -> the state with the next one."""
@@ -117,6 +126,22 @@ def decoding(decoder: Decoder, compute: Compute, sampler: Sampler, eos: tuple[in
         decode=jax.jit(decode, static_argnames="count", donate_argnames="state"),
         grow=jax.jit(grow, static_argnames="length"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked(Product):
+    """A product of the unrolled decoder under the path that the parameter has where layers are stacked."""
+
+    product: Product
+    paths: tuple[tuple[str, str], ...]
+    """Beginnings of paths in the unrolled decoder, and in the stacked one"""
+
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
+        for mine, stacked in self.paths:
+            if path.startswith(mine):
+                path = stacked + path.removeprefix(mine)
+                break
+        return self.product(path, equation, x, weight, einsum)
 
 
 def unrolled(decoder: Decoder) -> Decoder:

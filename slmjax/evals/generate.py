@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from slmjax.evals.sampling import GREEDY, Sampler
 from slmjax.evals.text import Detokenizer, StopStrings
 from slmjax.models.decoder import Decoder
 from slmjax.nn.compute import Compute
+from slmjax.nn.numerics import Numerics
 from slmjax.types import Params
 
 Reason = Literal["eos", "stop", "length", "context"]
@@ -62,12 +63,13 @@ class Generator:
     compute: Compute = Compute()  # noqa: RUF009
     ends: tuple[int, ...] = ()
     """Tokens that end a text as EOS does: a chat model's end of turn"""
+    numerics: Numerics = Numerics()  # noqa: RUF009
     _programs: dict[tuple[Sampler, tuple[int, ...]], Decoding] = field(default_factory=dict, compare=False)
     _prepared: list[Any] = field(default_factory=list, compare=False)
 
     def with_params(self, params: Params) -> Generator:
         """The same programs with other parameters: for samples while training."""
-        return Generator(self.decoder, params, self.tokenizer, self.compute, self.ends, self._programs)
+        return replace(self, params=params, _prepared=[])
 
     def __call__(
         self,
@@ -187,7 +189,7 @@ class Generator:
     def _ready(self, sampler: Sampler) -> tuple[Decoding, Any]:
         key = (sampler, self._ends)
         if key not in self._programs:
-            self._programs[key] = decoding(self.decoder, self.compute, sampler, self._ends)
+            self._programs[key] = decoding(self.decoder, self.compute, sampler, self._ends, self.numerics)
         programs = self._programs[key]
         if not self._prepared:
             self._prepared.append(programs.prepare(self.params))

@@ -25,7 +25,7 @@ import numpy as np
 from slmjax.errors import DataError
 from slmjax.losses.next_token import cross_entropy
 from slmjax.losses.pieces import MAX_LOGITS, token_values
-from slmjax.types import Batch, Key, Model, Params, as_it_is
+from slmjax.types import Batch, Key, Model, Params, unchanged
 
 
 class Estimate(NamedTuple):
@@ -87,8 +87,8 @@ def evaluate(
     Args:
         batches: of one shape, so that one program serves all.
         token_bytes: bytes of text that each token stands for (`text.token_bytes`).
-        ask: (batch, key) -> the batch that the model reads, with its targets and weights (`Assembly.asked`). The key
-            depends on the number of the batch alone.
+        ask: (batch, key) -> the batch that the model reads, with its targets and weights
+            (`Assembly.evaluation_batch`). The key depends on the number of the batch alone.
         progress: called with the number of batches done.
 
     Raises:

@@ -15,7 +15,9 @@ from slmjax.errors import UserError
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.block import AnyBlock
 from slmjax.nn.compute import Compute
-from slmjax.nn.layer import Declared, Initial, Layer
+from slmjax.nn.initial import Initial, Normal
+from slmjax.nn.layer import Declared, Layer
+from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Flow
 from slmjax.tree import flatten
 from slmjax.types import Batch, Key, Model, Params
@@ -45,6 +47,19 @@ class Place(NamedTuple):
     block: AnyBlock
 
 
+class Carry(NamedTuple):
+    """What one layer hands to the next."""
+
+    x: Any
+    """The residual stream [B, T, D]"""
+    caches: Any
+    """Of all layers: for each stage, or inside a stage, a tuple of one for each block of its pattern"""
+    shared: dict[str, Any]
+    """`Flow.shared`"""
+    auxiliary: dict[str, Any]
+    """`Flow.auxiliary`"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """The blocks that one iteration of the scan over layers runs."""
@@ -53,19 +68,19 @@ class Pattern:
     collect: bool
 
     def __call__(
-        self, layer: Layer, carry: tuple, depth: jax.Array, tables: tuple, mask: Mask
-    ) -> tuple[tuple, jax.Array | None]:
-        """(x [B, T, D], caches, shared) -> the same after these blocks, and the x before each if they are collected."""
-        x, caches, shared = carry
+        self, layer: Layer, carry: Carry, depth: jax.Array, tables: tuple, mask: Mask
+    ) -> tuple[Carry, jax.Array | None]:
+        """What these blocks make of `carry`, and the x before each if they are collected."""
+        x, caches, shared, auxiliary = carry
         before, after = [], []
         for i, (block, table, cache) in enumerate(zip(self.blocks, tables, caches, strict=True)):
             before.append(x)
-            args = (x, Flow(table, mask, cache, depth, shared))
+            args = (x, Flow(table, mask, cache, depth, shared, auxiliary))
             # A single block's parameters lie in layers/..., several blocks' in layers/0/..., layers/1/...
             x, flow = block(layer, *args) if len(self.blocks) == 1 else layer.child(str(i), block)(*args)
             after.append(flow.cache)
-            shared = flow.shared
-        return (x, tuple(after), shared), jnp.stack(before) if self.collect else None
+            shared, auxiliary = flow.shared, flow.auxiliary
+        return Carry(x, tuple(after), shared, auxiliary), jnp.stack(before) if self.collect else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +97,12 @@ class Assembly(abc.ABC):
     """Layers of another pattern after those, where a model is not one pattern throughout"""
     context: int
     """Longest sequence in tokens"""
-    initial: Initial = Initial()  # noqa: RUF009
+    initial: Initial = Normal()  # noqa: RUF009
     """Initial values"""
     example: ClassVar[str]
     """What to try with a trained one: a command whose MODEL is written {}"""
-    whole_text: ClassVar[bool]
-    """Whether its loss is that of a whole text, read from the left, so that bits per byte mean something"""
+    causal: ClassVar[bool]
+    """Whether a token sees none after it, so that the loss is that of a whole text and bits per byte mean something"""
 
     def __post_init__(self):
         for name in ("vocab", "width", "repeats", "context"):
@@ -95,10 +110,11 @@ class Assembly(abc.ABC):
                 raise UserError(f"model.{name}: {getattr(self, name)} is not positive")
         if not self.pattern:
             raise UserError("model.pattern: empty; give at least one Block")
+        self.initial.check()
 
     @abc.abstractmethod
-    def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
-        """Pure functions over a nested dict of float32 arrays, computed as `compute` says."""
+    def build(self, compute: Compute = Compute(), numerics: Numerics = Numerics()) -> Model:  # noqa: B008
+        """Pure functions over a nested dict of float32 arrays: `numerics` is what they compute, `compute` how."""
 
     @abc.abstractmethod
     def drawn(self, key: jax.Array) -> Params:
@@ -106,17 +122,22 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def logit_products(self) -> int:
-        """Multiply-adds of a token's logits with the tables of words (`flops.TABLES`), for FLOPs."""
+        """Multiply-adds of a token's logits with the tables of tokens (`flops.TABLES`), for FLOPs."""
 
     @abc.abstractmethod
-    def asked(self, batch: Batch, key: Key, special: Any) -> Batch:
-        """What a model of this kind is evaluated on: `batch`, with the inputs that it reads and the targets and weights
-        of its questions. `special`: `data.tokenizer.Special`."""
+    def evaluation_batch(self, batch: Batch, key: Key, special: Any) -> Batch:
+        """`batch` with the inputs, targets and weights on which a model of this kind is evaluated. `special`:
+        `data.tokenizer.Special`."""
 
     @property
-    def tells_words(self) -> bool:
-        """Whether its logits are those of the words of its vocabulary."""
+    def predicts_tokens(self) -> bool:
+        """Whether its logits are those of the tokens of its vocabulary."""
         return True
+
+    def no_auxiliary(self, segment_ids: jax.Array) -> dict[str, jax.Array]:
+        """The auxiliary outputs of all layers before the first of them: zeros, so that a scan can carry them."""
+        names = {name: None for block in self.blocks() for name in block.auxiliary}
+        return {name: jnp.zeros(segment_ids.shape, jnp.float32) for name in names}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -168,18 +189,10 @@ def stage_names(stages: Sequence[Stage]) -> tuple[str, ...]:
 
 
 def run(
-    layer: Layer, stages: Sequence[Stage], positions: jax.Array, mask: Mask, carry: tuple[Any, Sequence[Any], Any],
-    collect: bool,
-) -> tuple[jax.Array, tuple[Any, ...], list[jax.Array]]:  # fmt: skip
-    """All layers.
-
-    Args:
-        carry: x [B, T, D], the caches of each stage (a tuple of one a block of its pattern), what layers share.
-
-    Returns:
-        x after them, the caches, and if `collect` for each stage what its blocks read [R * P, B, T, D].
-    """
-    x, caches, shared = carry
+    layer: Layer, stages: Sequence[Stage], positions: jax.Array, mask: Mask, carry: Carry, collect: bool
+) -> tuple[Carry, list[jax.Array]]:
+    """All layers: what is carried after them, and if `collect` for each stage what its blocks read [R * P, B, T, D]."""
+    caches = carry.caches
     tables: dict[Any, Any] = {}  # of positions: each is computed once for all layers
     for block in (block for stage in stages for block in stage.pattern):
         if block.mixer.table_key not in tables:
@@ -188,13 +201,11 @@ def run(
     for name, stage, of_stage in zip(stage_names(stages), stages, caches, strict=True):
         # The caches are carried, not scanned over: each layer writes its new tokens in place.
         found = tuple(tables[block.mixer.table_key] for block in stage.pattern)
-        carry, before = _scan(layer, name, stage, collect)(
-            (x, of_stage, shared), jnp.arange(stage.repeats), found, mask
-        )
-        x, of_stage, shared = carry
-        after.append(of_stage)
-        streams += [before.reshape(-1, *x.shape)] if collect else []
-    return x, tuple(after), streams
+        scanned = _scan(layer, name, stage, collect)
+        carry, before = scanned(carry._replace(caches=of_stage), jnp.arange(stage.repeats), found, mask)
+        after.append(carry.caches)
+        streams += [before.reshape(-1, *carry.x.shape)] if collect else []
+    return carry._replace(caches=tuple(after)), streams
 
 
 def _scan(layer: Layer, name: str, stage: Stage, collect: bool) -> Layer:
@@ -210,4 +221,4 @@ def _scan(layer: Layer, name: str, stage: Stage, collect: bool) -> Layer:
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     pattern = Pattern(blocks=stage.pattern, collect=collect)
-    return scan(spec=pattern, compute=compute, initial=layer.initial, name=name)
+    return scan(spec=pattern, name=name, **layer.handed)

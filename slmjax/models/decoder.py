@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slmjax.models.assembly import Assembly, Place, Stage, run
+from slmjax.models.assembly import Assembly, Carry, Place, Stage, run
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.block import Block
 from slmjax.nn.compute import Compute
 from slmjax.nn.embedding import Embedding, Logits, Projection, Unembedding
-from slmjax.nn.layer import Initial, Layer
+from slmjax.nn.initial import Initial, Normal
+from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Cache as CacheCodec
+from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Norm
 from slmjax.nn.position import Learned
 from slmjax.types import Batch, Key, Model, Output, Params
@@ -37,7 +39,7 @@ class Decoder(Assembly):
     """A causal language model: `pattern`, `repeats` times, then the stages of `tail`."""
 
     example: ClassVar[str] = 'generate {} --prompt "Once upon a time"'
-    whole_text: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
 
     tied: bool
     """Whether the unembedding reads the embedding's table"""
@@ -52,12 +54,13 @@ class Decoder(Assembly):
     """Width of the tables, if it is not `width`: projections lie between (OPT-350m)"""
     logits: Logits = Logits()  # noqa: RUF009
     """What becomes of the product of hidden vectors and table"""
-    initial: Initial = Initial()  # noqa: RUF009
-    """Initial values; `residual` is multiplied by 1/sqrt(2L) in `build`"""
+    initial: Initial = Normal()  # noqa: RUF009
+    """Initial values"""
 
-    def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
-        """Pure functions over a nested dict of float32 arrays, computed as `compute` says."""
-        modules = {collect: self._module(compute, collect) for collect in (False, True)}
+    def build(self, compute: Compute = Compute(), numerics: Numerics = Numerics()) -> Model:  # noqa: B008
+        """Pure functions over a nested dict of float32 arrays: `numerics` is what they compute, `compute` how."""
+        modules = {collect: self._module(compute, numerics, collect) for collect in (False, True)}
+        table = "embed" if self.tied else "unembed"
 
         def init(key) -> Params:
             return nn.meta.unbox(self.drawn(key))
@@ -67,14 +70,14 @@ class Decoder(Assembly):
             return output
 
         def unembed(params, hidden):
-            return self.logits(params["embed" if self.tied else "unembed"]["table"], hidden, compute)
+            return self.logits(f"{table}/table", params[table]["table"], hidden, compute, numerics)
 
         return Model(
             init=init,
             apply=apply,
             unembed=unembed,
             axes=self.axes(),
-            init_cache=functools.partial(self._init_cache, dtype=compute.dtype),
+            init_cache=functools.partial(self._init_cache, dtype=compute.dtype, codec=numerics.cache),
             context=self.context,
             vocab=self.vocab,
         )
@@ -83,23 +86,28 @@ class Decoder(Assembly):
         """Initial parameters, each in its `Declared`."""
         one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
         # Not as a `compute` says: in one loop over layers this compiles sooner, in less memory, to the same values.
-        return self._module(Compute()).init(key, one, one, one, None)["params"]
+        return self._module(Compute(), Numerics()).init(key, one, one, one, None)["params"]
 
     def logit_products(self) -> int:
         """V times the width of the table."""
         return self.vocab * (self.table_width or self.width)
 
-    def asked(self, batch: Batch, key: Key, special: Any) -> Batch:
-        """The next token of each, as batches come."""
+    def evaluation_batch(self, batch: Batch, key: Key, special: Any) -> Batch:
+        """The batch as it comes: its targets are the next tokens."""
         return batch
 
-    def _module(self, compute: Compute, collect: bool = False) -> Layer:
-        initial = replace(self.initial, residual=self.initial.residual / math.sqrt(2 * self.layers))
-        return Layer(spec=Stack(decoder=self, collect=collect), compute=compute, initial=initial)
+    def _module(self, compute: Compute, numerics: Numerics, collect: bool = False) -> Layer:
+        return Layer(
+            spec=Stack(decoder=self, collect=collect),
+            compute=compute,
+            initial=self.initial,
+            numerics=numerics,
+            branches=2 * self.layers,
+        )
 
-    def _init_cache(self, batch: int, length: int, *, dtype: str) -> Cache:
+    def _init_cache(self, batch: int, length: int, *, dtype: str, codec: CacheCodec) -> Cache:
         def stacked(stage: Stage) -> Any:
-            each = tuple(block.mixer.init_cache(batch, length, dtype) for block in stage.pattern)
+            each = tuple(block.mixer.init_cache(batch, length, dtype, codec) for block in stage.pattern)
             return jax.tree.map(lambda x: jnp.zeros((stage.repeats, *x.shape), x.dtype), each)
 
         layers = tuple(stacked(stage) for stage in self.stages)
@@ -120,8 +128,9 @@ class Stack:
         x = layer.child("embed", _embedding(d))(tokens, positions)
         mask, cache = _mask(segment_ids, cache)
         caches = tuple((None,) * len(stage.pattern) for stage in d.stages) if cache is None else cache.layers
-        carry = (x, caches, _shared(d, mask, layer.compute.dtype))
-        x, after, streams = run(layer, d.stages, positions, mask, carry, self.collect)
+        carry = Carry(x, caches, _shared(d, mask, layer.compute.dtype), d.no_auxiliary(segment_ids))
+        after, streams = run(layer, d.stages, positions, mask, carry, self.collect)
+        x = after.x
         if not d.tied:
             layer.child("unembed", Unembedding(vocab=d.vocab, width=d.table_width or d.width))()
         hidden = x if d.final_norm is None else layer.child("final_norm", d.final_norm)(x)
@@ -129,8 +138,9 @@ class Stack:
             hidden = layer.child("project_out", Projection(width=d.table_width))(hidden)
         return Output(
             hidden=hidden,
-            cache=None if cache is None else cache._replace(layers=after),
+            cache=None if cache is None else cache._replace(layers=after.caches),
             blocks=jnp.concatenate([*streams, x[None]]) if self.collect else None,
+            auxiliary=after.auxiliary,
         )
 
 
@@ -158,7 +168,7 @@ def _shared(d: Decoder, mask: Mask, dtype: str) -> dict[str, Any]:
 def _mask(segment_ids: jax.Array, cache: Cache | None) -> tuple[Mask, Cache | None]:
     """What these tokens see, and the cache with their segments noted."""
     if cache is None:
-        return Mask(segment_ids, segment_ids), None
+        return Mask.of_rows(segment_ids), None
     known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
     after = cache._replace(segment_ids=known, length=cache.length + segment_ids.shape[1])
-    return Mask(segment_ids, known, cache.length), after
+    return Mask.of_cache(segment_ids, known, cache.length), after

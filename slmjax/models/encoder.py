@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from slmjax.errors import UserError, positive
 from slmjax.losses.masked_lm import Masking
-from slmjax.models.assembly import Assembly, run
+from slmjax.models.assembly import Assembly, Carry, run
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.compute import Compute
 from slmjax.nn.encoder_embedding import EncoderEmbedding
 from slmjax.nn.heads import Head
-from slmjax.nn.layer import Initial, Layer
+from slmjax.nn.initial import Initial, Normal
+from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Norm
 from slmjax.types import Batch, Key, Model, Output, Params, Special
 
@@ -31,18 +33,18 @@ class Encoder(Assembly):
     """An embedding under a norm, `pattern` repeated `repeats` times and the stages of `tail`, and a head."""
 
     example: ClassVar[str] = 'embed {} --text "A sentence."'
-    whole_text: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
 
     head: Head
-    """From the last layer to what the model tells: words, labels, a vector"""
+    """From the last layer to what the model predicts: tokens, labels, a vector"""
     embed_norm: Norm
     types: int = 0
     """Token types that are told apart (2: the first and the second text of a pair); without, there is no table"""
     trigram: int | None = None
     """Width of the token table where a token's vector, the next one's and that before are joined and projected
     (MobileBERT); None: the table is as wide as the model"""
-    initial: Initial = Initial()  # noqa: RUF009
-    """Initial values: `std` for all matrices, since norms after each branch keep the stream from growing"""
+    initial: Initial = Normal()  # noqa: RUF009
+    """Initial values: norms after each branch keep the residual stream from growing, so no matrix needs smaller ones"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,13 +52,13 @@ class Encoder(Assembly):
             raise UserError(f"model.types: {self.types} is negative; 0 for none")
         positive(**{"model.trigram": self.trigram})
 
-    def build(self, compute: Compute = Compute()) -> Model:  # noqa: B008
-        """Pure functions over a nested dict of float32 arrays, computed as `compute` says.
+    def build(self, compute: Compute = Compute(), numerics: Numerics = Numerics()) -> Model:  # noqa: B008
+        """Pure functions over a nested dict of float32 arrays: `numerics` is what they compute, `compute` how.
 
         `apply` takes `types`, int32 [B, T], where there are token types; by default all are 0.
         """
-        stacks = {collect: self._stack(compute, collect) for collect in (False, True)}
-        head = Layer(spec=self.head, compute=compute, initial=self.initial)
+        stacks = {collect: self._stack(compute, numerics, collect) for collect in (False, True)}
+        head = self._head(compute, numerics)
 
         def init(key) -> Params:
             return nn.meta.unbox(self.drawn(key))
@@ -88,10 +90,9 @@ class Encoder(Assembly):
         """Initial parameters, each in its `Declared`."""
         one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
         below, above = jax.random.split(key)
-        params: dict[str, Any] = dict(self._stack(Compute()).init(below, one, one, one, None)["params"])
+        params: dict[str, Any] = dict(self._stack(Compute(), Numerics()).init(below, one, one, one, None)["params"])
         table = params["embed"]["table"].value
-        head = Layer(spec=self.head, compute=Compute(), initial=self.initial)
-        found = head.init(above, jnp.zeros((1, self.width)), table)
+        found = self._head(Compute(), Numerics()).init(above, jnp.zeros((1, self.width)), table)
         return {**params, "head": found["params"]} if found else params
 
     def logit_products(self) -> int:
@@ -99,24 +100,28 @@ class Encoder(Assembly):
         return self.head.logit_products(self.vocab, self.width)
 
     @property
-    def tells_words(self) -> bool:
-        return self.head.words
+    def predicts_tokens(self) -> bool:
+        return self.head.predicts_tokens
 
-    def asked(self, batch: Batch, key: Key, special: Special) -> Batch:
-        """Masked words, as BERT is trained on.
+    def evaluation_batch(self, batch: Batch, key: Key, special: Special) -> Batch:
+        """With tokens masked, as BERT is trained.
 
         Raises:
-            UserError: the head tells something else.
+            UserError: the head predicts something else than tokens.
         """
-        if not self.tells_words:
+        if not self.predicts_tokens:
             raise UserError(
-                f"this encoder's head, {type(self.head).__name__}, tells no words: there is no loss to evaluate; "
+                f"this encoder's head, {type(self.head).__name__}, predicts no tokens: there is no loss to evaluate; "
                 "`slmjax embed` gives vectors"
             )
         return Masking()(batch, key, vocab=self.vocab, special=special)
 
-    def _stack(self, compute: Compute, collect: bool = False) -> Layer:
-        return Layer(spec=EncoderStack(encoder=self, collect=collect), compute=compute, initial=self.initial)
+    def _stack(self, compute: Compute, numerics: Numerics, collect: bool = False) -> Layer:
+        stack = EncoderStack(encoder=self, collect=collect)
+        return Layer(spec=stack, compute=compute, initial=self.initial, numerics=numerics)
+
+    def _head(self, compute: Compute, numerics: Numerics) -> Layer:
+        return Layer(spec=self.head, compute=compute, initial=self.initial, numerics=numerics, above="head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,5 +145,10 @@ class EncoderStack:
         )
         x = layer.child("embed", embedding)(tokens, positions, segment_ids, types)
         nothing = tuple((None,) * len(stage.pattern) for stage in e.stages)
-        x, _, streams = run(layer, e.stages, positions, Mask(segment_ids, segment_ids), (x, nothing, {}), self.collect)
-        return Output(hidden=x, blocks=jnp.concatenate([*streams, x[None]]) if self.collect else None)
+        carry = Carry(x, nothing, {}, e.no_auxiliary(segment_ids))
+        after, streams = run(layer, e.stages, positions, Mask.of_rows(segment_ids), carry, self.collect)
+        return Output(
+            hidden=after.x,
+            blocks=jnp.concatenate([*streams, after.x[None]]) if self.collect else None,
+            auxiliary=after.auxiliary,
+        )

@@ -1,7 +1,8 @@
 """How large a model is, and what a token of training costs.
 
 A multiply-add is 2 FLOPs, and the backward pass costs twice the forward: 6 per parameter and token. Four conventions
-are in use for what to count, and scaling exponents move with the choice (Porian et al. 2024, arXiv:2406.19146).
+are in use for what to count, and scaling exponents move with the choice (Porian et al. 2024, arXiv:2406.19146). Of
+parameters that only some tokens use (experts), each token's share is counted: N is that of active parameters.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def parameter_count(decoder: Assembly) -> int:
     return count(_abstract(decoder))
 
 
+def active_count(decoder: Assembly) -> int:
+    """N of a token: of each parameter the share that a token uses (`FeedForward.active`)."""
+    shares = [(f"{place.path}/", place.block) for place in decoder.places()]
+    found = 0.0
+    for path, leaf in flatten(_abstract(decoder)).items():
+        inside = [block.active(path.removeprefix(start)) for start, block in shares if path.startswith(start)]
+        found += count(leaf) * (inside[0] if inside else 1.0)
+    return round(found)
+
+
 def nonembedding_count(decoder: Assembly) -> int:
     """N without the tables of tokens and positions."""
     return sum(_nonembedding(decoder).values())
@@ -47,7 +58,8 @@ def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> F
     Args:
         predicted: the share of tokens that the head reads (`ObjectiveSpec.predicted`), for (ii) and (iii).
     """
-    inside = 6 * nonembedding_count(decoder)
+    idle = parameter_count(decoder) - active_count(decoder)
+    inside = 6 * (nonembedding_count(decoder) - idle)
     of_head = sum(n for path, n in _nonembedding(decoder).items() if path.startswith("head/"))
     head = inside - 6 * of_head + round(6 * (of_head + decoder.logit_products()) * predicted)
     # Scores and weighted values: 2 * 2 * H * K a key forward, three times that with backward.
@@ -56,7 +68,7 @@ def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> F
         nonembedding=inside,
         head=head,
         attention=head + round(12 * scores),
-        total=6 * parameter_count(decoder),
+        total=6 * (parameter_count(decoder) - idle),
     )
 
 

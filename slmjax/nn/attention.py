@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from slmjax.errors import UserError, positive
 from slmjax.nn.attention_kernels import Scores
 from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Cache
 from slmjax.nn.parts import Flow, Mixer, Norm
 from slmjax.nn.position import Position, Rope
 
@@ -101,9 +102,8 @@ class Queries(Mixer):
 
     def projected(self, layer: Layer, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         """x [B, T, D] -> q, k or v [B, T, H, K], before norm and position."""
-        weight = layer.matrix(name, (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim"))
-        bias = layer.bias(f"{name}_bias", (heads, self.head_dim), (axis, "head_dim")) if self.qkv_bias else None
-        return layer.linear("btd,dhk->bthk", x, weight, bias)
+        shape, axes = (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim")
+        return layer.linear(name, "btd,dhk->bthk", x, shape, axes, bias=self.qkv_bias)
 
     def placed(self, layer: Layer, name: str, x: jax.Array, axis: str, table: Any) -> jax.Array:
         """Queries or keys [B, T, H, K] with norm and position."""
@@ -113,9 +113,8 @@ class Queries(Mixer):
     def attended(self, layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array, flow: Flow, width: int) -> jax.Array:
         """q [B, T, H, K], k and v [B, S, G, K] -> [B, T, D]."""
         y = layer.compute.attention(q, k, v, flow.mask, self.rule)
-        o = layer.matrix("o", (self.heads, self.head_dim, width), ("heads", "head_dim", "embed"), residual=True)
-        bias = layer.bias("o_bias", (width,), ("embed",)) if self.o_bias else None
-        return layer.linear("bthk,hkd->btd", y, o, bias)
+        shape, axes = (self.heads, self.head_dim, width), ("heads", "head_dim", "embed")
+        return layer.linear("o", "bthk,hkd->btd", y, shape, axes, bias=self.o_bias, residual=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +124,16 @@ class Attention(Queries):
     shares: str | None = None
     """A name under which later layers find these keys and values (`SharedAttention.source`)"""
 
-    def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
-        """Room for the keys and values of `length` tokens, k and v [B, G, length, K]: as the products of attention
-        read them, which would else reorder the whole cache for each token."""
-        shape = (batch, self.kv_heads, length, self.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
+        """Room for the keys and values of `length` tokens, k and v, each as `codec` stores it."""
+        return {name: codec.init(batch, self.kv_heads, length, self.head_dim, dtype) for name in ("k", "v")}
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
-        """Keys and values as `_read` gives them, [B, length, G, K]."""
+        """Keys and values [B, length, G, K]."""
         if self.shares is None:
             return {}
-        return {self.shares: {k: x.swapaxes(1, 2) for k, x in self.init_cache(batch, length, dtype).items()}}
+        shape = (batch, length, self.kv_heads, self.head_dim)
+        return {self.shares: {name: jnp.zeros(shape, dtype) for name in ("k", "v")}}
 
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         """x [B, T, D] -> [B, T, D], and the cache with these T tokens written in layer `depth`, slot `mask.start`."""
@@ -145,11 +143,12 @@ class Attention(Queries):
         q = self.placed(layer, "q", q, "heads", flow.table)
         k = self.placed(layer, "k", k, "kv_heads", flow.table)
         if flow.cache is not None:
-            start, depth = flow.mask.start, flow.depth
-            cache = {name: _write(flow.cache[name], new, depth, start) for name, new in (("k", k), ("v", v))}
-            # Held apart: else XLA writes once for those who read it here and once for the next token, into copies.
+            codec, start, depth = layer.numerics.cache, flow.mask.start, flow.depth
+            cache = {name: codec.write(flow.cache[name], new, depth, start) for name, new in (("k", k), ("v", v))}
+            # An optimization barrier: else XLA writes once for those who read it here and once for the next token,
+            # into copies.
             cache = jax.lax.optimization_barrier(cache)
-            k, v = (_read(cache[name], depth) for name in ("k", "v"))
+            k, v = (codec.read(cache[name], depth, k.dtype) for name in ("k", "v"))
             flow = flow._replace(cache=cache)
         if self.shares is not None:
             flow = flow._replace(shared={**flow.shared, self.shares: {"k": k, "v": v}})
@@ -166,7 +165,7 @@ class SharedAttention(Queries):
     source: str
     """`Attention.shares` of the layer whose keys and values are used; of several, the last before this one"""
 
-    def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
         return {}
 
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
@@ -177,13 +176,3 @@ class SharedAttention(Queries):
         q = self.placed(layer, "q", q, "heads", flow.table)
         kv = flow.shared[self.source]
         return self.attended(layer, q, kv["k"], kv["v"], flow, x.shape[-1]), flow
-
-
-def _write(stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:
-    """stack [L, B, G, S, K] with new [B, T, G, K] at layer `depth` from slot `start` on."""
-    return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype).swapaxes(1, 2)[None], (depth, 0, 0, start, 0))
-
-
-def _read(stack: jax.Array, depth: jax.Array) -> jax.Array:
-    """stack [L, B, G, S, K] -> [B, S, G, K] of layer `depth`."""
-    return jax.lax.dynamic_index_in_dim(stack, depth, keepdims=False).swapaxes(1, 2)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slmjax.nn.attention_kernels import Mask, Scores, reference_attention
+from slmjax.nn.attention_kernels import Mask, Scores, distance, reference_attention
 from slmjax.nn.einsum_cpu import transpose
 
 
@@ -25,38 +25,39 @@ def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Sc
     if k.shape[2] != heads:  # the gradient of the repetition sums over the queries that share a key
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(b * heads, t, width) for x in (q, k, v))
-    out = _attend(rule, q, k, v, mask.query_segments)
+    out = _attend(rule, q, k, v, mask.query_segments, mask.query_slots)
     return jnp.swapaxes(out.reshape(b, heads, t, width), 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: Scores, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    return _forward(rule, q, k, v, segments)[0]
+def _attend(rule: Scores, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, slots: jax.Array) -> jax.Array:
+    return _forward(rule, q, k, v, segments, slots)[0]
 
 
-def _forward(rule: Scores, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array):
-    scores = _masked(rule.squeezed(_dot(q, k, 2) * rule.scale), segments, rule, queries_first=True)
+def _forward(rule: Scores, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, slots: jax.Array):
+    scores = _masked(rule.squeezed(_dot(q, k, 2) * rule.scale), segments, slots, rule, queries_first=True)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _dot((weights / total).astype(q.dtype), v, 1, q.dtype)
-    return out, (q, k, v, segments, out, (top + jnp.log(total))[..., 0])
+    return out, (q, k, v, segments, slots, out, (top + jnp.log(total))[..., 0])
 
 
 def _backward(rule: Scores, saved: tuple, g: jax.Array):
-    q, k, v, segments, out, log_total = saved
+    q, k, v, segments, slots, out, log_total = saved
     squeezed = rule.squeezed(_dot(k, q, 2) * rule.scale)
-    scores = _masked(squeezed, segments, rule, queries_first=False)  # [BH, S, T], as all below
+    scores = _masked(squeezed, segments, slots, rule, queries_first=False)  # [BH, S, T], as all below
     weights = jnp.exp(scores - log_total[:, None, :])
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     ds = weights * (_dot(v, g, 2) - mean[:, None, :]) * rule.scale
     if rule.softcap is not None:  # d tanh = 1 - tanh^2
         ds = ds * (1 - jnp.square(squeezed / rule.softcap))
     ds = ds.astype(q.dtype)
-    # Held apart: folded into the product, this transpose would make it one that runs in a slow loop on one core.
+    # An optimization barrier: folded into the product, this transpose would make it one that runs in a slow loop on
+    # one core.
     dq = jnp.swapaxes(jax.lax.optimization_barrier(_dot(transpose(k), ds, 1, q.dtype)), 1, 2)
     dk, dv = _dot(ds, q, 1, q.dtype), _dot(weights.astype(q.dtype), g, 1, q.dtype)
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -67,13 +68,14 @@ def _dot(x: jax.Array, y: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax
     return jax.lax.dot_general(x, y, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=dtype)
 
 
-def _masked(scores: jax.Array, segments: jax.Array, rule: Scores, *, queries_first: bool) -> jax.Array:
+def _masked(
+    scores: jax.Array, segments: jax.Array, slots: jax.Array, rule: Scores, *, queries_first: bool
+) -> jax.Array:
     """Scores [BH, T, T] with `rule.bias`, and the pairs that do not see each other at the least float32."""
     b, t = segments.shape
-    distance = Mask(segments, segments).distance()
-    distance = distance if queries_first else distance.T
-    seen = (segments[:, :, None] == segments[:, None, :]) & rule.sees(distance)
+    between = distance(slots, slots) if queries_first else -distance(slots, slots)
+    seen = (segments[:, :, None] == segments[:, None, :]) & rule.sees(between)
     each = scores.reshape(b, -1, t, t)
-    bias = rule.bias(distance)
+    bias = rule.bias(between)
     each = each if bias is None else each + bias
     return jnp.where(seen[:, None], each, jnp.finfo(jnp.float32).min).reshape(scores.shape)

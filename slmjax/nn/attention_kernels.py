@@ -41,20 +41,42 @@ class Scores:
 
 
 class Mask(NamedTuple):
-    """Which keys a query may see: those of its own segment. `Scores` may hide more of them."""
+    """Which keys a query may see: those of its own segment. `Scores` may hide more of them, by distance.
+
+    The slot of a token is its place in the whole row. A device that holds a part of each row's tokens gives their
+    slots, in whatever order they lie.
+    """
 
     query_segments: Any  # int32 [B, T]
     key_segments: Any  # int32 [B, S]
-    start: Any = None  # int32 []: the slot of query 0 among the keys; None: queries and keys are the same tokens
+    query_slots: Any  # int32 [T]
+    key_slots: Any  # int32 [S]
+    start: Any = None  # int32 []: where in the cache the queries' own keys are; None: there is no cache
+
+    @classmethod
+    def of_rows(cls, segments: jax.Array) -> Mask:
+        """Of whole rows [B, T] that see themselves."""
+        slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+        return cls(segments, segments, slots, slots)
+
+    @classmethod
+    def of_cache(cls, segments: jax.Array, known: jax.Array, start: jax.Array) -> Mask:
+        """Of tokens [B, T] that lie from slot `start` on among those of a cache, `known` [B, S]."""
+        slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+        return cls(segments, known, slots + start, jnp.arange(known.shape[1], dtype=jnp.int32), start)
 
     def distance(self) -> jax.Array:
         """int32 [T, S]: slots from the key up to the query; inside a segment, tokens."""
-        queries = jnp.arange(self.query_segments.shape[1]) + (0 if self.start is None else self.start)
-        return queries[:, None] - jnp.arange(self.key_segments.shape[1])[None, :]
+        return distance(self.query_slots, self.key_slots)
 
     def dense(self, rule: Scores) -> jax.Array:
         """Bool [B, T, S]. Every query sees itself, padding too, so no softmax is over nothing."""
         return rule.sees(self.distance()) & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+
+
+def distance(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Slots int32 [T] and [S] -> int32 [T, S], from the key up to the query."""
+    return queries[:, None] - keys[None, :]
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from dataclasses import dataclass
 
 import jax
@@ -21,6 +22,16 @@ class AnyBlock(abc.ABC):
     branch_scale: float = 1.0
     """Factor on what a branch adds to the residual stream"""
 
+    @property
+    def auxiliary(self) -> tuple[str, ...]:
+        """Names of the auxiliary outputs that its parts add (`FeedForward.auxiliary`)."""
+        return self.mlp.auxiliary
+
+    def active(self, path: str) -> float:
+        """The share of the parameter `path` (inside this block) that a token uses, for counting FLOPs."""
+        part, _, name = path.partition("/")
+        return self.mlp.active(name) if re.fullmatch(r"mlp(_\d+)?", part) else 1.0
+
     @abc.abstractmethod
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         """x [B, T, D] -> [B, T, D], and `flow` after these tokens."""
@@ -29,9 +40,9 @@ class AnyBlock(abc.ABC):
         """What the mixer makes of x."""
         return layer.child(self.mixer.label, self.mixer)(x, flow)
 
-    def fed(self, layer: Layer, x: jax.Array) -> jax.Array:
+    def feed_forward(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         """What the feed-forward layer makes of x."""
-        return layer.child("mlp", self.mlp)(x)
+        return layer.child("mlp", self.mlp)(x, flow)
 
     def normed(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
         """x under the norm of this name."""
@@ -51,7 +62,8 @@ class Block(AnyBlock):
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         y, flow = self.mixed(layer, self.normed(layer, f"{self.mixer.label}_norm", x), flow)
         x = self.added(x, y)
-        return self.added(x, self.fed(layer, self.normed(layer, "mlp_norm", x))), flow
+        y, flow = self.feed_forward(layer, self.normed(layer, "mlp_norm", x), flow)
+        return self.added(x, y), flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +73,8 @@ class PostNorm(AnyBlock):
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         y, flow = self.mixed(layer, x, flow)
         x = self.normed(layer, f"{self.mixer.label}_norm", self.added(x, y))
-        return self.normed(layer, "mlp_norm", self.added(x, self.fed(layer, x))), flow
+        y, flow = self.feed_forward(layer, x, flow)
+        return self.normed(layer, "mlp_norm", self.added(x, y)), flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +85,7 @@ class Sandwich(AnyBlock):
         label = self.mixer.label
         y, flow = self.mixed(layer, self.normed(layer, f"{label}_norm", x), flow)
         x = self.added(x, self.normed(layer, f"{label}_post_norm", y))
-        y = self.fed(layer, self.normed(layer, "mlp_norm", x))
+        y, flow = self.feed_forward(layer, self.normed(layer, "mlp_norm", x), flow)
         return self.added(x, self.normed(layer, "mlp_post_norm", y)), flow
 
 
@@ -83,7 +96,8 @@ class PostBranch(AnyBlock):
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         y, flow = self.mixed(layer, x, flow)
         x = self.added(x, self.normed(layer, f"{self.mixer.label}_post_norm", y))
-        return self.added(x, self.normed(layer, "mlp_post_norm", self.fed(layer, x))), flow
+        y, flow = self.feed_forward(layer, x, flow)
+        return self.added(x, self.normed(layer, "mlp_post_norm", y)), flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +106,8 @@ class Parallel(AnyBlock):
 
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         y, flow = self.mixed(layer, self.normed(layer, f"{self.mixer.label}_norm", x), flow)
-        return self.added(x, y, self.fed(layer, self.normed(layer, "mlp_norm", x))), flow
+        z, flow = self.feed_forward(layer, self.normed(layer, "mlp_norm", x), flow)
+        return self.added(x, y, z), flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +117,5 @@ class ParallelShared(AnyBlock):
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         read = self.normed(layer, f"{self.mixer.label}_norm", x)
         y, flow = self.mixed(layer, read, flow)
-        return self.added(x, y, self.fed(layer, read)), flow
+        z, flow = self.feed_forward(layer, read, flow)
+        return self.added(x, y, z), flow

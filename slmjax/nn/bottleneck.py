@@ -12,6 +12,7 @@ from slmjax.errors import positive
 from slmjax.nn.attention import Queries
 from slmjax.nn.block import AnyBlock
 from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Cache
 from slmjax.nn.parts import Flow, Norm
 
 
@@ -28,7 +29,7 @@ class Affine(Norm):
 class SplitAttention(Queries):
     """Queries and keys from one input, values from another."""
 
-    def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
+    def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
         """Nothing: it serves encoders."""
         return {}
 
@@ -58,14 +59,13 @@ class Bottleneck(AnyBlock):
         y, flow = layer.child(self.mixer.label, self.mixer)((read, x), flow)
         y = self.normed(layer, f"{self.mixer.label}_norm", self.added(narrow, y))
         for i in range(self.feeds):
-            fed = layer.child(f"mlp_{i}", self.mlp)(y)
-            y = self.normed(layer, f"mlp_{i}_norm", self.added(y, fed))
-        widen = layer.matrix("widen", (self.inner, x.shape[-1]), (None, "embed"), residual=True)
-        y = layer.linear("btp,pd->btd", y, widen, layer.bias("widen_bias", (x.shape[-1],), ("embed",)))
+            out, flow = layer.child(f"mlp_{i}", self.mlp)(y, flow)
+            y = self.normed(layer, f"mlp_{i}_norm", self.added(y, out))
+        shape = (self.inner, x.shape[-1])
+        y = layer.linear("widen", "btp,pd->btd", y, shape, (None, "embed"), bias=True, residual=True)
         return self.normed(layer, "out_norm", self.added(x, y)), flow
 
     def narrowed(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
         """norm(dense(x)), [B, T, D] -> [B, T, inner]."""
-        weight = layer.matrix(name, (x.shape[-1], self.inner), ("embed", None))
-        y = layer.linear("btd,dp->btp", x, weight, layer.bias(f"{name}_bias", (self.inner,), (None,)))
+        y = layer.linear(name, "btd,dp->btp", x, (x.shape[-1], self.inner), ("embed", None), bias=True)
         return self.normed(layer, f"{name}_norm", y)

@@ -1,6 +1,7 @@
 """How a model is computed, as opposed to what it computes: precision, kernels, memory against time.
 
-Two `Compute` values give the same function up to rounding. Nothing here is part of an experiment's identity.
+Two `Compute` values give the same function up to rounding. Nothing here is part of an experiment's identity; what is,
+such as quantized activations, is `numerics.Numerics`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from slmjax.platform import jaxlib_version
 
 
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Every contraction of activations with parameters. Inputs and output have the compute dtype."""
+    """The kernel of every contraction of activations with parameters. Inputs and output have the compute dtype."""
     return jnp.einsum(equation, x, weight)
 
 
@@ -59,7 +60,7 @@ class Compute:
     attention: Callable = reference_attention
     """(q [B,T,H,K], k [B,S,G,K], v [B,S,G,K], mask: Mask, scale) -> [B,T,H,K]; see nn/attention_kernels.py"""
     einsum: Callable = einsum
-    """(equation, x, weight) -> y: every contraction with a parameter. Activation quantization replaces it"""
+    """(equation, x, weight) -> y: the kernel of every contraction with a parameter"""
     remat: KeepAll | Remat = KeepAll()
     """What the backward pass recomputes"""
     unroll: int | None = 1

@@ -65,7 +65,7 @@ def _backward(first: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> 
     dx = _dot(g, weight, 1 if first else 0)
     if left.shape[1] <= right.shape[1]:
         return dx, _dot(transpose(left), right, 0)
-    # The narrower side is the cheaper one to transpose; the product is small, and held apart from its own transpose.
+    # The narrower side is the cheaper one to transpose; the barrier keeps the small product apart from its transpose.
     return dx, jax.lax.optimization_barrier(_dot(transpose(right), left, 0)).T
 
 

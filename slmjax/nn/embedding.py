@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from slmjax.errors import positive
 from slmjax.nn.compute import Compute
 from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Norm
 from slmjax.nn.position import Learned
 
@@ -32,8 +33,7 @@ class Embedding:
         x = jnp.take(table, tokens, axis=0)
         x = x if self.scale == 1.0 else x * self.scale
         if self.table_width is not None:
-            weight = layer.matrix("project", (self.table_width, self.width), (None, "embed"))
-            x = layer.linear("btp,pd->btd", x, weight)
+            x = layer.linear("project", "btp,pd->btd", x, (self.table_width, self.width), (None, "embed"))
         if self.position is not None:
             x = x + self.position(layer, positions, self.width, self.context)
         return layer.cast(x) if self.norm is None else layer.child("norm", self.norm)(layer.cast(x))
@@ -47,7 +47,7 @@ class Unembedding:
     width: int
 
     def __call__(self, layer: Layer) -> jax.Array:  # -> [V, D]
-        return layer.matrix("table", (self.vocab, self.width), ("vocab", "embed"))
+        return layer.matrix("table", (self.vocab, self.width), ("vocab", "embed"), fan_in=self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,7 @@ class Projection:
     width: int
 
     def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, width]
-        weight = layer.matrix("weight", (x.shape[-1], self.width), ("embed", None))
-        return layer.linear("btd,dp->btp", x, weight)
+        return layer.linear("weight", "btd,dp->btp", x, (x.shape[-1], self.width), ("embed", None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +72,11 @@ class Logits:
     def __post_init__(self):
         positive(softcap=self.softcap)
 
-    def __call__(self, table: jax.Array, hidden: jax.Array, compute: Compute) -> jax.Array:
-        """table [V, D], hidden [..., D] -> float32 [..., V]."""
+    def __call__(
+        self, path: str, table: jax.Array, hidden: jax.Array, compute: Compute, numerics: Numerics
+    ) -> jax.Array:
+        """table [V, D], which is the parameter `path`; hidden [..., D] -> float32 [..., V]."""
         table, hidden = table.astype(compute.dtype), hidden.astype(compute.dtype)
-        y = compute.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
+        y = numerics.product(path, "...d,vd->...v", hidden, table, compute.einsum).astype(jnp.float32)
         y = y if self.scale == 1.0 else y * self.scale
         return y if self.softcap is None else self.softcap * jnp.tanh(y / self.softcap)

@@ -41,8 +41,8 @@ class EncoderEmbedding:
         later = jnp.where(_near(segments, segments[:, 1:], 0), jnp.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)]), 0)
         earlier = jnp.where(_near(segments, segments[:, :-1], 1), jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)]), 0)
         three = jnp.concatenate([later, x, earlier], axis=-1)
-        weight = layer.matrix("project", (three.shape[-1], self.width), (None, "embed"))
-        return layer.linear("btp,pd->btd", three, weight, layer.bias("project_bias", (self.width,), ("embed",)))
+        shape = (three.shape[-1], self.width)
+        return layer.linear("project", "btp,pd->btd", three, shape, (None, "embed"), bias=True)
 
 
 def _near(segments: jax.Array, neighbours: jax.Array, before: int) -> jax.Array:

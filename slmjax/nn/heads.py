@@ -19,11 +19,11 @@ from slmjax.nn.parts import Norm
 class Head(abc.ABC):
     """Reads the last layer. A head that describes a whole sequence is read at its first token."""
 
-    words: ClassVar[bool] = False
-    """Whether it tells which word stands at a token"""
+    predicts_tokens: ClassVar[bool] = False
+    """Whether its outputs are logits of the vocabulary's tokens"""
 
     def logit_products(self, vocab: int, width: int) -> int:
-        """Multiply-adds of a token with tables of words; see `Assembly.logit_products`. `width`: D of the model."""
+        """Multiply-adds of a token with tables of tokens; see `Assembly.logit_products`. `width`: D of the model."""
         return 0
 
     @abc.abstractmethod
@@ -33,13 +33,13 @@ class Head(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedWords(Head):
-    """Which word stands here: norm(activation(dense(h))) times the embedding's table, plus a bias.
+    """Logits of the token that is hidden here: norm(activation(dense(h))) times the embedding's table, plus a bias.
 
     Devlin et al. 2019, arXiv:1810.04805. Where the table is narrower than the model, the other columns are a table of
     their own (MobileBERT, Sun et al. 2020, arXiv:2004.02984).
     """
 
-    words: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     norm: Norm
     activation: Callable = gelu
@@ -54,9 +54,9 @@ class MaskedWords(Head):
         x = self.activation(_dense(layer, "transform", hidden, width))
         x = layer.child("norm", self.norm)(x)
         if narrow < width:
-            rest = layer.matrix("rest", (vocab, width - narrow), ("vocab", "embed"))
+            rest = layer.matrix("rest", (vocab, width - narrow), ("vocab", "embed"), fan_in=width)
             table = jnp.concatenate([table, rest], axis=1)
-        logits = layer.compute.einsum("...d,vd->...v", layer.cast(x), layer.cast(table)).astype(jnp.float32)
+        logits = layer.product("embed/table", "...d,vd->...v", x, table).astype(jnp.float32)
         return logits + layer.bias("bias", (vocab,), ("vocab",))
 
 
@@ -70,7 +70,7 @@ class Bare(Head):
 
 @dataclass(frozen=True, kw_only=True)
 class Pooler(Head):
-    """tanh(dense(h)): what BERT was trained to tell of a whole sequence at its first token."""
+    """tanh(dense(h)): the vector with which BERT describes a whole sequence, at its first token."""
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return tanh(_dense(layer, "pool", hidden, hidden.shape[-1])).astype(jnp.float32)
@@ -94,10 +94,9 @@ class Classifier(Head):
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
         x = self.activation(_dense(layer, "pool", hidden, hidden.shape[-1]))
-        return _dense(layer, "classify", x, len(self.labels), out=None).astype(jnp.float32)
+        return _dense(layer, "classify", x, len(self.labels)).astype(jnp.float32)
 
 
-def _dense(layer: Layer, name: str, x: jax.Array, width: int, out: str | None = "embed") -> jax.Array:
+def _dense(layer: Layer, name: str, x: jax.Array, width: int) -> jax.Array:
     """[..., D] -> [..., width]."""
-    weight = layer.matrix(name, (x.shape[-1], width), ("embed", None))
-    return layer.linear("...d,de->...e", x, weight, layer.bias(f"{name}_bias", (width,), (out,)))
+    return layer.linear(name, "...d,de->...e", x, (x.shape[-1], width), ("embed", None), bias=True)

@@ -7,7 +7,6 @@ part's parameters and makes its children, so shapes, initial values and logical 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -15,27 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from slmjax.errors import UserError
+from slmjax.axes import STACKED
 from slmjax.nn.compute import Compute
+from slmjax.nn.initial import Initial, Role
+from slmjax.nn.numerics import Numerics
 
-
-@dataclass(frozen=True, kw_only=True)
-class Initial:
-    """Initial values: normal matrices, with the two matrices of a block that write to the residual stream made smaller.
-
-    The residual stream sums 2L branch outputs, so their standard deviation is divided by sqrt(2L).
-    Radford et al. 2019 (GPT-2), section 2.3. Gains start at 1, biases at 0.
-    """
-
-    std: float = 0.02
-    """Standard deviation of every matrix and table"""
-    residual: float = 1.0
-    """Factor on `std` for matrices that write to the residual stream (`Decoder` sets 1/sqrt(2L))"""
-
-    def __post_init__(self):
-        for name in ("std", "residual"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"initial.{name}: {getattr(self, name)} is not a number of at least 0")
+Axes = tuple[str | None, ...]
+"""A name for each dimension of a parameter (axes.py), or None"""
 
 
 class Declared(nn.LogicallyPartitioned):
@@ -50,6 +35,11 @@ class Layer(nn.Module):
     spec: Any
     compute: Compute
     initial: Initial
+    numerics: Numerics = Numerics()
+    branches: int = 1
+    """`initial.Role.branches`"""
+    above: str = ""
+    """Path of this layer's own place, where it is the outermost of a part of a model (`head`)"""
 
     @nn.compact
     def __call__(self, *args):
@@ -57,32 +47,77 @@ class Layer(nn.Module):
 
     def child(self, name: str, spec: Any) -> Layer:
         """A part under `name`; call it with the part's arguments."""
-        return Layer(spec=spec, compute=self.compute, initial=self.initial, name=name)
+        return Layer(spec=spec, name=name, **self.handed)
 
-    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple, residual: bool = False) -> jax.Array:
-        """A normally distributed parameter, float32. `residual`: it writes to the residual stream."""
-        std = self.initial.std * (self.initial.residual if residual else 1.0)
-        return self._declare(name, nn.initializers.normal(std), shape, axes, f"normal({std:.4g})")
+    @property
+    def handed(self) -> dict[str, Any]:
+        """What a part has from the whole."""
+        names = ("compute", "initial", "numerics", "branches", "above")
+        return {name: getattr(self, name) for name in names}
 
-    def gain(self, name: str, shape: tuple[int, ...], axes: tuple) -> jax.Array:
+    def path_of(self, name: str) -> str:
+        """The path of a parameter of this layer in the tree of parameters."""
+        return "/".join([*filter(None, [self.above]), *self.path, name])
+
+    def linear(
+        self, name: str, equation: str, x: jax.Array, shape: tuple[int, ...], axes: Axes,
+        *, bias: bool = False, residual: bool = False,
+    ) -> jax.Array:  # fmt: skip
+        """`einsum(equation, x, weight)`, plus a bias, in the compute dtype.
+
+        Declares the weight `name` and the bias, `{name}_bias`, which has those dimensions of the weight that the output
+        has.
+
+        Example: `layer.linear("up", "btd,df->btf", x, (width, hidden), ("embed", "mlp"))`.
+
+        Args:
+            equation: a letter for each dimension of x, of the weight, and of the output.
+            shape, axes: of the weight.
+            residual: whether the output is added to the residual stream.
+        """
+        inputs, _, out = equation.partition("->")
+        letters = inputs.rpartition(",")[2]
+        summed = [
+            n for letter, n, axis in zip(letters, shape, axes, strict=True) if letter not in out and axis not in STACKED
+        ]
+        weight = self.matrix(name, shape, axes, fan_in=math.prod(summed), residual=residual)
+        y = self.product(self.path_of(name), equation, x, weight)
+        if not bias:
+            return y
+        kept = [i for i, letter in enumerate(letters) if letter in out]
+        b = self.bias(f"{name}_bias", tuple(shape[i] for i in kept), tuple(axes[i] for i in kept))
+        # The bias is added in float32 so that its gradient, a sum over all tokens, is in float32 too.
+        return self.cast(y.astype(jnp.float32) + b)
+
+    def product(self, path: str, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """`einsum(equation, x, weight)` in the compute dtype, as `numerics` has it.
+
+        Args:
+            path: of the parameter that the weight is.
+        """
+        return self.numerics.product(path, equation, self.cast(x), self.cast(weight), self.compute.einsum)
+
+    def matrix(
+        self, name: str, shape: tuple[int, ...], axes: Axes, *, fan_in: int | None = None, residual: bool = False
+    ) -> jax.Array:
+        """A parameter of random initial values, float32, for what is no product, such as a table of rows that are
+        looked up. `fan_in`, `residual`: see `initial.Role`."""
+        role = Role(self.path_of(name), shape, axes, fan_in, residual, self.branches)
+        return self._declare(name, *self.initial(role), shape, axes)
+
+    def gain(self, name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         """A parameter of ones, float32."""
-        return self._declare(name, nn.initializers.ones, shape, axes, "ones")
+        return self._declare(name, nn.initializers.ones, "ones", shape, axes)
 
-    def bias(self, name: str, shape: tuple[int, ...], axes: tuple) -> jax.Array:
+    def bias(self, name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         """A parameter of zeros, float32."""
-        return self._declare(name, nn.initializers.zeros, shape, axes, "zeros")
+        return self._declare(name, nn.initializers.zeros, "zeros", shape, axes)
 
-    def _declare(self, name: str, initializer: Any, shape: tuple[int, ...], axes: tuple, initial: str) -> Any:
+    def _declare(self, name: str, initializer: Any, words: str, shape: tuple[int, ...], axes: Axes) -> Any:
         def boxed(key, shape, dtype):
-            return Declared(initializer(key, shape, dtype), names=axes, initial=initial)
+            return Declared(initializer(key, shape, dtype), names=axes, initial=words)
 
         return self.param(name, boxed, shape, jnp.float32)
-
-    def linear(self, equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """`einsum(equation, x, weight) + bias`, in the compute dtype."""
-        y = self.compute.einsum(equation, self.cast(x), self.cast(weight))
-        # The bias is added in float32 so that its gradient, a sum over all tokens, is in float32 too.
-        return y if bias is None else self.cast(y.astype(jnp.float32) + bias)
 
     def cast(self, x: jax.Array) -> jax.Array:
         """To the compute dtype."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from slmjax.errors import positive
 from slmjax.nn.layer import Layer
-from slmjax.nn.parts import FeedForward
+from slmjax.nn.parts import FeedForward, Flow
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -49,8 +49,9 @@ class MLP(FeedForward):
     def __post_init__(self):
         positive(hidden=self.hidden)
 
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
-        return _down(layer, self.activation(_up(layer, "up", x, self.hidden, self.bias)), x.shape[-1], self.bias)
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        hidden = self.activation(_up(layer, "up", x, self.hidden, self.bias))
+        return _down(layer, hidden, x.shape[-1], self.bias), flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,10 @@ class GatedMLP(FeedForward):
     def __post_init__(self):
         positive(hidden=self.hidden)
 
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         gate = self.activation(_up(layer, "gate", x, self.hidden, self.bias))
-        return _down(layer, gate * _up(layer, "up", x, self.hidden, self.bias), x.shape[-1], self.bias)
+        hidden = gate * _up(layer, "up", x, self.hidden, self.bias)
+        return _down(layer, hidden, x.shape[-1], self.bias), flow
 
 
 def SwiGLU(*, hidden: int, bias: bool = False) -> GatedMLP:
@@ -74,13 +76,10 @@ def SwiGLU(*, hidden: int, bias: bool = False) -> GatedMLP:
     return GatedMLP(hidden=hidden, activation=silu, bias=bias)
 
 
-def _up(layer: Layer, name: str, x: jax.Array, hidden: int, with_bias: bool) -> jax.Array:
-    weight = layer.matrix(name, (x.shape[-1], hidden), ("embed", "mlp"))
-    bias = layer.bias(f"{name}_bias", (hidden,), ("mlp",)) if with_bias else None
-    return layer.linear("btd,df->btf", x, weight, bias)
+def _up(layer: Layer, name: str, x: jax.Array, hidden: int, bias: bool) -> jax.Array:
+    return layer.linear(name, "btd,df->btf", x, (x.shape[-1], hidden), ("embed", "mlp"), bias=bias)
 
 
-def _down(layer: Layer, x: jax.Array, width: int, with_bias: bool) -> jax.Array:
-    weight = layer.matrix("down", (x.shape[-1], width), ("mlp", "embed"), residual=True)
-    bias = layer.bias("down_bias", (width,), ("embed",)) if with_bias else None
-    return layer.linear("btf,fd->btd", x, weight, bias)
+def _down(layer: Layer, x: jax.Array, width: int, bias: bool) -> jax.Array:
+    shape = (x.shape[-1], width)
+    return layer.linear("down", "btf,fd->btd", x, shape, ("mlp", "embed"), bias=bias, residual=True)

@@ -10,9 +10,12 @@ from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from slmjax.errors import UserError
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Cache
 
 
 class Norm(abc.ABC):
@@ -28,16 +31,8 @@ class Norm(abc.ABC):
         """
 
 
-class FeedForward(abc.ABC):
-    """Transforms each token alone."""
-
-    @abc.abstractmethod
-    def __call__(self, layer: Layer, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]"""
-
-
 class Flow(NamedTuple):
-    """What a mixer knows besides its input, and hands on changed."""
+    """What a part knows besides its input, and hands on changed."""
 
     table: Any
     """`Mixer.table` of these positions"""
@@ -49,6 +44,48 @@ class Flow(NamedTuple):
     """Number of this layer in the stack, int32 []"""
     shared: dict[str, Any]
     """What earlier layers have left for later ones, by name: keys and values [B, S, G, K]"""
+    auxiliary: dict[str, jax.Array]
+    """Terms of the loss that parts have added so far, by name: for each token its own, float32 [B, T]"""
+
+    @property
+    def real(self) -> jax.Array:
+        """Which tokens are not padding, bool [B, T]."""
+        return self.mask.query_segments > 0
+
+    def adding(self, name: str, value: jax.Array) -> Flow:
+        """With `value`, float32 [B, T], added to the auxiliary output of this name. See `FeedForward.auxiliary`.
+
+        Raises:
+            UserError: no part has declared it.
+        """
+        if name not in self.auxiliary:
+            known = ", ".join(self.auxiliary) or "none"
+            raise UserError(f"auxiliary: a part adds {name!r}, which no part declares (declared: {known})")
+        total = self.auxiliary[name] + value.astype(jnp.float32)
+        return self._replace(auxiliary={**self.auxiliary, name: total})
+
+
+class FeedForward(abc.ABC):
+    """Transforms each token alone."""
+
+    @property
+    def auxiliary(self) -> tuple[str, ...]:
+        """Names of the terms of the loss that this part adds to `Flow.auxiliary`, such as a load-balancing loss.
+
+        A term is given for each token, with its factor. The objective adds their mean over the tokens of the batch,
+        weighted like the loss itself, and reports it as a metric of this name; equal names of several layers are
+        summed. So that micro-batches, padding and packing change nothing, the term of a token may depend on tokens of
+        its own segment alone.
+        """
+        return ()
+
+    def active(self, name: str) -> float:
+        """The share of the parameter `name` (its path inside this part) that a token uses, for counting FLOPs."""
+        return 1.0
+
+    @abc.abstractmethod
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        """x [B, T, D] -> [B, T, D], and `flow` with its auxiliary outputs."""
 
 
 class Mixer(abc.ABC):
@@ -76,8 +113,13 @@ class Mixer(abc.ABC):
         """What every layer of this kind needs of positions [B, T], computed once a forward pass."""
 
     @abc.abstractmethod
-    def init_cache(self, batch: int, length: int, dtype: str) -> Any:
-        """What one layer has to remember of `length` tokens to go on from there, still empty."""
+    def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> Any:
+        """What one layer has to remember of `length` tokens to go on from there, still empty.
+
+        Args:
+            dtype: the compute dtype.
+            codec: how keys and values are remembered (`Numerics.cache`).
+        """
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
         """What this layer will leave in `Flow.shared`, still zeros."""

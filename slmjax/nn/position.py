@@ -89,7 +89,8 @@ class Rope(Position):
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         cos, sin = (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
-        # Held apart, or XLA would compute them again in every layer, for queries and keys, forward and backward.
+        # An optimization barrier: XLA would compute them again in every layer, for queries and keys, forward and
+        # backward.
         return jax.lax.optimization_barrier((cos, sin))
 
     def rotate(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:  # [B, T, H, K]

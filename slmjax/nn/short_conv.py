@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from slmjax.errors import UserError
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.layer import Layer
+from slmjax.nn.numerics import Cache
 from slmjax.nn.parts import Flow, Mixer
 
 
@@ -45,7 +46,7 @@ class ShortConv(Mixer):
     def table(self, positions: jax.Array) -> Any:
         """Nothing: segments say what a tap may see."""
 
-    def init_cache(self, batch: int, length: int, dtype: str) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, jax.Array]:
         """The last inputs of the convolution, [B, taps - 1, channels], whatever the length."""
         return {"inputs": jnp.zeros((batch, self.taps - 1, self.channels), dtype)}
 
@@ -64,14 +65,11 @@ class ShortConv(Mixer):
             last = known[:, known.shape[1] - (self.taps - 1) :].astype(stack.dtype)
             flow = flow._replace(cache={"inputs": jax.lax.dynamic_update_slice(stack, last[None], at)})
         y = c * layer.cast(self._convolved(layer, known, flow.mask))
-        out = layer.matrix("out", (self.channels, width), ("mlp", "embed"), residual=True)
-        bias = layer.bias("out_bias", (width,), ("embed",)) if self.bias else None
-        return layer.linear("btc,cd->btd", y, out, bias), flow
+        shape, axes = (self.channels, width), ("mlp", "embed")
+        return layer.linear("out", "btc,cd->btd", y, shape, axes, bias=self.bias, residual=True), flow
 
     def _projected(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
-        weight = layer.matrix(name, (x.shape[-1], self.channels), ("embed", "mlp"))
-        bias = layer.bias(f"{name}_bias", (self.channels,), ("mlp",)) if self.bias else None
-        return layer.linear("btd,dc->btc", x, weight, bias)
+        return layer.linear(name, "btd,dc->btc", x, (x.shape[-1], self.channels), ("embed", "mlp"), bias=self.bias)
 
     def _convolved(self, layer: Layer, known: jax.Array, mask: Mask) -> jax.Array:
         """known [B, taps - 1 + T, channels] -> float32 [B, T, channels]. The last tap is that of the token itself."""

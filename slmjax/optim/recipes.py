@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,42 +23,14 @@ import optax.contrib
 from jax.core import Tracer
 
 from slmjax import tree
+from slmjax.axes import APART, STACKED
 from slmjax.errors import UserError, is_number
+from slmjax.optim.matrices import Axes, matrix
 from slmjax.optim.schedules import Curve
 from slmjax.types import Group, Optimizer
 
-Axes = tuple[str | None, ...]
-"""The logical axis names of one parameter"""
-
-APART = ("vocab", "context", "type", "tap")
-"""Axes whose entries are not columns of one matrix: rows that are looked up, and what a convolution has for each
-channel"""
-
 MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
 """Fields of recipes that say how much of a moving average is kept at each step"""
-
-
-class Matrix(NamedTuple):
-    """Which dimensions of a parameter are the rows and which the columns of one matrix; the others count matrices."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-
-
-def matrix(axes: Axes) -> Matrix | None:
-    """The matrix that a parameter with these axes is made of, or None for a gain or a bias.
-
-    Example: `("layers", "embed", "heads", "head_dim")` gives rows (1,) and columns (2, 3).
-    """
-    groups: list[tuple[int, ...]] = []
-    for dimension, name in enumerate(axes):
-        if name == "layers":
-            continue
-        if name == "head_dim" and groups and axes[dimension - 1] in ("heads", "kv_heads"):
-            groups[-1] += (dimension,)
-        else:
-            groups.append((dimension,))
-    return Matrix(*groups) if len(groups) == 2 else None
 
 
 def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
@@ -83,7 +55,7 @@ def _decays(group: Group) -> bool:
     return not (is_number(group.weight_decay) and group.weight_decay == 0)
 
 
-def _other_rate(group: Group) -> bool:
+def _has_own_rate(group: Group) -> bool:
     return not (is_number(group.rate) and group.rate == 1)
 
 
@@ -92,7 +64,7 @@ def _decay_of_group(axes: Any, path: str, group: Group) -> optax.GradientTransfo
     return optax.add_decayed_weights(group.weight_decay, mask)
 
 
-def _rates(groups: Mapping[str, Group]) -> optax.GradientTransformation:
+def _scale_by_group_rate(groups: Mapping[str, Group]) -> optax.GradientTransformation:
     """Multiplies the updates of each group by its factor on the learning rate."""
 
     def scale(updates, params=None):
@@ -134,10 +106,10 @@ class OptimizerSpec(ABC):
         """A tree of bools: which parameters are decayed.
 
         Raises:
-            UserError: a pattern of `no_decay` matches no parameter.
+            UserError: a pattern of `no_decay` matches no parameter, or an axis of a parameter is unknown.
         """
         spared = _mask(_by_path(axes), self.no_decay)
-        return jax.tree.map(lambda spare, a: not spare and matrix(a) is not None, spared, axes)
+        return tree.map_with_path(lambda path, spare, a: not spare and matrix(a, path) is not None, spared, axes)
 
     def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
         """All but the clipping."""
@@ -145,7 +117,7 @@ class OptimizerSpec(ABC):
             self.direction(axes),
             optax.add_decayed_weights(self.weight_decay, self.decayed(_without(axes, groups))),
             *(_decay_of_group(axes, path, group) for path, group in groups.items() if _decays(group)),
-            *([_rates(groups)] if any(_other_rate(group) for group in groups.values()) else []),
+            *([_scale_by_group_rate(groups)] if any(_has_own_rate(group) for group in groups.values()) else []),
             optax.scale_by_learning_rate(schedule),
         )
 
@@ -157,7 +129,7 @@ class OptimizerSpec(ABC):
             groups: path -> how that parameter is treated, of those that a view adds.
 
         Raises:
-            UserError: a pattern of `no_decay` matches no parameter.
+            UserError: a pattern of `no_decay` matches no parameter, or an axis of a parameter is unknown.
         """
         tx = optax.chain(self.clip(), self.descend(schedule, axes, groups))
         return Optimizer(init=tx.init, update=tx.update, evaluate=lambda state, params: params)
@@ -229,7 +201,7 @@ class Muon(OptimizerSpec):
         numbers = {
             path: optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
             for path, a in flat.items()
-            if (m := matrix(a)) and not spared[path] and not any(name in APART for name in a)
+            if (m := matrix(a, path)) and not spared[path] and not any(name in APART for name in a)
         }
         muon = optax.contrib.muon(
             learning_rate=-1.0,  # optax descends; here only the direction is wanted
@@ -312,22 +284,22 @@ class ScheduleFreeAdamW(AdamW):
 
 
 def per_matrix(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """`tx` as it would be with each layer's parameter a leaf of its own, and heads flattened into a side of a matrix.
+    """`tx` as it would be with each layer's parameter (and each expert's) a leaf of its own, and heads flattened into a
+    side of a matrix.
 
-    The state of a stacked parameter has the layer axis first.
+    The state of a stacked parameter has the layer axis first, over all experts of all layers where there are such.
     """
 
     def to_matrices(x, a):
         m = matrix(a)
-        if m is None:
-            return x
-        sides = [math.prod(x.shape[i] for i in side) for side in m]
-        return x.reshape(*x.shape[: a.count("layers")], *sides)
+        stacked = sum(name in STACKED for name in a)
+        sides = x.shape[stacked:] if m is None else [math.prod(x.shape[i] for i in side) for side in m]
+        return x.reshape(*([-1] if stacked else []), *sides)
 
     def flat(params):
         return jax.tree.map(to_matrices, params, axes)
 
-    groups = map_axes(lambda a: "layers" if a[:1] == ("layers",) else "single", axes)
+    groups = map_axes(lambda a: "layers" if a[:1] and a[0] in STACKED else "single", axes)
     stacked = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
     transforms = {"layers": stacked, "single": tx}
     both = optax.partition({group: transforms[group] for group in set(jax.tree.leaves(groups))}, groups)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import tree
+from slmjax.axes import STACKED
 from slmjax.models.assembly import Assembly
 
 EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
@@ -35,13 +36,15 @@ class Speed(NamedTuple):
 
 def products(decoder: Assembly) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer of each kind, and of the head."""
-    axes = tree.flatten(decoder.build().axes, is_leaf=tree.is_axes)
+    axes = tree.flatten(decoder.axes(), is_leaf=tree.is_axes)
     head = decoder.logit_products()
     found = [(head // decoder.vocab, decoder.vocab)] if head else []
     for path, shape in tree.flatten(decoder.declared()).items():
         names, sizes = axes[path.removesuffix("/value")], shape.shape
         if names[0] != "layers" or len(names) < 3 or path.removesuffix("/value").endswith("bias"):
             continue
+        if names[1] in STACKED:  # one matrix of many
+            names, sizes = names[1:], sizes[1:]
         cut = 2 if names[1] == "embed" else len(sizes) - 1
         found.append((math.prod(sizes[1:cut]), math.prod(sizes[cut:])))
     return found

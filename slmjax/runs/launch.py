@@ -189,7 +189,8 @@ def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Bu
 
     samples = runtime.samples
     rule = sampler(temperature=samples.temperature)
-    generator = Generator(generative(experiment.model), None, opened.tokenizer(), built.compute)
+    model, numerics = generative(experiment.model), experiment.numerics
+    generator = Generator(model, None, opened.tokenizer(), built.compute, numerics=numerics)
 
     def write(params: Params) -> str:
         made = generator.with_params(params)(

@@ -16,6 +16,7 @@ from slmjax.errors import DataError, StorageError, UserError
 from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.encoder import CANNOT
+from slmjax.nn.numerics import Numerics
 from slmjax.serialise import from_json
 from slmjax.types import Params
 
@@ -41,6 +42,11 @@ class Loaded:
     """config.json of the folder"""
     embedded: Tokenizer | None = None
     """The tokenizer inside a GGUF file"""
+
+    @property
+    def numerics(self) -> Numerics:
+        """What the model computes besides its definition: as the run trained it; the default if no run of ours did."""
+        return Numerics() if self.experiment is None else self.experiment.numerics
 
     @property
     def has_tokenizer(self) -> bool:

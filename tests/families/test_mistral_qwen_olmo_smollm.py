@@ -89,7 +89,8 @@ class Outside(PostBranch):
     def __call__(self, layer, x, flow):
         y, flow = self.mixed(layer, x, flow)
         x = self.normed(layer, "attn_post_norm", x + y)
-        return self.normed(layer, "mlp_post_norm", x + self.fed(layer, x)), flow
+        y, flow = self.feed_forward(layer, x, flow)
+        return self.normed(layer, "mlp_post_norm", x + y), flow
 
 
 def outside(block):

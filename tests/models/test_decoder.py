@@ -13,7 +13,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.nn.attention import Attention
 from slmjax.nn.attention_kernels import cudnn_attention, xla_attention
 from slmjax.nn.compute import Compute, Remat, cpu_dtype, for_backend
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import MLP, gelu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Learned, NoPosition, Rope
@@ -366,7 +366,7 @@ def test_mistakes_are_named(make, names):
 
 
 def test_residual_factor_multiplies_the_depth_scale():
-    decoder = replace(tiny_llama(), initial=Initial(std=0.1, residual=2.0))
+    decoder = replace(tiny_llama(), initial=Normal(std=0.1, residual=2.0))
     assert decoder.declared()["layers"]["attn"]["o"].initial == f"normal({0.1 * 2 / np.sqrt(6):.4g})"
     assert decoder.declared()["layers"]["attn"]["q"].initial == "normal(0.1)"
 

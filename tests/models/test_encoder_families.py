@@ -13,7 +13,7 @@ from slmjax.models.families import FAMILIES, SIZES, bert, distilbert, mobilebert
 from slmjax.models.families.llama import llama
 from slmjax.models.flops import parameter_count
 from slmjax.nn.heads import Bare, Classifier, Pooler
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import relu
 from slmjax.nn.norm import LayerNorm
 
@@ -32,7 +32,7 @@ TINY = {"layers": 2, "width": 32, "heads": 4, "hidden": 48, "vocab": 61, "contex
 POOLED = bert.bert(**TINY, head=Pooler())
 ENCODERS = {
     "BERT": [bert.bert(**TINY), bert.bert(**TINY, activation=relu, eps=1e-5, types=1), POOLED,
-             bert.bert(**TINY, head=Classifier(labels=("a", "b", "c"))), replace(POOLED, initial=Initial(std=0.05))],
+             bert.bert(**TINY, head=Classifier(labels=("a", "b", "c"))), replace(POOLED, initial=Normal(std=0.05))],
     "DistilBERT": [distilbert.distilbert(**TINY), distilbert.distilbert(**TINY, head=Bare()),
                    distilbert.distilbert(**TINY, head=Classifier(activation=relu))],
     "MobileBERT": [mobilebert.mobilebert(**TINY, inner=16, embedding=8, feeds=2),

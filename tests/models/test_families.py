@@ -11,7 +11,7 @@ from slmjax.errors import UserError
 from slmjax.models.families import gpt2, llama
 from slmjax.models.families.common.rows import Row
 from slmjax.models.flops import Flops, flops_per_token, nonembedding_count, parameter_count
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import gelu, gelu_tanh, relu
 from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import Learned, NoPosition
@@ -50,14 +50,14 @@ LLAMAS = {
     "theta": tiny_llama(theta=5e5, eps=1e-6, context=77),
     "llama3": tiny_llama(scaling=Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_context=512)),
     "gelu": tiny_llama(activation=gelu_tanh),
-    "initial": replace(tiny_llama(), initial=Initial(std=0.05)),
+    "initial": replace(tiny_llama(), initial=Normal(std=0.05)),
 }
 GPT2S = {
     "tied": tiny_gpt2(),
     "untied": tiny_gpt2(tied=False),
     "relu": tiny_gpt2(activation=relu, hidden=50),
     "no scale": tiny_gpt2(scale=1.0, eps=1e-6),
-    "initial": replace(tiny_gpt2(), initial=Initial(std=0.05)),
+    "initial": replace(tiny_gpt2(), initial=Normal(std=0.05)),
 }
 
 
@@ -167,7 +167,7 @@ LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "orig
 
 
 def test_published_configuration_is_the_published_size():
-    expected = replace(llama.smollm2_135m(), initial=Initial(std=0.041666666666666664))
+    expected = replace(llama.smollm2_135m(), initial=Normal(std=0.041666666666666664))
     assert llama.from_config(SMOLLM2) == expected
 
 

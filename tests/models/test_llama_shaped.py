@@ -9,7 +9,7 @@ from slmjax.errors import UserError
 from slmjax.models.families import FAMILIES, gemma2, gemma3, mistral, olmo2, phi3, qwen2, qwen3, smollm3, stablelm
 from slmjax.models.families.common import phi3_factors
 from slmjax.models.flops import parameter_count
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.position import NoPosition, Rope
 from slmjax.nn.rope_scaling import LinearScaling
 
@@ -270,7 +270,7 @@ def test_published_configurations_are_the_published_sizes(size):
     """As the files of transformers 4 say it, and in the words of 5."""
     config = dict(CONFIGS[size])
     read = FAMILY[config["model_type"]].from_config
-    assert read(config) == replace(size(), initial=Initial(std=0.02))
+    assert read(config) == replace(size(), initial=Normal(std=0.02))
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
     config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
     if "rope_local_base_freq" in config:

@@ -28,16 +28,17 @@ class Shift(Mixer):
     def table(self, positions):
         return positions[..., None] > 0
 
-    def init_cache(self, batch, length, dtype):
+    def init_cache(self, batch, length, dtype, codec):
         return jnp.zeros((batch, 32), dtype)
 
     def __call__(self, layer, x, flow):
         table, cache, depth = flow.table, flow.cache, flow.depth
         last = jnp.zeros_like(x[:, :1]) if cache is None else cache[depth][:, None]
         before = jnp.where(table, jnp.concatenate([last, x[:, :-1]], axis=1), 0)
-        weight = layer.matrix("share", (x.shape[-1], x.shape[-1]), ("embed", None), residual=True)
         after = None if cache is None else cache.at[depth].set(x[:, -1])
-        return layer.linear("btd,de->bte", before, weight), flow._replace(cache=after)
+        shape = (x.shape[-1], x.shape[-1])
+        y = layer.linear("share", "btd,de->bte", before, shape, ("embed", None), residual=True)
+        return y, flow._replace(cache=after)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 from slmjax.nn.attention import Attention
 from slmjax.nn.attention_kernels import Mask, Scores, cudnn_attention, reference_attention, xla_attention
 from slmjax.nn.compute import Compute, einsum
-from slmjax.nn.layer import Initial, Layer
+from slmjax.nn.initial import Normal
+from slmjax.nn.layer import Layer
 from slmjax.nn.mlp import MLP, GatedMLP, SwiGLU, gelu, gelu_tanh, relu, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.parts import Flow
@@ -27,7 +28,10 @@ ACTIVATIONS = {
 
 
 def run(spec, params, *args, compute=Compute()):  # noqa: B008
-    return Layer(spec=spec, compute=compute, initial=Initial()).apply({"params": params}, *args)
+    return Layer(spec=spec, compute=compute, initial=Normal()).apply({"params": params}, *args)
+
+
+NOTHING = Flow(None, Mask.of_rows(jnp.ones((2, 3), jnp.int32)), None, jnp.int32(0), {}, {})
 
 
 def normal(*shape, seed=0):
@@ -67,9 +71,9 @@ def test_activations_and_mlps(activation):
     np.testing.assert_allclose(activation(jnp.asarray(x, jnp.float32)), exact(x), rtol=1e-5, atol=1e-6)
     w = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4, seed=3)}
     b = {"gate_bias": normal(6, seed=4), "up_bias": normal(6, seed=5), "down_bias": normal(4, seed=6)}
-    plain = run(MLP(hidden=6, activation=activation), f32({k: w[k] for k in ("up", "down")}), f32(x))
+    plain, _ = run(MLP(hidden=6, activation=activation), f32({k: w[k] for k in ("up", "down")}), f32(x), NOTHING)
     np.testing.assert_allclose(plain, exact(x @ w["up"]) @ w["down"], rtol=1e-4, atol=1e-4)
-    gated = run(GatedMLP(hidden=6, activation=activation, bias=True), f32({**w, **b}), f32(x))
+    gated, _ = run(GatedMLP(hidden=6, activation=activation, bias=True), f32({**w, **b}), f32(x), NOTHING)
     inner = exact(x @ w["gate"] + b["gate_bias"]) * (x @ w["up"] + b["up_bias"])
     np.testing.assert_allclose(gated, inner @ w["down"] + b["down_bias"], rtol=1e-4, atol=1e-3)
 
@@ -159,7 +163,7 @@ def exact_attention(q, k, v, seen, scale):
 def test_attention_functions(attention, kv_heads):
     q, k, v = normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
     seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(8, dtype=bool)
-    mask = Mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
+    mask = Mask.of_rows(jnp.asarray(SEGMENTS))
     assert np.array_equal(mask.dense(Scores(scale=1.0)), seen)
     y = attention(f32(q), f32(k), f32(v), mask, Scores(scale=0.7))
     np.testing.assert_allclose(y, exact_attention(q, k, v, seen, 0.7), atol=2e-6)
@@ -174,7 +178,7 @@ def test_attention_with_a_cache_starts_at_its_slot(attention):
     queries = SEGMENTS[:, 3:5]
     slots = np.arange(8)[None, None]
     seen = (queries[:, :, None] == keys[:, None]) & (slots <= np.asarray([3, 4])[None, :, None])
-    mask = Mask(jnp.asarray(queries), jnp.asarray(keys), jnp.int32(3))
+    mask = Mask.of_cache(jnp.asarray(queries), jnp.asarray(keys), jnp.int32(3))
     assert np.array_equal(mask.dense(Scores(scale=1.0)), seen)
     y = attention(f32(q), f32(k), f32(v), mask, Scores(scale=1.0))
     np.testing.assert_allclose(y, exact_attention(q, k, v, seen, 1.0), atol=2e-6)
@@ -191,13 +195,10 @@ def test_every_contraction_with_a_parameter_goes_through_einsum():
     compute, x = Compute(einsum=spy), jnp.ones((1, 2, 8))
     mixer = Attention(heads=2, kv_heads=1, head_dim=4, position=Rope())
     ids = jnp.ones((1, 2), jnp.int32)
-    for spec, args in (
-        (mixer, (Flow(mixer.table(ids), Mask(ids, ids), None, jnp.int32(0), {}),)),
-        (GatedMLP(hidden=6), ()),
-        (MLP(hidden=6), ()),
-    ):
-        module = Layer(spec=spec, compute=compute, initial=Initial())
+    flow = Flow(mixer.table(ids), Mask.of_rows(ids), None, jnp.int32(0), {}, {})
+    for spec in (mixer, GatedMLP(hidden=6), MLP(hidden=6)):
+        module = Layer(spec=spec, compute=compute, initial=Normal())
         used.clear()
-        params = module.init(jax.random.key(0), x, *args)["params"]
+        params = module.init(jax.random.key(0), x, flow)["params"]
         shapes = sorted(p.value.shape for p in jax.tree.leaves(params, is_leaf=lambda p: hasattr(p, "value")))
         assert sorted(shape for _, shape in used) == shapes

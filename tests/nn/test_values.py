@@ -1,15 +1,17 @@
 """Numbers that no part can have are refused where they are given, by name."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from models.tiny import tiny_llama
 
 from slmjax.errors import UserError
 from slmjax.models.families.bert import bert
 from slmjax.nn.attention import Attention
 from slmjax.nn.bottleneck import Bottleneck
 from slmjax.nn.embedding import Logits
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import MLP, GatedMLP
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import NoPosition, Rope
@@ -42,7 +44,7 @@ WRONG = {
         mixer=Attention(**ATTENTION), mlp=MLP(hidden=8), norm=LayerNorm(), inner=8, feeds=0
     ),
     "softcap: -30 is not": lambda: Logits(softcap=-30),
-    "initial.std: -0.02 is not": lambda: Initial(std=-0.02),
+    "initial.std: -0.02 is not": lambda: replace(tiny_llama(), initial=Normal(std=-0.02)),
     "model.types: -1 is negative": lambda: bert(layers=1, width=8, heads=1, hidden=8, vocab=8, context=8, types=-1),
 }
 

@@ -202,12 +202,12 @@ def test_the_number_of_micro_batches_changes_nothing_of_what_is_hidden():
 def test_evaluation_asks_for_hidden_tokens():
     """The same twice, and equal to the loss of the same questions computed at once."""
     model, params = BERT.build(Compute(dtype="float32")), perturbed(BERT)
-    ask = lambda batch, key: BERT.asked(batch, key, SPECIAL)  # noqa: E731
+    ask = lambda batch, key: BERT.evaluation_batch(batch, key, SPECIAL)  # noqa: E731
     first, again = (evaluate(model, params, [packed(), packed(seed=1)], ask=ask) for _ in range(2))
     assert first == again
     nats = weight = 0.0
     for i in range(2):
-        new = BERT.asked(packed(seed=i), jax.random.fold_in(jax.random.key(0), i), SPECIAL)
+        new = BERT.evaluation_batch(packed(seed=i), jax.random.fold_in(jax.random.key(0), i), SPECIAL)
         metrics = _given(model, new)(params)[1]
         nats += float(metrics["loss"] * metrics["weight"])
         weight += float(metrics["weight"])
@@ -234,8 +234,8 @@ def test_flops_of_mobilebert_count_both_halves_of_the_table_of_words():
     assert found.total - found.nonembedding == 6 * tables
 
 
-def test_an_experiment_asks_a_model_for_what_it_tells():
-    """An encoder would read the next word off its input, and a classifier has no words."""
+def test_an_objective_is_refused_by_a_model_that_does_not_fit_it():
+    """An encoder would read the next token off its input, and a classifier predicts no tokens."""
     parts = {
         "name": "x",
         "steps": 1,
@@ -246,10 +246,10 @@ def test_an_experiment_asks_a_model_for_what_it_tells():
     with pytest.raises(UserError, match="objective is NextToken, but an encoder sees the next token"):
         Experiment(model=BERT, **parts)
     labels = replace(BERT, head=Classifier())
-    with pytest.raises(UserError, match=r"objective is MaskedLM, but model\.head tells no words"):
+    with pytest.raises(UserError, match=r"objective is MaskedLM, but model\.head predicts no tokens"):
         Experiment(model=labels, objective=MaskedLM(), **parts)
-    with pytest.raises(UserError, match="head, Classifier, tells no words: there is no loss to evaluate"):
-        labels.asked(packed(), jax.random.key(0), SPECIAL)
+    with pytest.raises(UserError, match="head, Classifier, predicts no tokens: there is no loss to evaluate"):
+        labels.evaluation_batch(packed(), jax.random.key(0), SPECIAL)
 
 
 def test_a_classifier_is_trained_by_the_weight_of_first_tokens():

@@ -13,7 +13,7 @@ from slmjax import __version__
 from slmjax.convert import gate, memory, table
 from slmjax.convert.card import Facts
 from slmjax.convert.export import probe_tokens
-from slmjax.convert.expressed import expressed
+from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import Rejected, remove_abandoned
 from slmjax.convert.gguf import gate as gguf_gate
 from slmjax.convert.gguf.file import GGUF
@@ -21,6 +21,7 @@ from slmjax.convert.gguf.load import read_params, write_gguf, written_as
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
+from slmjax.nn.numerics import Numerics
 from slmjax.types import Params
 
 
@@ -40,6 +41,7 @@ def export_gguf(
     *,
     tokenizer: Tokenizer,
     dtype: str = "float32",
+    numerics: Numerics = NUMERICS,
     facts: Facts | None = None,
     overwrite: bool = False,
     reference_python: str | None = None,
@@ -51,6 +53,7 @@ def export_gguf(
         params: float32 parameters as evaluation uses them.
         dtype: of the matrices: "float32", "float16", "bfloat16" or "q8_0" (8 bits, a scale for each 32). Vectors and
             norms stay float32.
+        numerics: what the model computes; stock runtimes know the default alone.
         facts: name and licence go into the file.
         overwrite: replace a GGUF file.
         reference_python: a Python with xllamacpp; see `gate.find_python`.
@@ -66,7 +69,7 @@ def export_gguf(
     about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}
     if facts is not None and facts.licence:
         about["general.license"] = facts.licence
-    folded = expressed(decoder).folded
+    folded = expressed(decoder, numerics).folded
     first = []
     if folded.scalars:
         weights = folded.apply(params)

@@ -64,7 +64,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "n_layer": decoder.layers,
         "n_head": first.mixer.heads,
         "layer_norm_epsilon": first.norm.eps,
-        "initializer_range": decoder.initial.std,
+        "initializer_range": decoder.initial.stated,
         "tie_word_embeddings": decoder.tied,
         "apply_residual_connection_post_layernorm": False,
         "hidden_dropout": 0.0,

@@ -126,7 +126,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "conv_L_cache": conv.taps,
         "conv_bias": conv.bias,
         "max_position_embeddings": decoder.context,
-        "initializer_range": decoder.initial.std,
+        "initializer_range": decoder.initial.stated,
         "norm_eps": getattr(norm, "eps", 0.0),
         "tie_word_embeddings": decoder.tied,
         **both_versions(attention.position),

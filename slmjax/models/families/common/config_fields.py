@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
-from slmjax.nn.layer import Initial
+from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import MLP, GatedMLP, gelu, gelu_tanh, relu, silu
 
 AnyModel = TypeVar("AnyModel", bound=Assembly)
@@ -188,7 +188,7 @@ class Names:
             self.hidden: mlp.hidden,
             self.activation: activation_name(mlp.activation),
             self.context: model.context,
-            self.std: model.initial.std,
+            self.std: model.initial.stated,
         }
 
     def read(
@@ -217,7 +217,7 @@ def finished(fields: Fields, model: AnyModel, std: str = Names.std) -> AnyModel:
     Raises:
         UserError: a field is left that may change what the model computes.
     """
-    initial = Initial(std=fields.take(std, NUMBER, 0.02))
+    initial = Normal(std=fields.take(std, NUMBER, 0.02))
     fields.close()
     return replace(model, initial=initial)
 

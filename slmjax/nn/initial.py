@@ -1,0 +1,80 @@
+"""Initial values of matrices and tables. Gains start at 1, biases at 0."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.nn import initializers
+
+from slmjax.errors import UserError
+
+
+class Role(NamedTuple):
+    """What is known of a matrix or table whose initial values are drawn; without the axis of layers."""
+
+    path: str
+    """Its path in the tree of parameters: `layers/attn/q`, `layers/0/mlp/up`, `embed/table`"""
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    """The name of each dimension (axes.py)"""
+    fan_in: int | None
+    """How many inputs each of its outputs sums; None for rows that are looked up, and taps of convolutions"""
+    residual: bool
+    """Whether its product is added to the residual stream"""
+    branches: int
+    """How many such products the residual stream sums: 2L in a decoder of L layers; 1 where a norm follows each of
+    them, as in BERT"""
+
+    def size(self, axis: str) -> int | None:
+        """The size of a dimension by its name; None if there is no such one."""
+        return self.shape[self.axes.index(axis)] if axis in self.axes else None
+
+
+class Initial(abc.ABC):
+    """How initial values are drawn. A subclass is a frozen dataclass, all of whose numbers may be traced arrays."""
+
+    @abc.abstractmethod
+    def __call__(self, role: Role) -> tuple[Any, str]:
+        """The initializer, (key, shape, dtype) -> array, of a matrix or table, and its distribution in words."""
+
+    def check(self) -> None:  # noqa: B027  # most have nothing to check
+        """Called where a model is made of it.
+
+        Raises:
+            UserError: a number that means nothing.
+        """
+
+    @property
+    def stated(self) -> float:
+        """The one standard deviation that a config.json of transformers has room for."""
+        return 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normal(Initial):
+    """Normal values of one standard deviation, but for the matrices of a decoder that write to the residual stream:
+    the stream sums 2L products, so theirs is divided by sqrt(2L). Radford et al. 2019 (GPT-2), section 2.3.
+    """
+
+    std: Any = 0.02
+    """Standard deviation of every matrix and table"""
+    residual: Any = 1.0
+    """One more factor on `std` for matrices that write to the residual stream"""
+
+    def __call__(self, role: Role) -> tuple[Any, str]:
+        std = self.std * (self.residual / math.sqrt(role.branches) if role.residual else 1.0)
+        return initializers.normal(std), f"normal({std:.4g})" if isinstance(std, int | float) else "normal"
+
+    def check(self) -> None:
+        for name in ("std", "residual"):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array) and not 0 <= value < math.inf:
+                raise UserError(f"initial.{name}: {value} is not a number of at least 0")
+
+    @property
+    def stated(self) -> float:
+        return self.std

@@ -1,0 +1,92 @@
+"""What a model computes where it could compute less exactly: products with parameters, and the key-value cache.
+
+`Compute` says how the same function is computed; `Numerics` says which function. It belongs to the experiment: it is in
+the fingerprint and in checkpoints, and evaluation and generation compute with the same.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """How activations meet a parameter: exactly, as it is. A subclass may round either of them first, chosen by path.
+
+    Example: activations in 8 bits inside the layers alone:
+
+        def __call__(self, path, equation, x, weight, einsum):
+            return einsum(equation, rounded(x) if tree.matches(path, ("layers*/*",)) else x, weight)
+    """
+
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
+        """`einsum(equation, x, weight)`; all three arrays have the compute dtype.
+
+        Args:
+            path: of the parameter in the tree of parameters, in which layers are stacked: `layers/attn/q`,
+                `layers/0/mlp/up`, `head/transform`; of the logits, that of the table they are read from
+                (`embed/table` if it is tied, else `unembed/table`).
+            einsum: the kernel, `Compute.einsum`.
+        """
+        return einsum(equation, x, weight)
+
+
+class Cache(abc.ABC):
+    """How generation remembers keys (or values) of G heads with K channels.
+
+    What a layer stores is any tree of arrays whose third dimension is that of the S slots. `stack` is that tree with
+    the layers of a stage stacked in front.
+    """
+
+    @abc.abstractmethod
+    def init(self, batch: int, heads: int, length: int, width: int, dtype: str) -> Any:
+        """Room for `length` tokens in one layer, still empty: arrays [B, G, S, ...]."""
+
+    @abc.abstractmethod
+    def write(self, stack: Any, new: jax.Array, depth: jax.Array, start: jax.Array) -> Any:
+        """`stack` with `new` [B, T, G, K] in layer `depth` from slot `start` on."""
+
+    @abc.abstractmethod
+    def read(self, stack: Any, depth: jax.Array, dtype: Any) -> jax.Array:
+        """[B, S, G, K] of layer `depth`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainCache(Cache):
+    """In the compute dtype, [B, G, S, K]: as the products of attention read it, which would else reorder all of it for
+    each token."""
+
+    def init(self, batch: int, heads: int, length: int, width: int, dtype: str) -> jax.Array:
+        return jnp.zeros((batch, heads, length, width), dtype)
+
+    def write(self, stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:
+        return put(stack, new.swapaxes(1, 2), depth, start)
+
+    def read(self, stack: jax.Array, depth: jax.Array, dtype: Any) -> jax.Array:
+        return take(stack, depth).swapaxes(1, 2).astype(dtype)
+
+
+def put(stack: jax.Array, new: jax.Array, depth: jax.Array, start: jax.Array) -> jax.Array:
+    """stack [L, B, G, S, X] with new [B, G, T, X] at layer `depth` from slot `start` on."""
+    return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (depth, 0, 0, start, 0))
+
+
+def take(stack: jax.Array, depth: jax.Array) -> jax.Array:
+    """stack [L, B, G, S, X] -> [B, G, S, X] of layer `depth`."""
+    return jax.lax.dynamic_index_in_dim(stack, depth, keepdims=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """What is computed. The default is the model as it is written, up to the rounding of `Compute.dtype`."""
+
+    product: Product = field(default_factory=Product)
+    """How activations meet parameters"""
+    cache: Cache = field(default_factory=PlainCache)
+    """How generation remembers keys and values"""
