@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
+from slmjax.data.extra import Extra, added
 from slmjax.data.recipe import describe
 from slmjax.data.rows import Rows, assemble
 from slmjax.data.spec import Opened, PackedText, Part, Store
@@ -36,9 +37,11 @@ class _Sequences:
     seed: int
     length: int
     weighting: Weighting
+    extra: Extra
 
     def __call__(self, numbers: range) -> Batch:
-        return assemble([self.locate(n) for n in numbers], self.length, weighting=self.weighting)
+        batch = assemble([self.locate(n) for n in numbers], self.length, weighting=self.weighting)
+        return added(batch, self.extra)
 
     def locate(self, n: int) -> tuple[Rows, int]:
         """Global sequence n -> its part, and its row there."""
@@ -76,7 +79,7 @@ class Loader(Stream):
         self._parts = tuple(Rows(s, "train", data.packing, data.length, cache_folder(cache)) for s in stores)
         self._shares = mixture.shares([p.weight for p in data.train])
         super().__init__(
-            _Sequences(self._parts, self._shares, data.seed, data.length, data.weighting),
+            _Sequences(self._parts, self._shares, data.seed, data.length, data.weighting, data.extra),
             batch=data.batch,
             epoch=sum(part.count for part in self._parts),
             identity={
@@ -159,7 +162,7 @@ def validation_batches(
         if k < parts[part].count:
             order.append((parts[part], shuffled(k, parts[part].count, (0, part, 0))))
     for rows in host_rows(order, size, host=host, hosts=hosts):
-        yield assemble(rows, data.length, size // hosts, weighting=data.weighting)
+        yield added(assemble(rows, data.length, size // hosts, weighting=data.weighting), data.extra)
 
 
 @dataclass(frozen=True)

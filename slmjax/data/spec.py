@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from slmjax.data.extra import Extra, NoExtra, added
 from slmjax.data.packing import BestFit, Packing
 from slmjax.data.recipe import Recipe
 from slmjax.data.rows import empty_batch
@@ -184,6 +185,8 @@ class PackedText(Data):
     packing: Packing = field(default_factory=BestFit)
     weighting: Weighting = field(default_factory=EveryToken)
     """Which tokens count in the loss: every one, or those after a marker"""
+    extra: Extra = field(default_factory=NoExtra)
+    """Arrays that each batch holds besides, such as targets of a teacher"""
     seed: int = 0
     """Of the order of the sequences, which is another one in each epoch"""
 
@@ -217,7 +220,10 @@ class PackedText(Data):
         described = to_json(self)
         for part in (*described["train"], *described["validation"]):
             del part["source"]
-        return described
+        return {**described, "extra": self.extra.identity()}
+
+    def empty(self, rows: int) -> Batch:
+        return added(super().empty(rows), self.extra)
 
 
 def check_seed(seed: int) -> None:

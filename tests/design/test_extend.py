@@ -83,12 +83,13 @@ def test_int4_weights_take_at_most_sixteen_values_an_output_channel(int4):
             np.testing.assert_array_equal(effective[path], w)
             continue
         assert scales[path].ndim == w.ndim
-        codes = np.asarray(effective[path] / scales[path])
+        scale = np.expand_dims(np.exp(scales[path]), matrix(axes[path]).rows)
+        codes = np.asarray(effective[path] / scale)
         np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
         assert codes.min() >= -8.001
         assert codes.max() <= 7.001
         inside = np.abs(codes) < 7
-        assert np.all((np.abs(effective[path] - w) <= 0.5001 * np.broadcast_to(scales[path], w.shape))[inside])
+        assert np.all((np.abs(effective[path] - w) <= 0.5001 * np.broadcast_to(scale, w.shape))[inside])
 
 
 def test_the_scales_are_learned_without_weight_decay_and_evaluated(int4):

@@ -27,8 +27,7 @@ from slmjax.models.families.bert import bert
 from slmjax.models.families.llama import llama
 from slmjax.nn.compute import Compute
 from slmjax.objectives import MaskedLM, NextToken
-from slmjax.train import micro
-from slmjax.train.sharding import Mesh, put
+from slmjax.train import micro, sharding
 from slmjax.tree import flatten, map_with_path
 from slmjax.types import Batch, Objective, Params, Special
 
@@ -306,7 +305,7 @@ jax.distributed.shutdown()
 
 def one_of_two(rank: int, folder: Path) -> None:
     """In a process of its own: half of the rows of every case; process 0 writes what came out."""
-    mesh = Mesh(data=2).build()
+    mesh = sharding.Mesh(data=2).build()
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for i, entry in enumerate(ENTRIES):
         case = entry.make()
@@ -314,7 +313,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         here = case.batch(rows[rank * len(rows) // 2 : (rank + 1) * len(rows) // 2], max(LENGTHS))
         params = jax.device_put(case.params, everywhere)
         f = jax.jit(gradient(case), out_shardings=everywhere, compiler_options=QUICK)
-        found = named(f(params, put(here, mesh), jax.random.key(0)))
+        found = named(f(params, sharding.Layout().put(here, mesh), jax.random.key(0)))
         if rank == 0:
             np.savez(folder / f"{i}.npz", **found)
 
