@@ -44,10 +44,7 @@ class Int4Weights(View):
 
         def effective(params, own):
             logs = {path: jnp.expand_dims(x, summed[path]) for path, x in tree.flatten(own).items()}
-            quantized = {
-                path: fake_quant(w, jnp.exp(logs[path])) for path, w in tree.flatten(params).items() if path in logs
-            }
-            return tree.map_with_path(lambda path, w: quantized.get(path, w), params)
+            return tree.map_with_path(lambda path, w: fake_quant(w, jnp.exp(logs[path])) if path in logs else w, params)
 
         groups = dict.fromkeys(chosen, Group(rate=self.rate, weight_decay=0.0))
         return stateless(effective, own=scales, axes=tree.unflatten(kept), groups=groups)

@@ -16,6 +16,7 @@ from running import ROOT, slmjax
 from slmjax import tree
 from slmjax.config import Runtime
 from slmjax.experiment_file import load_experiment, load_module
+from slmjax.optim.matrices import matrix
 from slmjax.runs.build import build
 from slmjax.track.jsonl import read
 from slmjax.train import stored
@@ -76,13 +77,13 @@ def test_int4_weights_take_at_most_sixteen_values_an_output_channel(int4):
     experiment, _ = load_experiment(str(int4 / "config.json"))
     params, own = stored.parts(jax.tree.map(jnp.asarray, restore_params(int4 / "checkpoints")))
     effective = tree.flatten(view.build(experiment.model.axes()).evaluate(params, own, ()))
+    axes = tree.flatten(experiment.model.axes(), is_leaf=tree.is_axes)
     scales = tree.flatten(own)
     assert {path.split("/")[-1] for path in scales} == {"q", "k", "v", "o", "gate", "up", "down"}
     for path, w in tree.flatten(params).items():
         if path not in scales:
             np.testing.assert_array_equal(effective[path], w)
             continue
-        assert scales[path].ndim == w.ndim
         scale = np.expand_dims(np.exp(scales[path]), matrix(axes[path]).rows)
         codes = np.asarray(effective[path] / scale)
         np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
