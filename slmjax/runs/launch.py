@@ -23,8 +23,10 @@ from slmjax.models.assembly import Assembly
 from slmjax.models.flops import flops_per_token, parameter_count
 from slmjax.nn.compute import Compute, for_backend
 from slmjax.runs import folder as runs
+from slmjax.runs.estimate_time import about_time
 from slmjax.runs.loading import generative
-from slmjax.runs.peak import peak_flops, probe_bf16
+from slmjax.runs.peak import peak_flops
+from slmjax.runs.same_compute import settle
 from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import open_trackers
@@ -145,19 +147,21 @@ def _run(
     if first:
         _copy_tokenizer(stores[0], folder)
 
-    built = build(replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)), runtime)
+    compute, why = settle(runtime, folder)
+    built = build(
+        replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)),
+        replace(runtime, compute=compute, dtype="auto"),
+    )
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     loader = Loader(
         experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
     )
     peak, peak_source = peak_flops(built.compute.dtype)
-    slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, stores, peak, peak_source))
-    if slow:
-        say(f"warning: {slow}")
+    say(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
         built.program,
         data=loader,
