@@ -28,10 +28,10 @@ import numpy as np  # noqa: E402
 from workload import PEAK_LR, WORKLOADS, tokens  # noqa: E402
 
 from slmjax.models.families.llama import llama  # noqa: E402
-from slmjax.nn.compute import for_backend  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402
 from slmjax.optim.schedules import Constant  # noqa: E402
+from slmjax.runs.probe import compute_here  # noqa: E402
 from slmjax.train import loop  # noqa: E402
 from slmjax.train.checkpoint import Checkpoints  # noqa: E402
 from slmjax.train.guard import Skip  # noqa: E402
@@ -88,7 +88,7 @@ def built() -> tuple[Program, list[Batch]]:
         layers=b.layers, width=b.width, heads=b.heads, kv_heads=b.heads, hidden=b.hidden, vocab=b.vocab,
         context=b.length, tied=True,
     )  # fmt: skip
-    compute = for_backend(jax.default_backend())
+    compute = compute_here()
     model = decoder.build(compute)
     schedule = Constant(peak_lr=PEAK_LR).build(1000)
     run = program(

@@ -17,7 +17,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is timed
 import slmjax_step as ours
 import workload as w
 
-from slmjax.nn.compute import for_backend
+from slmjax.runs.probe import compute_here
 
 SIZES = {
     "layers": (2, 4, 8, 16),
@@ -29,7 +29,7 @@ SIZES = {
 
 def measure(work: w.Workload, steps: int) -> tuple[float, float]:
     """(seconds to compile, seconds a step at best)."""
-    run = ours.built(work, for_backend("cpu"))
+    run = ours.built(work, compute_here())
     state, data = run.init(), w.tokens(work, 1)[0]
     batch = run.put(ours.batch_of(data))
     start = time.perf_counter()

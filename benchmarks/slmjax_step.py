@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 
 import workload as w
 
@@ -17,15 +18,14 @@ from slmjax import platform
 platform.tune_malloc()
 platform.configure()
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from slmjax.convert.hf import write_hf  # noqa: E402
 from slmjax.models.families.llama import llama  # noqa: E402
-from slmjax.nn.compute import for_backend  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402
 from slmjax.optim.schedules import Constant  # noqa: E402
+from slmjax.runs.probe import compute_here  # noqa: E402
 from slmjax.train.sharding import Mesh  # noqa: E402
 from slmjax.train.step import Program, program  # noqa: E402
 from slmjax.types import Batch  # noqa: E402
@@ -40,7 +40,7 @@ def decoder(work: w.Workload):
 
 def built(work: w.Workload, compute=None) -> Program:
     """The workload's training step, as `compute` says (default: what slmjax chooses here)."""
-    compute = compute or for_backend(jax.default_backend())
+    compute = compute or compute_here()
     model = decoder(work).build(compute)
     schedule = Constant(peak_lr=w.PEAK_LR).build(10**6)
     optimizer = AdamW(weight_decay=w.WEIGHT_DECAY, b1=w.BETAS[0], b2=w.BETAS[1], eps=w.EPS, clip_norm=w.CLIP_NORM)
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="distinct batches")
     args = parser.parse_args()
     work = w.WORKLOADS[args.workload]
-    run = built(work)
+    compute = compute_here()
+    print(f"slmjax computes in {compute.dtype}", file=sys.stderr)
+    run = built(work, compute)
     state = run.init()
     if args.init:
         args.init.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,9 @@ def experiment() -> Experiment:
     return Experiment(
         name="quickstart",
         model=llama(layers=4, width=256, heads=4, kv_heads=2, hidden=704, vocab=4096, context=256, tied=True),
-        data=PackedText(train=(Part(source=str(CORPUS)),), length=256, batch=16),
+        data=PackedText(train=(Part(source=str(CORPUS)),), length=256, batch=8),
         optimizer=AdamW(weight_decay=0.1),
         schedule=WSD(peak_lr=2e-3, warmup_steps=30, decay_fraction=0.3),
-        steps=500,
+        steps=350,
         evaluation=Evaluation(every=100, batches=8),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from slmjax.errors import UserError
@@ -27,18 +28,25 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from slmjax.runs.build import compute_of
     from slmjax.runs.estimate_memory import estimate, one_change
     from slmjax.runs.estimate_time import calibrate, watts
+    from slmjax.runs.probe import verdict
+    from slmjax.runs.same_compute import choice_of
     from slmjax.track.progress import si
 
-    compute, layout = compute_of(runtime), runtime.layout
+    measured = verdict()
+    choice = choice_of(runtime, Path(runtime.workdir or f"runs/{experiment.name}"))
+    compute, layout = choice.compute, runtime.layout
     mesh = dict(runtime.mesh.build().shape)
     limit, said = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
     memory = estimate(experiment, compute, mesh, layout)
     speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(_table(experiment, compute, mesh, memory, limit, said, speed, watts()))
+    table = _table(experiment, compute, mesh, memory, limit, said, speed, watts())
+    for name, value in zip(("processor", "  measured"), measured.lines() if measured else (), strict=False):
+        table.add_row(name, value)
+    table.add_row("computed in", f"{compute.dtype}, {choice.said}")
+    console.print(table)
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
         print(f"next:\n  slmjax train {shlex.join(rest)}")

@@ -79,11 +79,9 @@ def compute_of(dtype: str | None) -> Any:
     """How to compute on this platform, in another precision if one is given."""
     from dataclasses import replace
 
-    import jax
+    from slmjax.runs.probe import compute_here
 
-    from slmjax.nn.compute import for_backend
-
-    compute = for_backend(jax.default_backend())
+    compute = compute_here()
     return compute if dtype is None else replace(compute, dtype=dtype)
 
 

@@ -19,6 +19,7 @@ from slmjax.errors import UserError
 from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.attention_kernels import cudnn_attention, reference_attention
 from slmjax.nn.einsum_cpu import cpu_einsum
+from slmjax.nn.processor import processor
 from slmjax.platform import jaxlib_version
 
 
@@ -83,22 +84,23 @@ class Compute:
         return None if self.micro_size is None else math.ceil(self.micro_size / width)
 
 
-def cpu_dtype(jaxlib: tuple[int, ...]) -> str:
-    """Of a CPU, by (major, minor) of jaxlib. Before 0.12 a bfloat16 product is converted on the way, and training runs
-    at 0.56 times the speed of float32 (docs/performance.md)."""
-    return "bfloat16" if jaxlib >= (0, 12) else "float32"
+def cpu_dtype(bfloat16: bool, jaxlib: tuple[int, ...]) -> str:
+    """Of a CPU on which nothing has been measured: bfloat16 if the processor multiplies it (`Processor.bfloat16`) and
+    jaxlib, by (major, minor), lets it: before 0.12 such a product is converted on the way."""
+    return "bfloat16" if bfloat16 and jaxlib >= (0, 12) else "float32"
+
+
+def for_cpu(dtype: str, *, einsum: Callable = cpu_einsum, attention: Callable = cpu_attention) -> Compute:
+    """On a CPU, in this precision and with these forms; runs/probe.py measures which are the fastest."""
+    return Compute(dtype=dtype, attention=attention, einsum=einsum, unroll=8, micro_size=2**18)
 
 
 def for_backend(backend: str) -> Compute:
-    """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`)."""
+    """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`), from what the processor has; nothing is
+    measured."""
+    if backend == "cpu":
+        return for_cpu(cpu_dtype(processor().bfloat16, jaxlib_version()))
     return {
-        "cpu": Compute(
-            dtype=cpu_dtype(jaxlib_version()),
-            attention=cpu_attention,
-            einsum=cpu_einsum,
-            unroll=8,
-            micro_size=2**18,
-        ),
         "gpu": Compute(dtype="bfloat16", attention=cudnn_attention),
         "tpu": Compute(dtype="bfloat16"),
     }.get(backend, Compute())

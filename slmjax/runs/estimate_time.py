@@ -11,11 +11,16 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.axes import STACKED
+from slmjax.config import Experiment
 from slmjax.models.assembly import Assembly
+from slmjax.nn.compute import Compute
+from slmjax.track.progress import duration
 
 EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
 """What a whole step reaches of the speed that its matrix products reach alone: attention, norms, the loss and the
 optimizer take the rest. Of the order measured for the experiments of this repository; yours may differ by a third"""
+WORTH_TELLING = 3e12
+"""FLOPs of a run from which its time is estimated before it begins: half a minute on a laptop"""
 MOST_TOKENS = 2048
 """Tokens in a calibration product: enough to be as fast as more"""
 WATTS = {"h200": 700.0, "h100": 700.0, "a100": 400.0, "l40s": 350.0, "l4": 72.0, "v100": 300.0, "tpu": 200.0}
@@ -72,6 +77,15 @@ def calibrate(decoder: Assembly, dtype: str, tokens: int, seconds: float = 2.0) 
     backend = jax.default_backend()
     devices = 1 if backend == "cpu" else jax.device_count()  # simulated devices share the cores
     return Speed(flops=once / best * devices, efficiency=EFFICIENCY.get(backend, 0.5))
+
+
+def about_time(experiment: Experiment, compute: Compute, flops_per_token: float) -> str:
+    """`; about 3 min to train` from a third of a second of products, or nothing for a run of seconds."""
+    tokens = experiment.steps * experiment.data.batch * experiment.data.length
+    if tokens * flops_per_token < WORTH_TELLING:
+        return ""
+    speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length, seconds=0.3)
+    return f"; about {duration(tokens / speed.tokens_per_second(flops_per_token))} to train, evaluation left out"
 
 
 def watts() -> tuple[float, str]:

@@ -22,8 +22,10 @@ from slmjax.models.flops import flops_per_token, parameter_count
 from slmjax.runs import beginning
 from slmjax.runs import folder as runs
 from slmjax.runs.build import Built, build
+from slmjax.runs.estimate_time import about_time
 from slmjax.runs.loading import generative
-from slmjax.runs.peak import peak_flops, probe_bf16
+from slmjax.runs.peak import peak_flops
+from slmjax.runs.same_compute import settle
 from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import open_trackers
@@ -110,17 +112,19 @@ def _run(
     if first:
         _copy_tokenizer(opened.tokenizer_path, folder)
 
-    built = build(replace(experiment, objective=experiment.objective.bound(opened.tokenizer().roles)), runtime)
+    compute, why = settle(runtime, folder)
+    built = build(
+        replace(experiment, objective=experiment.objective.bound(opened.tokenizer().roles)),
+        replace(runtime, compute=compute, dtype="auto"),
+    )
     beginning.check(experiment, built, start)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     peak, peak_source = peak_flops(built.compute.dtype)
-    slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     say(_summary(experiment, built, opened, peak, peak_source))
-    if slow:
-        say(f"warning: {slow}")
+    say(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
         built.program._replace(init=beginning.starting(experiment, built, start)),
         data=opened.training(host=jax.process_index(), hosts=jax.process_count()),

@@ -19,6 +19,10 @@ PUBLISHED = {  # device kind (lower case, contained) -> dense bf16 FLOP/s of one
 }
 
 
+SHAPES = ((1024, 1024, 1024), (1024, 256, 1024), (1024, 704, 256))
+"""(rows, inner, columns) of the products whose speed is measured"""
+
+
 def peak_flops(dtype: str, seconds: float = 0.3) -> tuple[float, str]:
     """FLOP/s of all devices together, and where the figure is from: `published` or `measured`."""
     import jax
@@ -30,47 +34,26 @@ def peak_flops(dtype: str, seconds: float = 0.3) -> tuple[float, str]:
     return measured_flops(dtype, seconds), "measured"
 
 
-def measured_flops(dtype: str, seconds: float, size: int = 1024) -> float:
-    """FLOP/s of the fastest square matrix product that fits into `seconds`. Simulated devices share the cores."""
-    import jax
-    import jax.numpy as jnp
+def measured_flops(dtype: str, seconds: float) -> float:
+    """FLOP/s of the fastest matrix product that fits into `seconds`. Simulated devices share the cores.
 
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    best, end = float("inf"), time.monotonic() + seconds
-    while time.monotonic() < end:
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def probe_bf16(size: int = 512, repeats: int = 5) -> str | None:
-    """A warning if the gradient of a bfloat16 product is no faster here than in float32, else None.
-
-    Imports jax and compiles two small products: some tenths of a second.
+    Square and of a layer's shapes, and in float32 as well: where a processor has no instructions for bfloat16, XLA
+    converts it to float32, and the step's own products would be faster than a ceiling of bfloat16 products alone.
     """
     import jax
     import jax.numpy as jnp
 
-    from slmjax.nn.einsum_cpu import transpose
-
-    def seconds(dtype) -> float:
-        x, g = jnp.ones((4 * size, size), dtype), jnp.ones((4 * size, size), dtype)
-        dot = jax.jit(lambda x, g: transpose(x) @ g).lower(x, g).compile()
-        dot(x, g).block_until_ready()
-        found = []
-        for _ in range(repeats):
+    product = jax.jit(jnp.matmul)
+    products = []
+    for kind in dict.fromkeys((dtype, "float32")):
+        for rows, inner, columns in SHAPES:
+            a, b = jnp.ones((rows, inner), kind), jnp.ones((inner, columns), kind)
+            product(a, b).block_until_ready()
+            products.append((a, b, 2 * rows * inner * columns))
+    best, end = 0.0, time.monotonic() + seconds
+    while best == 0 or time.monotonic() < end:
+        for a, b, flops in products:
             start = time.perf_counter()
-            dot(x, g).block_until_ready()
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    ratio = seconds(jnp.float32) / seconds(jnp.bfloat16)
-    if ratio > 1.2:
-        return None
-    return (
-        f"bfloat16 weight gradients run at {ratio:.2f}x the speed of float32: no fast path in this CPU or jaxlib; "
-        "try --runtime.dtype float32 (docs/performance.md)"
-    )
+            product(a, b).block_until_ready()
+            best = max(best, flops / (time.perf_counter() - start))
+    return best

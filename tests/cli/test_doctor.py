@@ -13,7 +13,8 @@ from slmjax.errors import UserError
 from slmjax.models.families.gpt2 import gpt2
 from slmjax.models.families.llama import llama
 from slmjax.models.flops import nonembedding_count
-from slmjax.nn.compute import Compute, Remat
+from slmjax.nn.compute import Compute, Remat, for_backend
+from slmjax.nn.processor import processor
 from slmjax.objectives import NextToken
 from slmjax.optim.schedules import Cosine
 from slmjax.runs.estimate_memory import batch_of, estimate, one_change
@@ -116,6 +117,12 @@ def test_verdicts(tiny):
     assert "verdict: fits" in fits.out
     assert "tokens/s" in fits.out
     assert "kWh (estimate" in fits.out
+    assert processor().name in fits.out
+    chosen = for_backend("cpu")
+    assert f"fastest: {chosen.dtype}, cpu_einsum, cpu_attention" in fits.out
+    assert f"{chosen.dtype}, chosen for {processor().name}" in fits.out
+    asked = slmjax("doctor", tiny.file, "--runtime.mesh.data", "8", "--runtime.dtype", "float32")
+    assert "float32, as runtime.dtype says" in asked.out
     mesh = ("--runtime.mesh.data", "1", "--runtime.mesh.fsdp", "8")
     cannot = slmjax("doctor", tiny.file, *mesh, "--memory-gb", "0.00001")
     assert cannot.code == 2

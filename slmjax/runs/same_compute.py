@@ -1,0 +1,87 @@
+"""A run computes in one way: in all of its processes, and from its first step to its last however often it resumes.
+
+What was chosen is written to RUN/compute.json when the run begins. Rounding differs between the choices, so that a run
+that went on with another would not be bit for bit the one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from slmjax.config import Runtime
+from slmjax.errors import UserError
+from slmjax.nn.compute import Compute, for_backend
+from slmjax.runs import probe
+from slmjax.runs.folder import write_json
+from slmjax.serialise import from_json, to_json
+
+FILE = "compute.json"
+MOST_BYTES = 8192
+"""Of a choice as JSON, for the broadcast: several times what one takes"""
+
+
+class Choice(NamedTuple):
+    """How a run computes, and why."""
+
+    compute: Compute
+    said: str
+    """One line for people"""
+
+
+def settle(runtime: Runtime, folder: Path) -> Choice:
+    """How the run in this folder computes, the same in all processes: what the user asks for; else as it began; else
+    the fastest that process 0 finds on its machine. Process 0 writes it to the folder."""
+    first = jax.process_index() == 0
+    choice = choice_of(runtime, folder) if first else Choice(Compute(), "")
+    if runtime.compute is None:  # else every process was given it
+        choice = _from_the_first(choice)
+    if first:
+        write_json(folder / FILE, {"backend": jax.default_backend(), "compute": to_json(choice.compute)})
+    return choice
+
+
+def choice_of(runtime: Runtime, folder: Path) -> Choice:
+    """What process 0 finds for the run in this folder, which need not exist."""
+    dtype = None if runtime.dtype == "auto" else runtime.dtype
+    if runtime.compute is not None:
+        return Choice(replace(runtime.compute, dtype=dtype or runtime.compute.dtype), "as runtime.compute says")
+    begun = recorded(folder / FILE, jax.default_backend())
+    if begun is not None and dtype in (None, begun.dtype):
+        return Choice(begun, f"as the run began ({FILE})")
+    verdict = probe.verdict()
+    if verdict is None:
+        compute = for_backend(jax.default_backend())
+        return Choice(replace(compute, dtype=dtype or compute.dtype), f"the default of {jax.default_backend()}")
+    if dtype is None:
+        return Choice(verdict.compute, f"chosen for {verdict.processor}")
+    slower = "" if dtype == verdict.compute.dtype else f"; {verdict.compute.dtype} is faster on {verdict.processor}"
+    return Choice(probe.choose(verdict.seconds, dtype), f"as runtime.dtype says{slower}")
+
+
+def recorded(file: Path, backend: str) -> Compute | None:
+    """What the run began with; None if it has not begun, ran on a device of another kind, or the file cannot be read
+    by this version."""
+    try:
+        data: Any = json.loads(file.read_text())
+        compute = from_json(data["compute"]) if data["backend"] == backend else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return compute if isinstance(compute, Compute) else None
+
+
+def _from_the_first(choice: Choice) -> Choice:
+    """That of process 0, in all of them."""
+    if jax.process_count() == 1:
+        return choice
+    text = json.dumps([to_json(choice.compute), choice.said]).encode()
+    assert len(text) <= MOST_BYTES, "a Compute of several kilobytes"
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MOST_BYTES), np.uint8))
+    compute, said = json.loads(bytes(np.asarray(sent, np.uint8)))
+    return Choice(from_json(compute), said)
