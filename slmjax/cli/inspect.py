@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from slmjax.models.families import SIZES
-    from slmjax.models.flops import flops_per_token, parameter_count
+    from slmjax.models.flops import active_count, flops_per_token, parameter_count
 
     decoder, length, params, predicted = _model(args)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     console.print(_flops(flops_per_token(decoder, length, predicted), length, predicted))
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
+    if (active := active_count(decoder)) < total:
+        print(f"{active:,} of them compute a token")
     if args.model in SIZES:
         size = SIZES[args.model]
         print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")

@@ -47,7 +47,7 @@ def expressed(decoder: Assembly, numerics: Numerics = NUMERICS) -> Expressed:
         value = getattr(numerics, field.name)
         if value != getattr(NUMERICS, field.name):
             raise UserError(
-                f"numerics.{field.name} is {_short(value)}, which no stock runtime computes, so an export would be "
+                f"numerics.{field.name} is {_short(value)}, which no stock runtime computes: an export would be "
                 "another model; train with the default numerics to export"
             )
     if not isinstance(decoder, Decoder):

@@ -221,4 +221,4 @@ def _scan(layer: Layer, name: str, stage: Stage, collect: bool) -> Layer:
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     pattern = Pattern(blocks=stage.pattern, collect=collect)
-    return scan(spec=pattern, name=name, **layer.handed)
+    return scan(spec=pattern, name=name, **layer.inherited)

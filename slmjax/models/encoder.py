@@ -121,7 +121,7 @@ class Encoder(Assembly):
         return Layer(spec=stack, compute=compute, initial=self.initial, numerics=numerics)
 
     def _head(self, compute: Compute, numerics: Numerics) -> Layer:
-        return Layer(spec=self.head, compute=compute, initial=self.initial, numerics=numerics, above="head")
+        return Layer(spec=self.head, compute=compute, initial=self.initial, numerics=numerics, prefix="head")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ class Layer(nn.Module):
     numerics: Numerics = Numerics()
     branches: int = 1
     """`initial.Role.branches`"""
-    above: str = ""
-    """Path of this layer's own place, where it is the outermost of a part of a model (`head`)"""
+    prefix: str = ""
+    """Path under which its parameters lie in those of the model, where it is applied by itself (`head`)"""
 
     @nn.compact
     def __call__(self, *args):
@@ -47,17 +47,17 @@ class Layer(nn.Module):
 
     def child(self, name: str, spec: Any) -> Layer:
         """A part under `name`; call it with the part's arguments."""
-        return Layer(spec=spec, name=name, **self.handed)
+        return Layer(spec=spec, name=name, **self.inherited)
 
     @property
-    def handed(self) -> dict[str, Any]:
-        """What a part has from the whole."""
-        names = ("compute", "initial", "numerics", "branches", "above")
+    def inherited(self) -> dict[str, Any]:
+        """What a child has from its parent."""
+        names = ("compute", "initial", "numerics", "branches", "prefix")
         return {name: getattr(self, name) for name in names}
 
     def path_of(self, name: str) -> str:
         """The path of a parameter of this layer in the tree of parameters."""
-        return "/".join([*filter(None, [self.above]), *self.path, name])
+        return "/".join([*filter(None, [self.prefix]), *self.path, name])
 
     def linear(
         self, name: str, equation: str, x: jax.Array, shape: tuple[int, ...], axes: Axes,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slmjax.nn.attention import Attention
+from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.attention_kernels import Mask, Scores, cudnn_attention, reference_attention, xla_attention
 from slmjax.nn.compute import Compute, einsum
 from slmjax.nn.initial import Normal
@@ -182,6 +183,24 @@ def test_attention_with_a_cache_starts_at_its_slot(attention):
     assert np.array_equal(mask.dense(Scores(scale=1.0)), seen)
     y = attention(f32(q), f32(k), f32(v), mask, Scores(scale=1.0))
     np.testing.assert_allclose(y, exact_attention(q, k, v, seen, 1.0), atol=2e-6)
+
+
+@pytest.mark.parametrize("attention", [reference_attention, xla_attention, cpu_attention])
+def test_tokens_may_lie_in_any_order_that_their_slots_tell(attention):
+    """As on a device that holds parts of each row: distances are those of the slots."""
+    order = np.random.default_rng(0).permutation(8)
+    q, k, v = (f32(normal(2, 8, 4, 6, seed=i)) for i in range(3))
+    rule = Scores(scale=0.7, window=4, slopes=(0.5, 0.25, 0.125, 0.0625))
+    whole = Mask.of_rows(jnp.asarray(SEGMENTS))
+    segments = jnp.asarray(SEGMENTS[:, order])
+    moved = Mask(segments, segments, jnp.asarray(order), jnp.asarray(order))
+
+    def run(x, mask):
+        y, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, rule), *x)
+        return y, *pull(jnp.cos(y))
+
+    for a, b in zip(run((q, k, v), whole), run([x[:, order] for x in (q, k, v)], moved), strict=True):
+        np.testing.assert_allclose(a[:, order], b, atol=2e-6)
 
 
 def test_every_contraction_with_a_parameter_goes_through_einsum():
