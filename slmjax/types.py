@@ -73,6 +73,16 @@ class Output(NamedTuple):
     blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
 
 
+def first_token(segment_ids: Any) -> Any:
+    """[B, T] -> 0 for each row."""
+    return segment_ids[:, 0] * 0
+
+
+def last_token(segment_ids: Any) -> Any:
+    """[B, T] -> the last position of each row that is not padding; 0 where all is."""
+    return ((segment_ids > 0).sum(axis=1) - 1).clip(0)
+
+
 class Model(NamedTuple):
     """Pure functions over `Params`. Made by `Decoder.build(compute)` or `Encoder.build(compute)`.
 
@@ -94,6 +104,9 @@ class Model(NamedTuple):
     """The longest sequence, in tokens, that the positions of this model can represent"""
     vocab: int
     """V: rows of the embedding table"""
+    read_at: Callable[[Any], Any] = first_token
+    """Segment ids [B, T] of texts, one a row and padded on the right -> int [B]: the token at which a head that
+    describes a whole text is read"""
 
 
 class ParamView(NamedTuple):

@@ -84,8 +84,6 @@ class Assembly(abc.ABC):
     """Longest sequence in tokens"""
     initial: Initial = Initial()  # noqa: RUF009
     """Initial values"""
-    example: ClassVar[str]
-    """What to try with a trained one: a command whose MODEL is written {}"""
     whole_text: ClassVar[bool]
     """Whether its loss is that of a whole text, read from the left, so that bits per byte mean something"""
 
@@ -114,9 +112,24 @@ class Assembly(abc.ABC):
         of its questions. `special`: `data.tokenizer.Special`."""
 
     @property
+    @abc.abstractmethod
+    def example(self) -> str:
+        """What to try with a trained one: a command whose MODEL is written {}"""
+
+    @property
     def tells_words(self) -> bool:
         """Whether its logits are those of the words of its vocabulary."""
         return True
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that it scores a text for; empty if it is no classifier"""
+        return ()
+
+    @property
+    def reads_end(self) -> bool:
+        """Whether EOS stands behind a text that it reads whole."""
+        return False
 
     @property
     def stages(self) -> tuple[Stage, ...]:

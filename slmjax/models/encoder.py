@@ -30,7 +30,6 @@ CANNOT = (
 class Encoder(Assembly):
     """An embedding under a norm, `pattern` repeated `repeats` times and the stages of `tail`, and a head."""
 
-    example: ClassVar[str] = 'embed {} --text "A sentence."'
     whole_text: ClassVar[bool] = False
 
     head: Head
@@ -99,8 +98,20 @@ class Encoder(Assembly):
         return self.head.logit_products(self.vocab, self.width)
 
     @property
+    def example(self) -> str:
+        return "inspect {}" if self.labels else 'embed {} --text "A sentence."'
+
+    @property
     def tells_words(self) -> bool:
         return self.head.words
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.head.names
+
+    @property
+    def reads_end(self) -> bool:
+        return True
 
     def asked(self, batch: Batch, key: Key, special: Special) -> Batch:
         """Masked words, as BERT is trained on.
