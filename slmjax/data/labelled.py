@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -88,7 +89,7 @@ class LabelledText(Data):
         ]
         unread = {"train": (), "validation": (), "length": 2, "batch": 1, "seed": 0, "closed": True}  # of the folder
         key = digest([VERSION, describe(replace(self, **unread | {"train": ("",)})), seen])[:12]
-        folder = root / "labelled" / f"{self.title}-{key}"
+        folder = root / "labelled" / f"{re.sub(r'[^\w.-]+', '_', self.title)}-{key}"
         if not (folder / ABOUT).is_file():
             make(self, train, validation, folder, progress or silent)
         return OpenedLabelled(self, folder)

@@ -93,7 +93,7 @@ def test_it_learns_and_resumes_bit_for_bit(made, tmp_path):
 
 
 def test_eval_says_accuracy_and_generate_refuses(made):
-    _, run, _, texts = made
+    source, run, _, texts = made
     done = slmjax("eval", run, "--json", "--dtype", "float32")
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -108,6 +108,8 @@ def test_eval_says_accuracy_and_generate_refuses(made):
     assert generated.code == 2
     assert "is a classifier (dull, fine)" in generated.err or "is an encoder" in generated.err
     assert generated.err.strip().count("\n") == 0
+    if source.name.startswith("encoder"):
+        return
     gguf = slmjax("export", run, "--format", "gguf", "--out", run / "x.gguf")
     assert gguf.code == 2
     assert "no head for labels" in gguf.err
