@@ -89,7 +89,8 @@ class LabelledText(Data):
         ]
         unread = {"train": (), "validation": (), "length": 2, "batch": 1, "seed": 0, "closed": True}  # of the folder
         key = digest([VERSION, describe(replace(self, **unread | {"train": ("",)})), seen])[:12]
-        folder = root / "labelled" / f"{re.sub(r'[^\w.-]+', '_', self.title)}-{key}"
+        plain = re.sub(r"[^\w.-]+", "_", self.title)
+        folder = root / "labelled" / f"{plain}-{key}"
         if not (folder / ABOUT).is_file():
             make(self, train, validation, folder, progress or silent)
         return OpenedLabelled(self, folder)
