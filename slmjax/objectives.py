@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
+from slmjax.data.labelled import LabelledText
 from slmjax.data.spec import Data
 from slmjax.errors import UserError
 from slmjax.losses.auxiliary import with_auxiliary
+from slmjax.losses.classify import classify
 from slmjax.losses.masked_lm import Masking, masked_lm
 from slmjax.losses.next_token import next_token
 from slmjax.models.assembly import Assembly
@@ -40,6 +43,9 @@ class ObjectiveSpec:
         """The share of tokens whose logits are computed, for counting FLOPs."""
         return 1.0
 
+    unit: ClassVar[str] = "token"
+    """What its loss is the mean over, in words"""
+
     def bound(self, special: Special) -> ObjectiveSpec:
         """The same, once the special tokens of the data's tokenizer are known."""
         return self
@@ -60,6 +66,8 @@ class NextToken(ObjectiveSpec):
     def fits(self, model: Assembly) -> None:
         if not model.causal:
             raise UserError("objective is NextToken, but an encoder sees the next token: set objective=MaskedLM()")
+        if not model.predicts_tokens:
+            raise UserError("objective is NextToken, but model.head predicts no tokens: set objective=Classify()")
 
     def reads(self, model: Assembly, data: Data) -> None:
         if not data.next_tokens:
@@ -93,6 +101,7 @@ class MaskedLM(ObjectiveSpec):
     """Hidden tokens of each row whose logits exist at once; None: chosen by size"""
     special: Special | None = None
     """Ids of the mask and of the tokens never hidden; None: those of the data's tokenizer"""
+    unit: ClassVar[str] = "hidden token"
 
     def __post_init__(self):
         _check(self.z_loss, self.chunk)
@@ -123,6 +132,44 @@ class MaskedLM(ObjectiveSpec):
             return with_auxiliary(*found, output.auxiliary, batch.weights)
 
         return Objective(loss=loss, prepare=prepare)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(ObjectiveSpec):
+    """Cross-entropy of the label of a text, in nats a text, for models with a head for labels; see losses/classify.py.
+
+    Reads `LabelledText`: one text a row, its label in `Batch.extra["labels"]`.
+    """
+
+    unit: ClassVar[str] = "text"
+
+    def fits(self, model: Assembly) -> None:
+        if not model.labels:
+            raise UserError(
+                "objective is Classify, but the model scores no labels: set model.head to Classifier(labels=...) of an "
+                "encoder, or LastTokenScore(labels=...) of a decoder"
+            )
+
+    def reads(self, model: Assembly, data: Data) -> None:
+        if not isinstance(data, LabelledText):
+            raise UserError(
+                f"objective is Classify, but data is {type(data).__name__}, which has no labels; use LabelledText"
+            )
+        if data.closed != model.reads_end:
+            kind = "an encoder reads" if model.reads_end else "a decoder is read at the last token of"
+            raise UserError(f"data.closed is {data.closed}, but {kind} a text; set data.closed={model.reads_end}")
+
+    @property
+    def predicted(self) -> float:
+        """0: the head reads one token of a text, too few to count"""
+        return 0.0
+
+    def build(self, model: Model) -> Objective:
+        def loss(params, frozen, batch, key):
+            hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
+            return classify(model.unembed, params, hidden, batch, model.read_at(batch.segment_ids))
+
+        return Objective(loss=loss)
 
 
 def _check(z_loss: float, chunk: int | None) -> None:

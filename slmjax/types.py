@@ -74,6 +74,16 @@ class Output(NamedTuple):
     auxiliary: Mapping[str, Array] = {}  # each [B, T]: terms of the loss that parts add, by name
 
 
+def first_token(segment_ids: Any) -> Any:
+    """[B, T] -> 0 for each row."""
+    return segment_ids[:, 0] * 0
+
+
+def last_token(segment_ids: Any) -> Any:
+    """[B, T] -> the last position of each row that is not padding; 0 where all is."""
+    return ((segment_ids > 0).sum(axis=1) - 1).clip(0)
+
+
 class Model(NamedTuple):
     """Pure functions over `Params`. Made by `Assembly.build(compute, numerics)`.
 
@@ -95,6 +105,9 @@ class Model(NamedTuple):
     """The longest sequence, in tokens, that the positions of this model can represent"""
     vocab: int
     """V: rows of the embedding table"""
+    read_at: Callable[[Any], Any] = first_token
+    """Segment ids [B, T] of texts, one a row and padded on the right -> int [B]: the token at which a head that
+    describes a whole text is read"""
 
 
 @dataclass(frozen=True, kw_only=True)

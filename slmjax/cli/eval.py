@@ -1,7 +1,8 @@
-"""`slmjax eval MODEL`: loss, perplexity and bits per byte on held-out text."""
+"""`slmjax eval MODEL`: loss, perplexity and bits per byte on held-out text; of a classifier, accuracy."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
@@ -13,7 +14,7 @@ import tyro
 from slmjax.cli.args import parse
 from slmjax.errors import DataError, UserError
 
-HELP = "loss, perplexity and bits per byte of a model, with standard errors"
+HELP = "loss, perplexity and bits per byte of a model, or accuracy of a classifier, with their errors"
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,14 @@ class Args:
     model: Annotated[str, tyro.conf.Positional]
     """A run folder, a checkpoint or a Hugging Face folder"""
     data: str | None = None
-    """A token store, whose validation split is read; default: the validation data of the run"""
+    """A token store, whose validation split is read, or of a classifier a file of labelled texts (.csv, .jsonl,
+    .parquet); default: the validation data of the run"""
     batches: int | None = None
     """Batches to read; default: the whole split"""
+    text: str = "text"
+    """Column of the texts, where a classifier from elsewhere is given a file"""
+    label: str = "label"
+    """Column of the labels there"""
     length: int | None = None
     """Tokens a sequence; default: as in training, or the model's context up to 1024"""
     batch: int = 16
@@ -41,13 +47,15 @@ def main(argv: list[str]) -> int:
         Args,
         argv,
         prog="slmjax eval",
-        description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors.",
+        description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors. "
+        "Of a classifier: accuracy with its 95% interval (Wilson), and loss (nats a text).",
         example="slmjax eval runs/quickstart --batches 50\n"
         "  slmjax eval runs/quickstart/hf --data runs/data/english_classics",
     )
     from rich.console import Console
 
     from slmjax.data.build_progress import show_progress
+    from slmjax.evals.classification import classify
     from slmjax.evals.perplexity import evaluate
     from slmjax.evals.text import token_bytes
     from slmjax.runs.loading import load
@@ -58,19 +66,26 @@ def main(argv: list[str]) -> int:
     opened = _data(args, loaded)
     check_tokenizer(opened, tokenizer, args.model)
     batches = opened.validation(args.batches)
+    model = loaded.decoder.build(compute_of(args.dtype), loaded.numerics)
+    labels = loaded.decoder.labels
     with show_progress() as progress:
-        result = evaluate(
-            loaded.decoder.build(compute_of(args.dtype), loaded.numerics),
-            loaded.params,
-            batches,
-            token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
-            ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
-            progress=lambda done: progress("batches", done, args.batches),
-        )
+        done = functools.partial(_show, progress, args.batches)
+        if labels:
+            result: Any = classify(model, loaded.params, batches, progress=done)
+        else:
+            result = evaluate(
+                model,
+                loaded.params,
+                batches,
+                token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
+                ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
+                progress=done,
+            )
     if args.json:
-        print(json.dumps(_record(result, loaded, opened)))
+        print(json.dumps(_labels_record(result, loaded, opened) if labels else _record(result, loaded, opened)))
         return 0
-    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(_table(result, loaded, opened))
+    table = _labels_table(result, loaded, opened) if labels else _table(result, loaded, opened)
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
     print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
 
@@ -89,22 +104,33 @@ def _data(args: Args, loaded: Any) -> Any:
     """What is held out, ready to be read (`data.spec.Opened`)."""
     from dataclasses import replace
 
+    from slmjax.data.labelled import LabelledText
     from slmjax.data.spec import PackedText, Part
 
     run = loaded.experiment
+    labels = loaded.decoder.labels
     if args.data is None and run is None:
-        raise UserError(f"{args.model} does not say which data to evaluate on; add --data with a token store")
+        kind = "a file of labelled texts" if labels else "a token store"
+        raise UserError(f"{args.model} does not say which data to evaluate on; add --data with {kind}")
     length = args.length or (run.data.length if run else min(loaded.decoder.context, 1024))
     if length > loaded.decoder.context:
         raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
     if args.batch < 1 or (args.batches is not None and args.batches < 1):
         raise UserError(f"--batch is {args.batch} and --batches {args.batches}; both must be at least 1")
     if args.data is None:
-        return replace(run.data, length=length, batch=args.batch).reopen(loaded.config["stores"])
-    if run is None:
-        return PackedText(train=(Part(source=args.data),), length=length, batch=args.batch).open()
-    data = run.data.elsewhere(args.data, loaded.tokenizer_path)
-    return replace(data, length=length, batch=args.batch).open()
+        opened = replace(run.data, length=length, batch=args.batch).reopen(loaded.config["stores"])
+        if labels and not opened.labels:
+            raise UserError(
+                f"{args.model} was trained on data without labels; add --data with a file of labelled texts"
+            )
+        return opened
+    data: Any = PackedText(train=(Part(source=args.data),)) if run is None else run.data
+    if labels and not isinstance(data, LabelledText):
+        data = LabelledText(train=(args.data,), closed=loaded.decoder.reads_end)
+    if labels and run is None:
+        data = replace(data, text=args.text, label=args.label)
+    found = data.elsewhere(args.data, loaded.tokenizer_path, labels)
+    return replace(found, length=length, batch=args.batch).open()
 
 
 def check_tokenizer(opened: Any, tokenizer: Any, model: str) -> None:
@@ -134,6 +160,39 @@ def _record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
         if estimate is not None:
             out |= {name: estimate.value, f"{name}_se": None if estimate.se != estimate.se else estimate.se}
     return out | {"tokens": result.tokens, "bytes": result.bytes, "sequences": result.sequences}
+
+
+def _show(progress: Any, batches: int | None, done: int) -> None:
+    progress("batches", done, batches)
+
+
+def _labels_record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
+    accuracy, loss = result.accuracy, result.loss
+    return {
+        "model": str(loaded.source),
+        "step": loaded.step,
+        "data": _held_out(opened),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "loss": loss.value,
+        "loss_se": None if loss.se != loss.se else loss.se,
+        "texts": result.texts,
+    }
+
+
+def _labels_table(result: Any, loaded: Any, opened: Any) -> Any:
+    from rich.table import Table
+
+    step = "" if loaded.step is None else f" after step {loaded.step}"
+    table = Table(title=f"{loaded.source}{step} on {opened.name} (validation)", title_justify="left")
+    for column in ("", "value", "error"):
+        table.add_column(column, justify="right" if column else "left")
+    accuracy = result.accuracy
+    table.add_row("accuracy", f"{accuracy.value:.4f}", f"{accuracy.low:.4f} to {accuracy.high:.4f} (95%, Wilson)")
+    table.add_row("loss (nats a text)", f"{result.loss.value:.4f}", f"{result.loss.se:.4f} (standard error)")
+    table.caption = f"{result.texts:,} texts; labels: {', '.join(opened.labels)}"
+    return table
 
 
 def _held_out(opened: Any) -> list[str]:

@@ -65,6 +65,8 @@ class Facts:
     """Tokens"""
     vocab: int | None = None
     dtype: str | None = None
+    labels: tuple[str, ...] = ()
+    """Of a classifier"""
     folded: tuple[str, ...] = ()
     """Scalars of the trained model that were multiplied into the weights"""
     licence: str | None = None

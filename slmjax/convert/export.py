@@ -14,7 +14,7 @@ from slmjax.convert import gate, gate_stock, memory
 from slmjax.convert.card import Facts, render
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import MARK, Rejected, publish
-from slmjax.convert.hf import import_hf, write_hf
+from slmjax.convert.hf import import_hf, pad_id, write_hf
 from slmjax.convert.safetensors_io import SHARD_BYTES
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
@@ -78,7 +78,9 @@ def export_hf(
     family, folded = expressed(decoder, numerics)
     python = gate.find_python(reference_python)
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
-    probe = gate.make_probe(tokens, decoder.context, pads=family.asked(decoder).pads)
+    asked = family.asked(decoder)
+    pad = pad_id(tokenizer) if asked.last else None  # stock tells by the id where a text ends
+    probe = gate.make_probe(tokens, decoder.context, pads=asked.pads, pad=pad)
     facts = facts or Facts(name=out.name)
     facts = replace(
         facts,
@@ -89,6 +91,7 @@ def export_hf(
         dtype=dtype,
         tokenizer=tokenizer is not None,
         folded=folded.scalars,
+        labels=decoder.labels,
         version=__version__,
     )
     checks = []

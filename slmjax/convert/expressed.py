@@ -101,6 +101,7 @@ def _variations(d: Decoder) -> Iterator[tuple[str, Any, Decoder]]:
         "final_norm": (block.norm,),
         "logits": (Logits(),),
         "tied": (True, False),
+        "head": (None,),
     }
     for name, values in common.items():
         for value in values:

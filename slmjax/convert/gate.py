@@ -68,13 +68,19 @@ class Probe(NamedTuple):
         return np.maximum(np.cumsum(self.mask, axis=1) - 1, 0).astype(np.int32)
 
 
-def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "left") -> Probe:
-    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on that side by a third."""
-    tokens = np.ascontiguousarray(tokens[:, : min(length, context)], dtype=np.int32)
+def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "left", pad: int | None = None) -> Probe:
+    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on that side by a third.
+
+    Args:
+        pad: the id that stands where padding is; None leaves the tokens there, which no model may see.
+    """
+    tokens = np.array(tokens[:, : min(length, context)], dtype=np.int32, order="C")
     mask = np.ones_like(tokens)
     if len(tokens) > 1:
         third = tokens.shape[1] // 3
         mask[1, slice(third) if pads == "left" else slice(tokens.shape[1] - third, None)] = 0
+        if pad is not None:
+            tokens[mask == 0] = pad
     return Probe(tokens, mask)
 
 

@@ -49,9 +49,16 @@ def check_stock(
     ours = forward(imported.decoder, imported.params, probe)
     hidden = tuple(tensors[f"hidden.{i}"] for i in range(len(ours.stages)))
     theirs = Forward(tensors["logits"], hidden)
-    if asked.first:
-        ours, theirs = ours._replace(logits=ours.logits[:, :1]), theirs._replace(logits=theirs.logits[:, None])
+    if asked.first or asked.last:
+        at = probe.mask.sum(axis=1) - 1 if asked.last else np.zeros(len(probe.mask), int)
+        read = np.take_along_axis(ours.logits, at[:, None, None], axis=1)
+        ours, theirs = ours._replace(logits=read), theirs._replace(logits=theirs.logits[:, None])
     checks = [loads, compare(f"{name}: {asked.output}", ours, theirs, probe)]
+    if labels := imported.decoder.labels:
+        wanted = [labels[i] for i in ours.logits[:, 0].argmax(axis=-1)]
+        given = [report["labels"][i] for i in theirs.logits[:, 0].argmax(axis=-1)]
+        same = wanted == given and report["labels"] == list(labels)
+        checks.append(Check(name=f"{name}: labels", found=", ".join(given), expected=", ".join(wanted), passed=same))
     if asked.generates:
         checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:

@@ -90,9 +90,11 @@ def write_hf(
         decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    asked = family.asked(decoder)
+    if asked.last:
+        ids["pad_token_id"] = pad_id(tokenizer)
     if tokenizer is not None:
-        asked = family.asked(decoder)
-        ids = write_tokenizer(
+        ids |= write_tokenizer(
             folder,
             tokenizer,
             context=decoder.context,
@@ -106,8 +108,15 @@ def write_hf(
     known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
     if tokenizer is not None and (turn := chat.ends(tokenizer)):
         known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
-    if family.asked(decoder).generates:
+    if asked.generates:
         _write_json(folder / "generation_config.json", known)
+
+
+def pad_id(tokenizer: Tokenizer | None) -> int:
+    """The id of padding in an export: EOS, else BOS; 0 without a tokenizer, for a classifier needs one to find the last
+    token of a text."""
+    ids = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+    return next((i for i in ids if i is not None), 0)
 
 
 def import_hf(folder: pathlib.Path) -> Imported:

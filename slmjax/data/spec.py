@@ -64,6 +64,11 @@ class Opened(abc.ABC):
         """The names of what `Batch.extra["labels"]` numbers; empty where there are no labels"""
         return ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the log before training begins"""
+        return ()
+
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text, with its special ids (`Tokenizer.roles`)."""
@@ -140,11 +145,12 @@ class Data(abc.ABC):
         """
 
     @abc.abstractmethod
-    def elsewhere(self, place: str, tokenizer: Path) -> Data:
+    def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> Data:
         """The same kind of data, of which the validation is read from `place`: a folder, URL or file.
 
         Args:
-            tokenizer: folder with the tokenizer of the model that is evaluated, where `place` holds text.
+            tokenizer, labels: folder with the tokenizer of the model that is evaluated, and its labels, where `place`
+                holds text and not ids.
         """
 
     def identity(self) -> dict[str, Any]:
@@ -212,7 +218,7 @@ class PackedText(Data):
         parts = tuple(Part(source=_path(a), weight=w) for a, w in zip(places, weights, strict=True))
         return replace(self, train=parts, validation=()).open(cache=cache)
 
-    def elsewhere(self, place: str, tokenizer: Path) -> PackedText:
+    def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> PackedText:
         """Of a token store, which has its own tokenizer."""
         return replace(self, train=(Part(source=place),), validation=())
 

@@ -99,8 +99,6 @@ class Assembly(abc.ABC):
     """Longest sequence in tokens"""
     initial: Initial = Normal()  # noqa: RUF009
     """Initial values"""
-    example: ClassVar[str]
-    """What to try with a trained one: a command whose MODEL is written {}"""
     causal: ClassVar[bool]
     """Whether a token sees none after it, so that the loss is that of a whole text and bits per byte mean something"""
 
@@ -130,6 +128,11 @@ class Assembly(abc.ABC):
         `data.tokenizer.Special`."""
 
     @property
+    @abc.abstractmethod
+    def example(self) -> str:
+        """What to try with a trained one: a command whose MODEL is written {}"""
+
+    @property
     def predicts_tokens(self) -> bool:
         """Whether its logits are those of the tokens of its vocabulary."""
         return True
@@ -138,6 +141,16 @@ class Assembly(abc.ABC):
         """The auxiliary outputs of all layers before the first of them: zeros, so that a scan can carry them."""
         names = {name: None for block in self.blocks() for name in block.auxiliary}
         return {name: jnp.zeros(segment_ids.shape, jnp.float32) for name in names}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that it scores a text for; empty if it is no classifier"""
+        return ()
+
+    @property
+    def reads_end(self) -> bool:
+        """Whether EOS stands behind a text that it reads whole."""
+        return False
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -15,13 +15,14 @@ from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.block import Block
 from slmjax.nn.compute import Compute
 from slmjax.nn.embedding import Embedding, Logits, Projection, Unembedding
+from slmjax.nn.heads import Head
 from slmjax.nn.initial import Initial, Normal
 from slmjax.nn.layer import Layer
 from slmjax.nn.numerics import Cache as CacheCodec
 from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Norm
 from slmjax.nn.position import Learned
-from slmjax.types import Batch, Key, Model, Output, Params
+from slmjax.types import Batch, Key, Model, Output, Params, last_token
 
 __all__ = ["Block", "Cache", "Decoder", "Place", "Stage"]
 
@@ -38,7 +39,6 @@ class Cache(NamedTuple):
 class Decoder(Assembly):
     """A causal language model: `pattern`, `repeats` times, then the stages of `tail`."""
 
-    example: ClassVar[str] = 'generate {} --prompt "Once upon a time"'
     causal: ClassVar[bool] = True
 
     tied: bool
@@ -54,6 +54,8 @@ class Decoder(Assembly):
     """Width of the tables, if it is not `width`: projections lie between (OPT-350m)"""
     logits: Logits = Logits()  # noqa: RUF009
     """What becomes of the product of hidden vectors and table"""
+    head: Head | None = None
+    """Stands on the final norm in place of the logits of tokens, such as `LastTokenScore` of a classifier"""
     initial: Initial = Normal()  # noqa: RUF009
     """Initial values"""
 
@@ -66,10 +68,13 @@ class Decoder(Assembly):
             return nn.meta.unbox(self.drawn(key))
 
         def apply(params, tokens, positions, segment_ids, *, cache=None, collect=False) -> Output:
-            output: Any = modules[collect].apply({"params": params}, tokens, positions, segment_ids, cache)
+            inside = {name: value for name, value in params.items() if name != "head"}
+            output: Any = modules[collect].apply({"params": inside}, tokens, positions, segment_ids, cache)
             return output
 
         def unembed(params, hidden):
+            if self.head is not None:
+                return self._head(compute, numerics).apply({"params": params["head"]}, hidden, params["embed"]["table"])
             return self.logits(f"{table}/table", params[table]["table"], hidden, compute, numerics)
 
         return Model(
@@ -80,17 +85,36 @@ class Decoder(Assembly):
             init_cache=functools.partial(self._init_cache, dtype=compute.dtype, codec=numerics.cache),
             context=self.context,
             vocab=self.vocab,
+            read_at=last_token,
         )
 
     def drawn(self, key: jax.Array) -> Params:
         """Initial parameters, each in its `Declared`."""
         one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
         # Not as a `compute` says: in one loop over layers this compiles sooner, in less memory, to the same values.
-        return self._module(Compute(), Numerics()).init(key, one, one, one, None)["params"]
+        params: Any = self._module(Compute(), Numerics()).init(key, one, one, one, None)["params"]
+        if self.head is None:
+            return params
+        hidden, table = jnp.zeros((1, self.table_width or self.width)), params["embed"]["table"].value
+        head = self._head(Compute(), Numerics())
+        return {**params, "head": head.init(jax.random.fold_in(key, 1), hidden, table)["params"]}
 
     def logit_products(self) -> int:
-        """V times the width of the table."""
-        return self.vocab * (self.table_width or self.width)
+        """V times the width of the table; those of the head, if there is one."""
+        width = self.table_width or self.width
+        return self.vocab * width if self.head is None else self.head.logit_products(self.vocab, width)
+
+    @property
+    def example(self) -> str:
+        return "inspect {}" if self.labels else 'generate {} --prompt "Once upon a time"'
+
+    @property
+    def predicts_tokens(self) -> bool:
+        return self.head is None or self.head.predicts_tokens
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return () if self.head is None else self.head.names
 
     def evaluation_batch(self, batch: Batch, key: Key, special: Any) -> Batch:
         """The batch as it comes: its targets are the next tokens."""
@@ -104,6 +128,12 @@ class Decoder(Assembly):
             numerics=numerics,
             branches=2 * self.layers,
         )
+
+    def _head(self, compute: Compute, numerics: Numerics) -> Layer:
+        return Layer(
+            spec=self.head, compute=compute, initial=self.initial, numerics=numerics, branches=2 * self.layers,
+            prefix="head",
+        )  # fmt: skip
 
     def _init_cache(self, batch: int, length: int, *, dtype: str, codec: CacheCodec) -> Cache:
         def stacked(stage: Stage) -> Any:
@@ -131,7 +161,7 @@ class Stack:
         carry = Carry(x, caches, _shared(d, mask, layer.compute.dtype), d.no_auxiliary(segment_ids))
         after, streams = run(layer, d.stages, positions, mask, carry, self.collect)
         x = after.x
-        if not d.tied:
+        if not d.tied and d.head is None:
             layer.child("unembed", Unembedding(vocab=d.vocab, width=d.table_width or d.width))()
         hidden = x if d.final_norm is None else layer.child("final_norm", d.final_norm)(x)
         if d.table_width is not None:

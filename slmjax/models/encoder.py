@@ -32,7 +32,6 @@ CANNOT = (
 class Encoder(Assembly):
     """An embedding under a norm, `pattern` repeated `repeats` times and the stages of `tail`, and a head."""
 
-    example: ClassVar[str] = 'embed {} --text "A sentence."'
     causal: ClassVar[bool] = False
 
     head: Head
@@ -100,8 +99,20 @@ class Encoder(Assembly):
         return self.head.logit_products(self.vocab, self.width)
 
     @property
+    def example(self) -> str:
+        return "inspect {}" if self.labels else 'embed {} --text "A sentence."'
+
+    @property
     def predicts_tokens(self) -> bool:
         return self.head.predicts_tokens
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.head.names
+
+    @property
+    def reads_end(self) -> bool:
+        return True
 
     def evaluation_batch(self, batch: Batch, key: Key, special: Special) -> Batch:
         """With tokens masked, as BERT is trained.

@@ -1,4 +1,4 @@
-"""What stands on an encoder: from hidden vectors to logits, each token alone."""
+"""What stands on the last layer: from hidden vectors to logits, each token alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from slmjax.nn.parts import Norm
 
 
 class Head(abc.ABC):
-    """Reads the last layer. A head that describes a whole sequence is read at its first token."""
+    """Reads the last layer. A head that describes a whole text is read at one of its tokens: the first of an encoder,
+    the last of a decoder (`Model.read_at`)."""
 
     predicts_tokens: ClassVar[bool] = False
     """Whether its outputs are logits of the vocabulary's tokens"""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels that it scores; empty if it scores none"""
+        return ()
 
     def logit_products(self, vocab: int, width: int) -> int:
         """Multiply-adds of a token with tables of tokens; see `Assembly.logit_products`. `width`: D of the model."""
@@ -77,24 +83,40 @@ class Pooler(Head):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Head):
-    """A score for each label of a sequence, from activation(dense(h)) at its first token.
-
-    Trained by `NextToken`: the target of the first token is the number of the label, and only its weight is 1.
-    """
+class LabelHead(Head):
+    """A score for each label of a text. Trained by `objectives.Classify`."""
 
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     """Their names, in the order of their numbers"""
-    activation: Callable = tanh
-    """relu in DistilBERT"""
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
             raise UserError(f"model.head.labels: {', '.join(self.labels) or 'none'}; give names that differ")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(LabelHead):
+    """Scores from activation(dense(h)) at the first token of a text, for encoders."""
+
+    activation: Callable = tanh
+    """relu in DistilBERT"""
+
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
         x = self.activation(_dense(layer, "pool", hidden, hidden.shape[-1]))
         return _dense(layer, "classify", x, len(self.labels)).astype(jnp.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastTokenScore(LabelHead):
+    """Scores from one matrix, without bias, at the last token of a text, for decoders: the one that has seen all."""
+
+    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
+        shape = (hidden.shape[-1], len(self.labels))
+        return layer.linear("score", "...d,de->...e", hidden, shape, ("embed", None)).astype(jnp.float32)
 
 
 def _dense(layer: Layer, name: str, x: jax.Array, width: int) -> jax.Array:

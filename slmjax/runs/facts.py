@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
         flops_convention="forward and backward, attention and output head counted",
         energy=_energy(_json(run / "energy.json")),
         hardware=_hardware(environment),
-        results=_results(run, step),
+        results=_results(run, step, experiment.objective.unit),
         fingerprint=config.get("fingerprint"),
         data_fingerprints=tuple(dict.fromkeys(store["fingerprint"] for store in stores)),
         commit=git.get("commit"),
@@ -76,8 +77,9 @@ def _hardware(environment: dict[str, Any]) -> str | None:
     return f"{kinds} ({environment.get('cpu')}, {environment.get('cores')} cores)"
 
 
-def _results(run: Path, step: int) -> tuple[Result, ...]:
-    """The last validation loss up to this step, with its standard error where the run knows it."""
+def _results(run: Path, step: int, unit: str) -> tuple[Result, ...]:
+    """The last validation loss up to this step, with its standard error where the run knows it; and the accuracy of
+    labels, with that of a share of so many texts."""
     rows = read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     known = [row for row in rows if row.get("step", 0) <= step and "validation/loss" in row]
     if not known:
@@ -85,14 +87,17 @@ def _results(run: Path, step: int) -> tuple[Result, ...]:
     row = known[-1]
     where = f"validation split, after step {row['step']}"
     error = row.get("validation/loss_se")
-    return (
-        Result(
-            metric="loss (nats a token)",
-            value=float(row["validation/loss"]),
-            standard_error=None if error is None else float(error),
-            data=where,
-        ),
+    loss = Result(
+        metric=f"loss (nats a {unit})",
+        value=float(row["validation/loss"]),
+        standard_error=None if error is None else float(error),
+        data=where,
     )
+    if unit != "text":
+        return (loss,)
+    share, texts = float(row["validation/accuracy"]), float(row["validation/weight"])
+    spread = math.sqrt(share * (1 - share) / texts)
+    return Result(metric="accuracy", value=share, standard_error=spread, data=where), loss
 
 
 def _json(file: Path) -> dict[str, Any]:

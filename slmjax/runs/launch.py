@@ -55,6 +55,11 @@ def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened
             f"model.vocab is {model.vocab}, but the tokenizer of {opened.name} has {opened.vocab} tokens; "
             f"set model.vocab to at least {opened.vocab}"
         )
+    if model.labels and opened.labels and model.labels != opened.labels:
+        raise UserError(
+            f"model.head.labels is {', '.join(model.labels)}, but the labels of {opened.name} are "
+            f"{', '.join(opened.labels)}, in this order; set one of them, or data.labels, to the other"
+        )
     return opened
 
 
@@ -123,7 +128,8 @@ def _run(
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
-    say(_summary(experiment, built, opened, peak, peak_source))
+    for line in (_summary(experiment, built, opened, peak, peak_source), *opened.notes):
+        say(line)
     say(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
         built.program._replace(init=beginning.starting(experiment, built, start)),

@@ -134,10 +134,15 @@ def generative(model: Assembly) -> Decoder:
     """The model, if it can continue a text.
 
     Raises:
-        UserError: it is an encoder.
+        UserError: it is an encoder, or a classifier.
     """
     if not isinstance(model, Decoder):
         raise UserError(CANNOT)
+    if not model.predicts_tokens:
+        raise UserError(
+            f"this model is a classifier ({', '.join(model.labels)}): it labels texts and continues none; "
+            "`slmjax eval` measures it"
+        )
     return model
 
 

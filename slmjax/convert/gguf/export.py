@@ -64,6 +64,8 @@ def export_gguf(
         Rejected: a check failed; the file is kept under a name ending in `.failed`.
         StorageError: the disk is full or not writable; `out` is as it was.
     """
+    if decoder.labels:
+        raise UserError("--format gguf: a GGUF file holds no head for labels; export the classifier with --format hf")
     python = gate.find_python(reference_python, "xllamacpp")
     probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab), decoder.context)
     about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}

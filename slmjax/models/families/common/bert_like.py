@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
 from slmjax.models.encoder import Encoder
-from slmjax.models.families.common.config_fields import NUMBER, Fields, Names
+from slmjax.models.families.common.config_fields import (
+    NUMBER,
+    Fields,
+    Names,
+    labels_from_config,
+    labels_to_config,
+)
 from slmjax.models.families.common.rows import Asked, Row, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
 from slmjax.nn.mlp import MLP, tanh
@@ -85,16 +91,13 @@ def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], *, activation: C
     if config.get("is_decoder"):
         raise UserError("config.json: is_decoder = True is not supported; only False is")
     if found.head is Classifier:
-        return Classifier(labels=_labels(config), activation=activation)
+        return Classifier(labels=labels_from_config(config), activation=activation)
     return None if found.head is MaskedWords else found.head()
 
 
 def head_fields(encoder: Encoder) -> dict[str, Any]:
     """What config.json says of the head."""
-    if not isinstance(encoder.head, Classifier):
-        return {}
-    names = encoder.head.labels
-    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
+    return labels_to_config(encoder.labels) if encoder.labels else {}
 
 
 def ignore_dropout(fields: Fields, *names: str) -> None:
@@ -169,13 +172,3 @@ def bert_rows(
         return present(found, encoder)
 
     return rows
-
-
-def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = config.get("id2label")
-    if names is None:
-        return Classifier().labels
-    try:
-        return tuple(str(names[str(i)]) for i in range(len(names)))
-    except (KeyError, TypeError):
-        raise UserError(f'config.json: id2label = {str(names)[:60]} does not number its labels from "0" on') from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -85,6 +85,7 @@ class Fields:
     """The fields of a config.json. Each is taken once; `close` refuses what was left and could change the model."""
 
     def __init__(self, config: Mapping[str, Any]):
+        self.config = config
         self._left = {k: v for k, v in config.items() if k not in HARMLESS and not k.startswith(("_", "transformers."))}
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
@@ -231,3 +232,24 @@ def exact(
     except UserError:
         return None
     return config if replace(read, initial=model.initial) == model else None
+
+
+def labels_to_config(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields that name the labels of a classifier."""
+    numbers = {name: i for i, name in enumerate(labels)}
+    return {"id2label": {str(i): name for name, i in numbers.items()}, "label2id": numbers}
+
+
+def labels_from_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels of a classifier; two where a config.json names none, as in `transformers`.
+
+    Raises:
+        UserError: they are not numbered from 0 on.
+    """
+    names = config.get("id2label")
+    if names is None:
+        return ("LABEL_0", "LABEL_1")
+    try:
+        return tuple(str(names[str(i)]) for i in range(len(names)))
+    except (KeyError, TypeError):
+        raise UserError(f'config.json: id2label = {str(names)[:60]} does not number its labels from "0" on') from None

@@ -6,18 +6,26 @@ it differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
 from slmjax.models.arrange import layers_of
 from slmjax.models.decoder import Block, Decoder
-from slmjax.models.families.common.config_fields import NUMBER, Fields, Names, activation_name
+from slmjax.models.families.common.config_fields import (
+    NUMBER,
+    Fields,
+    Names,
+    activation_name,
+    labels_from_config,
+    labels_to_config,
+)
 from slmjax.models.families.common.rope_fields import rope_from_config
 from slmjax.models.families.common.rows import Row, attention_rows, dense_rows, norm_rows
 from slmjax.nn.attention import Attention
 from slmjax.nn.block import AnyBlock
+from slmjax.nn.heads import Head, LastTokenScore
 from slmjax.nn.mlp import GatedMLP, silu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.parts import Norm
@@ -43,6 +51,8 @@ class Sizes:
     eps: float = 1e-5
     """Of all norms"""
     activation: Callable = silu
+    head: Head | None = None
+    """In place of the logits of words"""
 
     def block(
         self, position: Position, norm: Norm, *, kind: type[AnyBlock] = Block, mlp_bias: bool = False, **attention: Any
@@ -71,6 +81,7 @@ class Sizes:
             context=self.context,
             tied=self.tied,
             final_norm=blocks[0].norm,
+            head=self.head,
             **laid_out,
             **options,
         )
@@ -83,6 +94,7 @@ TABLES = (
     Row("embed/table", "model.embed_tokens.weight", "v d -> v d"),
     *norm_rows("final_norm", "model.norm"),
     Row("unembed/table", "lm_head.weight", "v d -> v d"),
+    Row("head/score", "score.weight", "x d -> d x"),
 )
 PRE_NORMS = (
     *norm_rows("layers/attn_norm", f"{_LAYER}.input_layernorm"),
@@ -110,6 +122,11 @@ LLAMA = (*TABLES, *PRE_NORMS, *ATTENTION, *MLP)
 """Parameters as LlamaForCausalLM saves them"""
 
 
+WORDS, LABELS = "ForCausalLM", "ForSequenceClassification"
+SCORED = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "StableLm", "SmolLM3")
+"""Names of the classes that `transformers` has with a head for labels, too"""
+
+
 class Common(NamedTuple):
     """A decoder of Llama's shape in the words of transformers, as far as all these families use the same."""
 
@@ -135,6 +152,7 @@ def common_config(
     that these fields describe, `exact` says.
 
     Args:
+        architecture: the class for words; of a classifier its sister for labels is written, where there is one.
         eps, activation: the names of these fields.
         head_dim: whether the class has that field.
     """
@@ -145,6 +163,11 @@ def common_config(
         return None
     if not isinstance(norm, (RMSNorm, LayerNorm)) or activation_name(mlp.activation) is None:
         return None
+    labels: dict[str, Any] = {}
+    if decoder.head is not None:
+        if not isinstance(decoder.head, LastTokenScore) or architecture.removesuffix(WORDS) not in SCORED:
+            return None
+        architecture, labels = architecture.replace(WORDS, LABELS), labels_to_config(decoder.labels)
     config = {
         **Names(activation=activation).written(decoder, architecture, model_type, mixers[0].heads, mlp),
         "num_key_value_heads": mixers[0].kv_heads,
@@ -153,6 +176,7 @@ def common_config(
         "tie_word_embeddings": decoder.tied,
         "attention_dropout": 0.0,
         "use_cache": True,
+        **labels,
     }
     return Common(config, mixers, mlp, ropes[0])
 
@@ -175,7 +199,15 @@ def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", ac
         head_dim=fields.nullable("head_dim", int, defaults.head_dim),
         tied=fields.take("tie_word_embeddings", bool, defaults.tied),
         eps=fields.take(eps, NUMBER, defaults.eps),
+        head=_head(fields.config),
     )
+
+
+def _head(config: Mapping[str, Any]) -> Head | None:
+    """The head of the class that a config.json names; None for words."""
+    name = str((config.get("architectures") or [""])[0])
+    known = name.removesuffix(LABELS) in SCORED and name.endswith(LABELS)
+    return LastTokenScore(labels=labels_from_config(config)) if known else None
 
 
 def divided(sizes: Sizes) -> Sizes:

@@ -40,12 +40,21 @@ class Asked(NamedTuple):
     """The field of its answer that is what `Model.unembed` gives"""
     first: bool = False
     """Whether that tells of the first token of each sequence alone"""
+    last: bool = False
+    """Whether that tells of the last token of each sequence alone, which is the last one that is not padding"""
     generates: bool = True
     """Whether it goes on from prompts, so that greedily chosen tokens are compared"""
     pads: Literal["left", "right"] = "left"
     """Where padding stands"""
     closes: bool = False
     """Whether a text is encoded with EOS behind it, as a whole document"""
+
+
+def asked_of_decoder(decoder: Decoder) -> Asked:
+    """A model for words, or a classifier, which stock transformers reads at the last token that is not padding."""
+    if not decoder.labels:
+        return Asked()
+    return Asked(loader="AutoModelForSequenceClassification", last=True, generates=False, pads="right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,7 @@ class Family:
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
     kind: type[Assembly] = Decoder
     """What assembles the models that it describes"""
-    asked: Callable[[Any], Asked] = lambda decoder: Asked()
+    asked: Callable[[Any], Asked] = asked_of_decoder
     """decoder -> how stock transformers is compared with it"""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Pieces of keys in old files -> what they are called now"""
