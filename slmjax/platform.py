@@ -89,3 +89,12 @@ def xla_flags(given: str, version: tuple[int, ...], flags: tuple[Flag, ...]) -> 
 def jaxlib_version() -> tuple[int, ...]:
     """(major, minor) of the installed jaxlib."""
     return tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
+
+
+def configure_import(environ: MutableMapping[str, str] = os.environ) -> None:
+    """`configure`, as `import slmjax` does it: says in one line if jax was there first and will not see the flags."""
+    before = environ.get("XLA_FLAGS", "")
+    configure(environ)
+    if "jax" in sys.modules and environ.get("XLA_FLAGS", "") != before:
+        print("slmjax: jax was imported first and may miss the flags that make it fast here; import slmjax before jax",
+              file=sys.stderr)  # fmt: skip

@@ -21,7 +21,7 @@ EXPERIMENT and its overrides are those of `slmjax train`; --memory-gb GB judges 
 
 def main(argv: list[str]) -> int:
     """0 if the experiment fits, 2 if not."""
-    from slmjax.cli.train import parse
+    from slmjax.cli.experiment_args import parse
 
     memory_gb, rest = take_memory(argv)
     experiment, runtime, _ = parse(rest, PROG, ABOUT, EXAMPLE)

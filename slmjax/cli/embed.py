@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
     )
     import numpy as np
 
-    from slmjax.cli.eval import compute_of
     from slmjax.evals.embedding import embed
+    from slmjax.runs.evaluating import compute_of
     from slmjax.runs.loading import load
 
     texts = _texts(args)

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import tyro
 
 from slmjax.cli.args import parse
-from slmjax.errors import DataError, UserError
 
 HELP = "loss, perplexity and bits per byte of a model, or accuracy of a classifier, with their errors"
 
@@ -55,102 +54,25 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from slmjax.data.build_progress import show_progress
-    from slmjax.evals.classification import classify
-    from slmjax.evals.perplexity import evaluate
-    from slmjax.evals.text import token_bytes
+    from slmjax.runs.evaluating import HeldOut, compute_of, measure, opened
     from slmjax.runs.loading import load
 
     errors = Console(stderr=True)
     loaded = load(args.model, step=args.step, say=errors.print)
-    tokenizer = loaded.tokenizer()
-    opened = _data(args, loaded)
-    check_tokenizer(opened, tokenizer, args.model)
-    batches = opened.validation(args.batches)
-    model = loaded.decoder.build(compute_of(args.dtype), loaded.numerics)
+    data = opened(
+        HeldOut(data=args.data, batch=args.batch, length=args.length, text=args.text, label=args.label), loaded
+    )
     labels = loaded.decoder.labels
     with show_progress() as progress:
         done = functools.partial(_show, progress, args.batches)
-        if labels:
-            result: Any = classify(model, loaded.params, batches, progress=done)
-        else:
-            result = evaluate(
-                model,
-                loaded.params,
-                batches,
-                token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
-                ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
-                progress=done,
-            )
+        result: Any = measure(loaded, data, batches=args.batches, compute=compute_of(args.dtype), progress=done)
     if args.json:
-        print(json.dumps(_labels_record(result, loaded, opened) if labels else _record(result, loaded, opened)))
+        print(json.dumps(_labels_record(result, loaded, data) if labels else _record(result, loaded, data)))
         return 0
-    table = _labels_table(result, loaded, opened) if labels else _table(result, loaded, opened)
+    table = _labels_table(result, loaded, data) if labels else _table(result, loaded, data)
     Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
     print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
-
-
-def compute_of(dtype: str | None) -> Any:
-    """How to compute on this platform, in another precision if one is given."""
-    from dataclasses import replace
-
-    from slmjax.runs.probe import compute_here
-
-    compute = compute_here()
-    return compute if dtype is None else replace(compute, dtype=dtype)
-
-
-def _data(args: Args, loaded: Any) -> Any:
-    """What is held out, ready to be read (`data.spec.Opened`)."""
-    from dataclasses import replace
-
-    from slmjax.data.labelled import LabelledText
-    from slmjax.data.spec import PackedText, Part
-
-    run = loaded.experiment
-    labels = loaded.decoder.labels
-    if args.data is None and run is None:
-        kind = "a file of labelled texts" if labels else "a token store"
-        raise UserError(f"{args.model} does not say which data to evaluate on; add --data with {kind}")
-    length = args.length or (run.data.length if run else min(loaded.decoder.context, 1024))
-    if length > loaded.decoder.context:
-        raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
-    if args.batch < 1 or (args.batches is not None and args.batches < 1):
-        raise UserError(f"--batch is {args.batch} and --batches {args.batches}; both must be at least 1")
-    if args.data is None:
-        opened = replace(run.data, length=length, batch=args.batch).reopen(loaded.config["stores"])
-        if labels and not opened.labels:
-            raise UserError(
-                f"{args.model} was trained on data without labels; add --data with a file of labelled texts"
-            )
-        return opened
-    data: Any = PackedText(train=(Part(source=args.data),)) if run is None else run.data
-    if labels and not isinstance(data, LabelledText):
-        data = LabelledText(train=(args.data,), closed=loaded.decoder.reads_end)
-    if labels and run is None:
-        data = replace(data, text=args.text, label=args.label)
-    found = data.elsewhere(args.data, loaded.tokenizer_path, labels)
-    return replace(found, length=length, batch=args.batch).open()
-
-
-def check_tokenizer(opened: Any, tokenizer: Any, model: str) -> None:
-    """
-    Raises:
-        DataError: the data were written by another tokenizer than the model's.
-    """
-    theirs = opened.tokenizer()
-    if tokenizer.fingerprint != theirs.fingerprint and _ids_of(theirs) != _ids_of(tokenizer):
-        raise DataError(
-            f"{opened.name} was written by another tokenizer ({theirs.fingerprint[:12]}) than that of "
-            f"{model} ({tokenizer.fingerprint[:12]}); build the store with the model's tokenizer.json"
-        )
-
-
-def _ids_of(tokenizer: Any) -> tuple[Any, ...]:
-    """What decides the ids of a text: everything but how a prompt is framed, which an export may rewrite."""
-    spec = json.loads(tokenizer.raw.to_str())
-    deciding = {k: v for k, v in spec.items() if k not in ("post_processor", "truncation", "padding", "version")}
-    return deciding, tokenizer.bos_id, tokenizer.eos_id
 
 
 def _record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:

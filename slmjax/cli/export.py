@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from slmjax.cli.args import parse
-from slmjax.errors import UserError
 
 HELP = "write a Hugging Face folder or a GGUF file, reload it and compare the logits"
 
@@ -49,85 +48,42 @@ def main(argv: list[str]) -> int:
         example="slmjax export runs/quickstart --format hf --out exports/quickstart --dtype bfloat16\n"
         "  slmjax export runs/quickstart --format gguf --out exports/quickstart.gguf --dtype q8_0",
     )
-    from slmjax.convert.card import Facts
-    from slmjax.convert.folder import check_free
-    from slmjax.convert.gguf.export import check_file_free
-    from slmjax.runs import facts
+    from slmjax.runs.exporting import FORMATS, Export
     from slmjax.runs.loading import load
-    from slmjax.track.ledger import Ledger
 
-    out = Path(args.out)
-    write = {"hf": _hf, "gguf": _gguf}[args.format]
-    if args.format == "hf":
-        if args.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype {args.dtype} is for --format gguf; a Hugging Face folder: float32, bfloat16")
-        check_free(out, overwrite=args.overwrite)
-    else:
-        check_file_free(out, overwrite=args.overwrite)
+    check, write = FORMATS[args.format]
+    export = Export(
+        out=Path(args.out),
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        reference_python=args.reference_python,
+        name=args.name,
+        licence=args.licence,
+    )
+    check(export)
     loaded = load(args.model, step=args.step)
-    if loaded.experiment is not None:
-        name = args.name or loaded.experiment.name
-        known = facts.collect(loaded.source, loaded.experiment, step=loaded.step or 0, name=name, licence=args.licence)
-    else:
-        imported = loaded.config.get("imported", {})
-        known = Facts(
-            name=args.name or out.stem,
-            licence=args.licence or imported.get("licence"),
-            parent=imported.get("folder", loaded.source.name),
-        )
-    checks, hints = write(args, out, loaded, known)
-    show(checks)
-    if loaded.experiment is not None:
-        Ledger(loaded.source / "ledger.jsonl").append("exported", path=str(out), dtype=args.dtype, step=loaded.step)
-    print(f"exported to {out}\nnext:")
-    for hint in hints:
+    done = write(export, loaded, donate=True)
+    if done.folded:
+        print(f"folded into the weights, for the stock runtime has no such factors: {', '.join(done.folded)}")
+    show(done.checks)
+    print(f"exported to {args.out}\nnext:")
+    for hint in {"hf": _after_hf, "gguf": _after_gguf}[args.format](loaded, args.out):
         print(f"  {hint}")
     return 0
 
 
-def _hf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    from slmjax.convert.export import export_hf
+def _after_hf(loaded: Any, out: str) -> tuple[str, ...]:
     from slmjax.convert.hf import family_of
 
-    exported = export_hf(
-        loaded.decoder,
-        loaded.params,
-        out,
-        dtype=args.dtype,
-        numerics=loaded.numerics,
-        tokenizer=loaded.tokenizer() if loaded.has_tokenizer else None,
-        facts=known,
-        overwrite=args.overwrite,
-        reference_python=args.reference_python,
-        donate=True,
-    )
     loader = family_of(loaded.decoder).asked(loaded.decoder).loader
-    if exported.folded:
-        print(f"folded into the weights, for no class of transformers has them: {', '.join(exported.folded)}")
-    return exported.checks, (
-        f"slmjax {loaded.decoder.example.format(shlex.quote(str(out)))}",
+    return (
+        f"slmjax {loaded.decoder.example.format(shlex.quote(out))}",
         f"""python -c 'from transformers import {loader} as M; print(M.from_pretrained("{out}"))'""",
     )
 
 
-def _gguf(args: Args, out: Path, loaded: Any, known: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    from slmjax.convert.gguf.export import export_gguf
-
-    exported = export_gguf(
-        loaded.decoder,
-        loaded.params,
-        out,
-        dtype=args.dtype,
-        numerics=loaded.numerics,
-        tokenizer=loaded.tokenizer(),
-        facts=known,
-        overwrite=args.overwrite,
-        reference_python=args.reference_python,
-        donate=True,
-    )
-    if exported.folded:
-        print(f"folded into the weights, for llama.cpp has no such factors: {', '.join(exported.folded)}")
-    return exported.checks, (f'llama-cli -m {out} -p "Once upon a time"',)
+def _after_gguf(loaded: Any, out: str) -> tuple[str, ...]:
+    return (f'llama-cli -m {out} -p "Once upon a time"',)
 
 
 def show(checks: Sequence[Any]) -> None:

@@ -162,8 +162,8 @@ def _compute(dtype: str | None) -> Any:
     """A token at a time is bound by memory, not by arithmetic, and a CPU has no fast bfloat16 for it."""
     import jax
 
-    from slmjax.cli.eval import compute_of
     from slmjax.nn.compute import Compute
+    from slmjax.runs.evaluating import compute_of
 
     if jax.default_backend() == "cpu":
         return Compute(dtype=dtype or "float32")

@@ -1,12 +1,6 @@
 """`slmjax train EXPERIMENT`: from an experiment and a runtime to a run folder."""
 
-# Annotations stay objects (no `from __future__`): tyro reads those of the dataclasses made inside `parse`.
-
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
-
-from slmjax.errors import UserError
+from slmjax.cli.experiment_args import parse
 
 HELP = "train an experiment; resumes by itself"
 PROG = "slmjax train"
@@ -28,51 +22,3 @@ def main(argv: list[str]) -> int:
     from slmjax.runs.launch import train
 
     return train(experiment, runtime, source)
-
-
-def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, Any, Path | None]:
-    """`EXPERIMENT [--field value ...]` -> (Experiment, Runtime, the Python file that it came from).
-
-    Raises:
-        UserError: no experiment, an unknown field, a value of the wrong type.
-    """
-    import tyro
-
-    from slmjax.cli.args import choose
-    from slmjax.cli.args import parse as parse_args
-    from slmjax.config import Experiment, Runtime
-    from slmjax.data.recipe import Recipe
-    from slmjax.experiment_file import load_experiment
-    from slmjax.train.processes import Cluster, Local, Processes
-
-    if not argv or argv[0].startswith("-"):
-        if not {"-h", "--help"} & set(argv):
-            raise UserError(f"{prog} needs an EXPERIMENT first; for example: {example}")
-
-        @dataclass(frozen=True)
-        class AnyExperiment:
-            runtime: Runtime = field(default_factory=Runtime)
-
-        parse_args(AnyExperiment, ["--help"], prog=f"{prog} EXPERIMENT", description=about, example=example)
-
-    ref, *rest = argv
-    experiment, source = load_experiment(ref)
-
-    @dataclass(frozen=True)
-    class Launch:
-        experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-        runtime: Runtime
-
-    kinds = {"local": Local, "cluster": Cluster, "processes": Processes}
-    distributed, rest = choose("--runtime.distributed", kinds, rest)
-    default = Launch(experiment=experiment, runtime=Runtime(distributed=distributed))
-    launch = parse_args(
-        Launch,
-        rest,
-        prog=f"{prog} {ref}",
-        description=about,
-        example=example,
-        default=default,
-        as_text=(str | Recipe,),  # the source of a `Part`
-    )
-    return launch.experiment, launch.runtime, source

@@ -63,22 +63,27 @@ def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened
     return opened
 
 
-def train(experiment: Experiment, runtime: Runtime, source: Path | None) -> int:
+def folder_of(experiment: Experiment, runtime: Runtime) -> Path:
+    """The run folder."""
+    return Path(runtime.workdir or f"runs/{experiment.name}")
+
+
+def train(experiment: Experiment, runtime: Runtime, source: Path | None = None, hooks: Sequence[Hook] = ()) -> int:
     """Trains, or goes on, or says that the work is done; together with the other processes of `runtime.distributed`.
 
     Raises:
         UserError, DataError, StorageError, Diverged, Preempted: see `errors`.
     """
     with together(runtime.distributed):
-        _train(experiment, runtime, source)
+        _train(experiment, runtime, source, hooks)
     return 0
 
 
-def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> None:
+def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook]) -> None:
     """In one process, of one or several."""
     from slmjax.data.build_progress import show_progress
 
-    folder = Path(runtime.workdir or f"runs/{experiment.name}")
+    folder = folder_of(experiment, runtime)
     with show_progress() as progress:
         opened = open_data(experiment, runtime, progress)
     start = beginning.read(experiment, folder)
@@ -96,7 +101,7 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None) -> Non
         return
     with lock(folder) if first else contextlib.nullcontext():
         code = source.parent if source else Path()
-        _run(experiment, runtime, folder, config, changed, opened, code, start)
+        _run(experiment, runtime, folder, config, changed, opened, code, start, hooks)
     if first:
         print(f"done: {folder}")
         print(_next_steps(folder, experiment.model))
@@ -111,6 +116,7 @@ def _run(
     opened: Opened,
     code: Path,
     start: beginning.Beginning | None,
+    hooks: Sequence[Hook],
 ) -> None:
     """The training itself, in a folder that is held. `code`: the folder of the experiment's file."""
     first = jax.process_index() == 0
@@ -139,7 +145,7 @@ def _run(
         tracker=tracker,
         guard=experiment.guard,
         checkpoints=runtime.checkpoints,
-        hooks=_hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0),
+        hooks=[*_hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0), *hooks],
         frozen=frozen,
         speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
         log_every=runtime.log_every,

@@ -45,6 +45,28 @@ def test_the_tutorial_runs(tmp_path):
     assert (tmp_path / "exports/mine/model.safetensors").is_file()
 
 
+def test_the_notebook_runs(tmp_path):
+    import nbformat
+
+    for name in ("data", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "the notebook is kept without its outputs"
+    program = f"""
+import asyncio, nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read({str(ROOT / "docs" / "notebook.ipynb")!r}, as_version=4)
+NotebookClient(notebook, timeout=600, resources={{"metadata": {{"path": {str(tmp_path)!r}}}}}).execute()
+nbformat.write(notebook, {str(tmp_path / "ran.ipynb")!r})
+"""
+    env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    code = [cell for cell in nbformat.read(tmp_path / "ran.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    shown = [out["data"]["text/plain"] for cell in code for out in cell.outputs if "data" in out]
+    assert float(shown[-1]) < 1e-4, "the exported model's logits"
+
+
 def test_an_imported_encoder_is_fine_tuned_as_the_page_says(tmp_path, monkeypatch, capsys):
     """On a small BERT with random weights, where the page has MiniLM."""
     folder = tmp_path / "models" / "all-MiniLM-L6-v2"

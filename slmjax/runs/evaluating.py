@@ -1,0 +1,132 @@
+"""A model on held-out data: which data, whether they belong to it, and what is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slmjax.data.labelled import LabelledText
+from slmjax.data.spec import Opened, PackedText, Part
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.errors import DataError, UserError
+from slmjax.evals.classification import Classified, classify
+from slmjax.evals.perplexity import Result, evaluate
+from slmjax.evals.text import token_bytes
+from slmjax.nn.compute import Compute
+from slmjax.runs.loading import Loaded
+from slmjax.runs.probe import compute_here
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Which data a model is evaluated on."""
+
+    data: str | None = None
+    """A token store, or of a classifier a file of labelled texts; None: the validation data of the run"""
+    batch: int = 16
+    """Sequences a batch"""
+    length: int | None = None
+    """Tokens a sequence; None: as in training, or the model's context up to 1024"""
+    text: str = "text"
+    """Column of the texts, where a classifier from elsewhere is given a file"""
+    label: str = "label"
+    """Column of the labels there"""
+
+
+def compute_of(dtype: str | None) -> Compute:
+    """How to compute on this platform, in another precision if one is given."""
+    compute = compute_here()
+    return compute if dtype is None else replace(compute, dtype=dtype)
+
+
+def opened(held_out: HeldOut, loaded: Loaded) -> Opened:
+    """The data, ready to be read.
+
+    Raises:
+        UserError: the model does not say which data, or they do not fit it.
+        DataError: they are missing, or were written by another tokenizer.
+    """
+    run, labels = loaded.experiment, loaded.decoder.labels
+    if held_out.data is None and run is None:
+        kind = "a file of labelled texts" if labels else "a token store"
+        raise UserError(f"{loaded.source} does not say which data to evaluate on; add --data with {kind}")
+    length = held_out.length or (run.data.length if run else min(loaded.decoder.context, 1024))
+    if length > loaded.decoder.context:
+        raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
+    if held_out.batch < 1:
+        raise UserError(f"--batch is {held_out.batch}; expected at least 1")
+    found = _opened(held_out, loaded, length)
+    check_tokenizer(found, loaded.tokenizer(), str(loaded.source))
+    return found
+
+
+def _opened(held_out: HeldOut, loaded: Loaded, length: int) -> Opened:
+    run, labels = loaded.experiment, loaded.decoder.labels
+    if held_out.data is None:
+        assert run is not None
+        found = replace(run.data, length=length, batch=held_out.batch).reopen(loaded.config["stores"])
+        if labels and not found.labels:
+            raise UserError(
+                f"{loaded.source} was trained on data without labels; add --data with a file of labelled texts"
+            )
+        return found
+    data: Any = PackedText(train=(Part(source=held_out.data),)) if run is None else run.data
+    if labels and not isinstance(data, LabelledText):
+        data = LabelledText(train=(held_out.data,), closed=loaded.decoder.reads_end)
+    if labels and run is None:
+        data = replace(data, text=held_out.text, label=held_out.label)
+    elsewhere = data.elsewhere(held_out.data, loaded.tokenizer_path or loaded.source, labels)
+    return replace(elsewhere, length=length, batch=held_out.batch).open()
+
+
+def check_tokenizer(data: Opened, tokenizer: Tokenizer, model: str) -> None:
+    """
+    Raises:
+        DataError: the data were written by another tokenizer than the model's.
+    """
+    theirs = data.tokenizer()
+    if tokenizer.fingerprint != theirs.fingerprint and _ids_of(theirs) != _ids_of(tokenizer):
+        raise DataError(
+            f"{data.name} was written by another tokenizer ({theirs.fingerprint[:12]}) than that of "
+            f"{model} ({tokenizer.fingerprint[:12]}); build the store with the model's tokenizer.json"
+        )
+
+
+def _ids_of(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """What decides the ids of a text: everything but how a prompt is framed, which an export may rewrite."""
+    spec = json.loads(tokenizer.raw.to_str())
+    deciding = {k: v for k, v in spec.items() if k not in ("post_processor", "truncation", "padding", "version")}
+    return deciding, tokenizer.bos_id, tokenizer.eos_id
+
+
+def measure(
+    loaded: Loaded,
+    data: Opened,
+    *,
+    batches: int | None = None,
+    compute: Compute | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Result | Classified:
+    """Loss, perplexity and bits per byte on what is held out; of a classifier, accuracy and loss.
+
+    Args:
+        batches: at most so many; None: the whole split.
+        progress: called with the number of batches done.
+    """
+    if batches is not None and batches < 1:
+        raise UserError(f"--batches is {batches}; expected at least 1")
+    model = loaded.decoder.build(compute or compute_of(None), loaded.numerics)
+    rows = data.validation(batches)
+    if loaded.decoder.labels:
+        return classify(model, loaded.params, rows, progress=progress)
+    tokenizer = loaded.tokenizer()
+    return evaluate(
+        model,
+        loaded.params,
+        rows,
+        token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
+        ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
+        progress=progress,
+    )
