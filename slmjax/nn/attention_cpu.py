@@ -60,7 +60,7 @@ def _backward(rule: Scores, saved: tuple, g: jax.Array):
     q, k, v, segments, out, log_total = saved
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     t = q.shape[1]
-    dq, dks, dvs = None, [], []
+    dqs, dks, dvs = [], [], []
     for lo, hi in _blocks(rule, t):  # keys, and the queries that may see any of them
         end = t if rule.window is None else min(t, hi + rule.window - 1)
         queries, kb, vb = slice(lo if rule.causal else 0, end), k[:, lo:hi], v[:, lo:hi]
@@ -75,10 +75,9 @@ def _backward(rule: Scores, saved: tuple, g: jax.Array):
         dks.append(_dot(ds, qb, 1, q.dtype))
         dvs.append(_dot(weights.astype(q.dtype), gb, 1, q.dtype))
         part = _dot(transpose(kb), ds, 1)  # [BH, K, T] in float32, as the blocks' parts are summed
-        part = jnp.pad(part, [(0, 0), (0, 0), (queries.start, t - end)])
-        dq = part if dq is None else dq + part
+        dqs.append(jnp.pad(part, [(0, 0), (0, 0), (queries.start, t - end)]))
     # Held apart: folded into the product, this transpose would make it one that runs in a slow loop on one core.
-    dq = jnp.swapaxes(jax.lax.optimization_barrier(dq.astype(q.dtype)), 1, 2)
+    dq = jnp.swapaxes(jax.lax.optimization_barrier(functools.reduce(jnp.add, dqs).astype(q.dtype)), 1, 2)
     return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1), None
 
 
