@@ -90,13 +90,15 @@ SEGMENTS = {
 RULES = {
     "plain": lambda heads: Scores(scale=0.3),
     "all": lambda heads: Scores(scale=0.3, softcap=2.0, window=5, slopes=Alibi().slopes(heads)),
+    "window over blocks": lambda heads: Scores(scale=0.3, window=150),
     "two ways": lambda heads: Scores(scale=0.3, causal=False),
+    "two ways, window": lambda heads: Scores(scale=0.3, window=150, causal=False),
 }
 
 
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(("t", "heads", "kv_heads"), [(16, 4, 4), (13, 6, 2), (33, 4, 1)])
+@pytest.mark.parametrize(("t", "heads", "kv_heads"), [(16, 4, 4), (13, 6, 2), (33, 4, 1), (201, 2, 1), (530, 2, 2)])
 def test_attention_and_its_gradient_equal_the_reference(segments, t, heads, kv_heads, rule):
     b, width = 2, 8
     ids = jnp.asarray(segments(b, t), jnp.int32)
