@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
-BASE = {"errors", "types", "tree", "platform", "serialise", "user_code", "__init__"}
+BASE = {"errors", "types", "tree", "platform", "serialise", "user_code", "lock", "__init__"}
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views"}
 MAY_IMPORT = {  # layer -> what it may import besides itself
     "errors": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "serialise": {"errors"},
     "platform": {"errors"},
     "user_code": {"errors"},
+    "lock": {"errors"},
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,
@@ -30,7 +31,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "data": BASE - {"tree"},
     "track": BASE - {"tree"},
     "views": BASE,
-    "train": {"errors", "types", "tree", "platform", "serialise"},
+    "train": {"errors", "types", "tree", "platform", "serialise", "lock"},
     "models": BASE | PARTS,
     "objectives": BASE | PARTS | {"models"},
     "convert": BASE | PARTS | {"models"},
