@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from slmjax.data.loader import ReadProcesses, ReadThreads
 from slmjax.data.spec import PackedText
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
@@ -129,6 +130,8 @@ class Runtime:
     """Precision and kernels; None: the fastest known ones of this platform"""
     distributed: Distributed = field(default_factory=Local)
     """Which processes train together: local (this one), cluster, or processes"""
+    reader: ReadThreads | ReadProcesses = field(default_factory=ReadThreads)
+    """What reads batches ahead: threads, or (`--runtime.reader processes`) processes; the batches are the same"""
     mesh: Mesh = field(default_factory=Mesh)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     tracking: Tracking = field(default_factory=Tracking)

@@ -8,6 +8,9 @@ batch: hosts may come and go between runs, and no sequence is repeated or droppe
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +26,7 @@ from slmjax.data.rows import Rows, assemble
 from slmjax.data.spec import PackedText, Part
 from slmjax.data.token_store import TokenStore
 from slmjax.data.work import Progress
-from slmjax.errors import DataError
+from slmjax.errors import DataError, UserError
 from slmjax.types import Batch
 
 STATE_VERSION = 1
@@ -34,8 +37,12 @@ class ReadThreads:
     """Read ahead in threads: right unless reading is far away or tokens are few."""
 
     count: int = 2
+    """Threads"""
     batches: int = 4
     """Batches held ready"""
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +50,18 @@ class ReadProcesses:
     """Read ahead in processes, where Python itself is what is slow."""
 
     count: int = 2
+    """Processes"""
     batches: int = 4
     """Batches held ready by each process"""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(reader: ReadThreads | ReadProcesses) -> None:
+    for name in ("count", "batches"):
+        if getattr(reader, name) < 1:
+            raise UserError(f"reader.{name} is {getattr(reader, name)}; expected at least 1")
 
 
 class _HostBatches:
@@ -57,6 +74,13 @@ class _HostBatches:
         self.seed, self.length, self.global_batch = data.seed, data.length, data.batch
         self.size = data.batch // hosts
         self.offset = host * self.size
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that reads ahead: it ends with the one that trains, even if that is killed."""
+        self.__dict__.update(state)
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
     def __len__(self) -> int:
         return (1 << 62) // self.global_batch

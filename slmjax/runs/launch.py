@@ -146,7 +146,12 @@ def _run(
     built = build(replace(experiment, objective=experiment.objective.bound(stores[0].tokenizer().roles)), runtime)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     loader = Loader(
-        experiment.data, stores, host=jax.process_index(), hosts=jax.process_count(), cache=runtime.data_dir
+        experiment.data,
+        stores,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        prefetch=runtime.reader,
+        cache=runtime.data_dir,
     )
     peak, peak_source = peak_flops(built.compute.dtype)
     slow = probe_bf16() if built.compute.dtype == "bfloat16" and jax.default_backend() == "cpu" else None
