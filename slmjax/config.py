@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from slmjax.data.spec import Data
+from slmjax.data.stream import ReadProcesses, ReadThreads
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
@@ -136,6 +137,8 @@ class Runtime:
     """Precision and kernels; None: the fastest known ones of this platform"""
     distributed: Distributed = field(default_factory=Local)
     """Which processes train together: local (this one), cluster, or processes"""
+    reader: ReadThreads | ReadProcesses = field(default_factory=ReadThreads)
+    """What reads batches ahead: threads, or (`--runtime.reader processes`) processes; the batches are the same"""
     mesh: Mesh = field(default_factory=Mesh)
     layout: Layout = field(default_factory=Layout)
     """Which arrays are split over which axes of the mesh"""

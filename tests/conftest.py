@@ -24,5 +24,5 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("slmjax", "typecheck.typecheck")
 
-from reference.client import reference  # noqa: E402, F401
+from reference.client import reference, reference4  # noqa: E402, F401
 from running import tiny, tiny_run  # noqa: E402, F401

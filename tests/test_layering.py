@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
-BASE = {"axes", "errors", "types", "tree", "platform", "serialise", "user_code", "__init__"}
+BASE = {"axes", "errors", "types", "tree", "platform", "serialise", "user_code", "lock", "__init__"}
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
 MAY_IMPORT = {  # layer -> what it may import besides itself
     "axes": set(),
@@ -23,6 +23,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "serialise": {"errors"},
     "platform": {"errors"},
     "user_code": {"errors"},
+    "lock": {"errors"},
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,
@@ -32,7 +33,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "track": BASE - {"tree"},
     "views": BASE,
     "start": BASE,
-    "train": {"errors", "types", "tree", "platform", "serialise"},
+    "train": {"errors", "types", "tree", "platform", "serialise", "lock"},
     "models": BASE | PARTS,
     "objectives": BASE | PARTS | {"models"},
     "convert": BASE | PARTS | {"models"},

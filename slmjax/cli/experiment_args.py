@@ -21,6 +21,7 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
     from slmjax.cli.args import parse as parse_args
     from slmjax.config import Experiment, Runtime
     from slmjax.data.recipe import Recipe
+    from slmjax.data.stream import ReadProcesses, ReadThreads
     from slmjax.experiment_file import load_experiment
     from slmjax.train.processes import Cluster, Local, Processes
 
@@ -44,7 +45,8 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
 
     kinds = {"local": Local, "cluster": Cluster, "processes": Processes}
     distributed, rest = choose("--runtime.distributed", kinds, rest)
-    default = Launch(experiment=experiment, runtime=Runtime(distributed=distributed))
+    reader, rest = choose("--runtime.reader", {"threads": ReadThreads, "processes": ReadProcesses}, rest)
+    default = Launch(experiment=experiment, runtime=Runtime(distributed=distributed, reader=reader))
     launch = parse_args(
         Launch,
         rest,

@@ -9,10 +9,8 @@ renamed: a store is either there and complete, or not there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from slmjax import __version__
@@ -21,6 +19,7 @@ from slmjax.data.recipe import Recipe, describe, digest, load_recipe
 from slmjax.data.token_store import CHUNK, SHARD, TokenStore, files_of, read_file, url_of
 from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
+from slmjax.lock import hold
 
 
 def build(
@@ -142,18 +141,10 @@ def _existing(out: str | Path, local: Path | None, wanted: str) -> TokenStore | 
     return store
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """One build at a time works in a folder. The lock dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: another process is building there; wait for it, or choose another --out"
-            ) from error
-        yield
+    said = "is building there; wait for it, or choose another --out"
+    return hold(folder / "lock", lambda owner: DataError(f"{folder}: {owner} {said}"))
 
 
 def _keep_or_clear(folder: Path, identity: str) -> None:

@@ -17,7 +17,7 @@ from slmjax.data.labelled_files import files_of
 from slmjax.data.labelled_store import ABOUT, VERSION, make
 from slmjax.data.recipe import describe, digest
 from slmjax.data.spec import Data, Opened, Store, check_seed
-from slmjax.data.stream import Stream, host_rows, shuffled
+from slmjax.data.stream import Prefetch, Stream, host_rows, shuffled
 from slmjax.data.tokenizer import BPE, File, Tokenizer, TokenizerSpec
 from slmjax.data.work import Progress, silent
 from slmjax.errors import DataError
@@ -229,7 +229,7 @@ class OpenedLabelled(Opened):
     def epochs(self, sequences: int) -> float:
         return sequences / max(1, self._texts("train").count)
 
-    def training(self, *, host: int = 0, hosts: int = 1) -> Stream:
+    def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> Stream:
         texts = self._texts("train")
         if not texts.count:
             raise DataError(f"{self.name}: no text to train on; name files in data.train, or lower data.held_out")
@@ -239,7 +239,15 @@ class OpenedLabelled(Opened):
             "closed": self.data.closed,
             "seed": self.data.seed,
         }
-        return Stream(texts, batch=self.data.batch, epoch=texts.count, identity=identity, host=host, hosts=hosts)
+        return Stream(
+            texts,
+            batch=self.data.batch,
+            epoch=texts.count,
+            identity=identity,
+            host=host,
+            hosts=hosts,
+            prefetch=reader,
+        )
 
     @property
     def has_validation(self) -> bool:

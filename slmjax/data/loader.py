@@ -202,8 +202,8 @@ class OpenedText(Opened):
     def epochs(self, sequences: int) -> float:
         return sequences * self.data.length / sum(store.count("train", "tokens") for store in self.train)
 
-    def training(self, *, host: int = 0, hosts: int = 1) -> Loader:
-        return Loader(self.data, self.train, host=host, hosts=hosts, cache=self.cache)
+    def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> Loader:
+        return Loader(self.data, self.train, host=host, hosts=hosts, prefetch=reader, cache=self.cache)
 
     @property
     def has_validation(self) -> bool:

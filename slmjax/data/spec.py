@@ -12,6 +12,7 @@ from slmjax.data.extra import Extra, NoExtra, added
 from slmjax.data.packing import BestFit, Packing
 from slmjax.data.recipe import Recipe
 from slmjax.data.rows import empty_batch
+from slmjax.data.stream import Prefetch
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.data.weighting import EveryToken, Weighting
 from slmjax.data.work import Progress
@@ -83,8 +84,11 @@ class Opened(abc.ABC):
         """How often so many training sequences go over the data."""
 
     @abc.abstractmethod
-    def training(self, *, host: int = 0, hosts: int = 1) -> BatchStream:
+    def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> BatchStream:
         """This host's rows of an endless stream, whose position can be saved.
+
+        Args:
+            reader: what reads ahead; None: threads.
 
         Raises:
             DataError: the batch cannot be split over the hosts.

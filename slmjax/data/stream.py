@@ -7,13 +7,16 @@ dropped.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from slmjax.errors import DataError
+from slmjax.errors import DataError, UserError
 from slmjax.types import Batch
 
 T = TypeVar("T")
@@ -26,8 +29,12 @@ class ReadThreads:
     """Read ahead in threads: right unless reading is far away or tokens are few."""
 
     count: int = 2
+    """Threads"""
     batches: int = 4
     """Batches held ready"""
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +42,21 @@ class ReadProcesses:
     """Read ahead in processes, where Python itself is what is slow."""
 
     count: int = 2
+    """Processes"""
     batches: int = 4
     """Batches held ready by each process"""
 
+    def __post_init__(self) -> None:
+        _check(self)
+
 
 Prefetch = ReadThreads | ReadProcesses
+
+
+def _check(reader: Prefetch) -> None:
+    for name in ("count", "batches"):
+        if getattr(reader, name) < 1:
+            raise UserError(f"reader.{name} is {getattr(reader, name)}; expected at least 1")
 
 
 class _HostBatches:
@@ -49,6 +66,13 @@ class _HostBatches:
         self.read, self.first, self.global_batch = read, first, batch
         self.size = batch // hosts
         self.offset = host * self.size
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that reads ahead: it ends with the one that trains, even if that is killed."""
+        self.__dict__.update(state)
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
     def __len__(self) -> int:
         return (1 << 62) // self.global_batch

@@ -139,7 +139,7 @@ def _run(
     say(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
         built.program._replace(init=beginning.starting(experiment, built, start)),
-        data=opened.training(host=jax.process_index(), hosts=jax.process_count()),
+        data=opened.training(host=jax.process_index(), hosts=jax.process_count(), reader=runtime.reader),
         steps=experiment.steps,
         workdir=folder,
         tracker=tracker,

@@ -190,14 +190,18 @@ def test_refusals(tmp_path):
 
 
 def test_two_builds_of_one_store_do_not_mix(tmp_path):
-    import fcntl
-
-    (tmp_path / "out.building").mkdir()
     recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", sentences(9)))
-    with open(tmp_path / "out.building" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is building there"):
+    code = (
+        "import sys, time, pathlib\nfrom slmjax.lock import hold\n"
+        "with hold(pathlib.Path(sys.argv[1]), ValueError):\n    print('held', flush=True)\n    time.sleep(100)"
+    )
+    at = tmp_path / "out.building" / "lock"
+    with subprocess.Popen([sys.executable, "-c", code, at], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match=f"process {other.pid} on .* is building there"):
             build(recipe, tmp_path / "out", workers=1)
+        other.kill()
+        other.wait()
     build(recipe, tmp_path / "out", workers=1)
 
 

@@ -1,6 +1,7 @@
 """The `reference` fixture: stock transformers in its own Python, started once a session, spoken to through files.
 
-Its Python is $SLMJAX_REFERENCE_PYTHON, or .venv-ref/bin/python in the repository (made by `make test`).
+Its Python is $SLMJAX_REFERENCE_PYTHON, or .venv-ref/bin/python in the repository (made by `make test`). `reference4` is
+the newest transformers 4: $SLMJAX_REFERENCE4_PYTHON, or .venv-ref4/bin/python.
 """
 
 import json
@@ -17,20 +18,20 @@ from safetensors.numpy import load_file, save_file
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def reference_python() -> str:
-    """The interpreter that has torch and transformers."""
-    path = os.environ.get("SLMJAX_REFERENCE_PYTHON") or str(ROOT / ".venv-ref" / "bin" / "python")
-    assert pathlib.Path(path).exists(), f"{path} is missing: `make test` makes it, or set SLMJAX_REFERENCE_PYTHON"
+def reference_python(variable: str = "SLMJAX_REFERENCE_PYTHON", folder: str = ".venv-ref") -> str:
+    """The interpreter that has torch and transformers: what the environment variable says, or of a folder here."""
+    path = os.environ.get(variable) or str(ROOT / folder / "bin" / "python")
+    assert pathlib.Path(path).exists(), f"{path} is missing: `make test` makes it, or set {variable}"
     return path
 
 
 class Reference:
     """Calls of worker.py. Folders are Hugging Face folders."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        """folder: for the tensors that travel."""
+    def __init__(self, folder: pathlib.Path, python: str) -> None:
+        """folder: for the tensors that travel; python: an interpreter with torch and transformers."""
         self._folder = folder
-        self.python = reference_python()
+        self.python = python
         self._files = 0
         self._process = subprocess.Popen(
             [self.python, str(pathlib.Path(__file__).with_name("worker.py"))],
@@ -39,6 +40,10 @@ class Reference:
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
+
+    def version(self) -> str:
+        """Of its transformers."""
+        return self._call("version")["version"]
 
     def close(self) -> None:
         """Ends the worker."""
@@ -183,6 +188,15 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """Stock transformers and torch, see `Reference`."""
-    client = Reference(tmp_path_factory.mktemp("reference"))
+    client = Reference(tmp_path_factory.mktemp("reference"), reference_python())
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def reference4(tmp_path_factory):
+    """Stock transformers 4, see `Reference`."""
+    python = reference_python("SLMJAX_REFERENCE4_PYTHON", ".venv-ref4")
+    client = Reference(tmp_path_factory.mktemp("reference4"), python)
     yield client
     client.close()

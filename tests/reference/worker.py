@@ -3,6 +3,7 @@
 Tensors travel through safetensors files. Run by tests/reference/client.py; knows nothing of slmjax.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -23,6 +24,11 @@ torch.set_num_threads(int(os.environ.get("SLMJAX_REFERENCE_THREADS", "1")))
 transformers.logging.set_verbosity_error()
 
 
+def version():
+    """Of transformers."""
+    return {"version": transformers.__version__}
+
+
 def class_of(architectures):
     """The class that a config.json names; a decoder if it names none."""
     return getattr(transformers, architectures[0]) if architectures else AutoModelForCausalLM
@@ -41,6 +47,11 @@ def load(folder):
     )
     report = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     return model.eval(), report
+
+
+def takes_positions(model):
+    """DistilBERT of transformers 4 does not: its tokens are counted from the left."""
+    return transformers.__version__ >= "5" or "position_ids" in inspect.signature(model.forward).parameters
 
 
 def make(folder, config, seed, dtype="float32", gain=1.2):
@@ -72,13 +83,12 @@ def logits(folder, tensors, out, hidden=False):
     the residual stream [L + 1, B, T, D]."""
     model, report = load(folder)
     x = load_file(tensors)
+    more = {"position_ids": x["positions"].long()} if takes_positions(model) else {}
+    if "types" in x:
+        more["token_type_ids"] = x["types"].long()
     with torch.no_grad():
         answer = model(
-            input_ids=x["tokens"].long(),
-            attention_mask=x["mask"].long(),
-            position_ids=x["positions"].long(),
-            output_hidden_states=hidden,
-            **({"token_type_ids": x["types"].long()} if "types" in x else {}),
+            input_ids=x["tokens"].long(), attention_mask=x["mask"].long(), output_hidden_states=hidden, **more
         )
     told = next(answer[name] for name in ("logits", "pooler_output", "last_hidden_state") if name in answer)
     result = {"logits": told.float()}
@@ -251,8 +261,8 @@ def gguf(folder, file, tensors, new_tokens):
 CALLS = {
     f.__name__: f
     for f in (
-        make, logits, generate, saved_keys, make_paper, paper_logits, train, masked_step, sentences, count, tokenize,
-        chat, gguf,
+        version, make, logits, generate, saved_keys, make_paper, paper_logits, train, masked_step, sentences, count,
+        tokenize, chat, gguf,
     )
 }  # fmt: skip
 

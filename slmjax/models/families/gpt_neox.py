@@ -9,7 +9,7 @@ from slmjax.models.arrange import repeated
 from slmjax.models.decoder import Block, Decoder
 from slmjax.models.families.common.config_fields import NUMBER, Fields, Names, exact, finished
 from slmjax.models.families.common.gpt_like import gpt_block, megatron_rows, parts
-from slmjax.models.families.common.rope_fields import rope_from_config, rope_to_config
+from slmjax.models.families.common.rope_fields import both_versions, rope_from_config, rope_to_config
 from slmjax.models.families.common.rows import Family, Row, norm_rows, table
 from slmjax.nn.block import AnyBlock, Parallel
 from slmjax.nn.mlp import gelu
@@ -110,6 +110,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "hidden_dropout": 0.0,
         "rotary_pct": position.fraction,
         "rotary_emb_base": position.theta,
+        **({} if position.scaling is None else {"rope_scaling": both_versions(position)["rope_scaling"]}),
         # its default is 0.25, not 1
         "rope_parameters": {**rope_to_config(position), "partial_rotary_factor": position.fraction},
         "use_cache": True,

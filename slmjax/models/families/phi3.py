@@ -74,8 +74,8 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def _rope_to_config(rope: Rope, context: int) -> dict[str, Any]:
-    """Transformers 4 wants three fields in `rope_scaling` and computes the others; 5 would read them in place of
-    `rope_parameters`."""
+    """Transformers 4 wants three fields in `rope_scaling` and computes the others; 5 reads them in place of
+    `rope_parameters`. With more fields, which 5 reads as well, 4 refuses a file that it would compute otherwise."""
     versions, scaling = both_versions(rope), rope.scaling
     if not isinstance(scaling, LongRope):
         return versions
@@ -83,7 +83,7 @@ def _rope_to_config(rope: Rope, context: int) -> dict[str, Any]:
     three = {"type": "longrope", "short_factor": list(scaling.short), "long_factor": list(scaling.long)}
     return {
         **versions,
-        "rope_scaling": three if computed else None,
+        "rope_scaling": three if computed else versions["rope_parameters"],
         "original_max_position_embeddings": scaling.original_context,
     }
 
