@@ -46,7 +46,7 @@ def train(
     *,
     workdir: str | Path | None = None,
     runtime: Runtime | None = None,
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[Any] = (),
 ) -> Run:
     """Trains an experiment to its end, as `slmjax train` does: goes on where a run in the same folder has stopped.
 

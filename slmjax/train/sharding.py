@@ -149,7 +149,7 @@ class Layout:
         if len(here) * jax.process_count() != split:  # two processes would give the same rows, each with its own data
             raise UserError(
                 f"mesh {said} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; keep "
-                "the other axes within a process"
+                f"{' and '.join(name for name in mesh.shape if name not in self.rows)} within a process"
             )
         return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, placed)
 

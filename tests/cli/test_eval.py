@@ -52,7 +52,7 @@ def test_mistakes_are_named(tiny, tiny_run, exported, tmp_path):
         ((exported,), "add --data with a token store"),
         ((tiny_run, "--length", "65"), "--length is 65, longer than the model's context 64"),
         ((tiny_run, "--data", tmp_path), "no token store there"),
-        ((tiny_run, "--batches", "0"), "must be at least 1"),
+        ((tiny_run, "--batches", "0"), "expected at least 1"),
     ):
         done = slmjax("eval", *argv)
         assert done.code in (2, 4)

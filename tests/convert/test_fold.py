@@ -153,8 +153,8 @@ def test_a_wrong_fold_is_caught(tmp_path, monkeypatch):
     monkeypatch.delenv(gate.ENVIRONMENT, raising=False)
     from slmjax.convert import export
 
-    def wrong(decoder):
-        found = expressed(decoder)
+    def wrong(decoder, numerics):
+        found = expressed(decoder, numerics)
         steps = found.folded.steps
         return found._replace(folded=replace(found.folded, steps=(steps[0]._replace(factor=3.01), *steps[1:])))
 

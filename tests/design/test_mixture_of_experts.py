@@ -141,7 +141,7 @@ def test_packing_and_padding_change_nothing(uneven, whole):
         first, second = x[:, :12], x[:, 12:]
         return jnp.pad(jnp.concatenate([first, second]), ((0, 0), (0, 7)), constant_values=fill)
 
-    rows = Batch(*map(alone, uneven))
+    rows = jax.tree.map(alone, uneven)
     alike(gradient(rows._replace(segment_ids=jnp.minimum(rows.segment_ids, 1)), 1), whole)
 
 
