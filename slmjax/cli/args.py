@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from slmjax.cli.mistakes import Refused, explain, options_of, refusals
 from slmjax.errors import UserError
 
 T = TypeVar("T")
@@ -44,38 +41,24 @@ def parse(
     """
     import tyro
 
-    stderr = io.StringIO()
-    extra: dict[str, Any] = {"registry": _taking(as_text)} | ({} if default is None else {"default": default})
     config = (
         tyro.conf.AvoidSubcommands,
         tyro.conf.HelptextFromCommentsOff,
         tyro.conf.PositionalMetavarFromFieldName,
         tyro.conf.SuppressFixed,
     )
+    about = f"{description}\n\nExample:\n  {example}"
+
+    def read(kind: Any, words: Sequence[str], **given: Any) -> Any:
+        registry = _taking(as_text)
+        return tyro.cli(kind, args=words, prog=prog, description=about, config=config, registry=registry, **given)
+
     try:
-        with contextlib.redirect_stderr(stderr), _wide({"-h", "--help"}.isdisjoint(argv)):
-            about = f"{description}\n\nExample:\n  {example}"
-            return tyro.cli(args, args=list(argv), prog=prog, description=about, config=config, **extra)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        wrong = one_line(stderr.getvalue(), lambda: _flags(args, config, extra))
+        with refusals():
+            return read(args, argv, **({} if default is None else {"default": default}))
+    except Refused as refused:
+        wrong = explain(refused.event, argv, lambda: options_of(lambda kind: read(kind, []), args, default))
         raise UserError(f"{prog}: {wrong}; `{prog} --help` lists every field") from None
-
-
-@contextlib.contextmanager
-def _wide(wanted: bool) -> Iterator[None]:
-    """Nothing that tyro says within is broken over lines: one line is made of it."""
-    before = os.environ.get("COLUMNS")
-    if wanted:
-        os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["COLUMNS"] = before
-        elif wanted:
-            del os.environ["COLUMNS"]
 
 
 def _taking(kinds: Sequence[Any]) -> Any:
@@ -131,73 +114,6 @@ def _unset(kind: type) -> Any:
         default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
         object.__setattr__(value, field.name, default)
     return value
-
-
-def _flags(args: type, config: Any, extra: dict[str, Any]) -> list[str]:
-    """Every `--flag` there is, from the help."""
-    import tyro
-
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
-        tyro.cli(args, args=["--help"], config=config, **extra)
-    return re.findall(r"^\W{2,4}(--[\w.-]+)", stdout.getvalue(), re.MULTILINE)
-
-
-def one_line(message: str, flags: Callable[[], Sequence[str]] = tuple) -> str:
-    """What is wrong, of tyro's message in a box: the name, the value, what is expected or the nearest names.
-
-    Args:
-        flags: those that there are, for where tyro finds none that is near.
-    """
-    (heading, *_), *sections = _sections(message)
-    text = " ".join(line.strip() for line in sections[0]) if sections else heading
-    shown = [line for section in sections for line in section if re.match(r" {4}\S", line)]  # flags, above their help
-    if wrong := re.match(
-        r"Error parsing (\S+): .*?(?:base 10: |to float: |instantiated from \[)('.*?'(?=\]|$)|\".*\")", text
-    ):
-        expected = re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), shown[0].split(maxsplit=1)[1])
-        return f"{wrong[1]} is {wrong[2]}; expected {expected.replace('{None}', 'None').replace('|', ' or ')}"
-    if wrong := re.match(r"invalid choice (.*) for argument '(.*)'. Expected one of \((.*?),?\)\.", text):
-        return f"{wrong[2]} is {wrong[1]}; expected one of: {wrong[3].replace(chr(39), '')}"
-    if heading == "Required options":
-        return f"missing: {', '.join(line.strip() for line in shown)}"
-    if wrong := re.match(r"Missing value for argument '(.*?)'", text):
-        return f"{wrong[1]} needs a value"
-    if wrong := re.match(r"Unrecognized options: (.*)", text):
-        words = wrong[1].split(", ")
-        names = [word.partition("=")[0] for word in words if word.startswith("--")]
-        if not names:
-            return f"unexpected {', '.join(words)}"
-        near = dict.fromkeys(re.split(r"[ ,]", line.strip())[0] for line in shown)
-        hint = f"; did you mean {' or '.join(near)}?" if near else _beside(names[0], flags())
-        return f"unknown option {', '.join(names)}{hint}"
-    return text
-
-
-def _beside(name: str, flags: Sequence[str]) -> str:
-    """The fields of what `name` goes into: `--model.layers` is told those of `--model`."""
-    parent = name.rpartition(".")[0]
-    there = [flag for flag in flags if parent and flag.rpartition(".")[0] == parent]
-    return f"; {parent.lstrip('-')} has {', '.join(there)}" if there else ""
-
-
-KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text"}
-"""tyro's names of types, for people"""
-
-
-def _sections(message: str) -> list[list[str]]:
-    """tyro's box, or what it prints where there are no box characters, by its rules: the heading is the first section,
-    and the pointer to --help, the last one, is left out."""
-    sections: list[list[str]] = [[]]
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines():
-        inner = line.strip("│ ") if line.startswith("╭") else re.sub(r"^(│ |  ?)", "", line.rstrip(" │"))
-        if line.startswith("╭"):
-            sections += [[inner.strip("╭╮─ ")], []]
-        elif inner and not inner.strip("─- "):
-            sections.append([])
-        elif inner and not line.startswith("╰"):
-            sections[-1].append(inner)
-    return [section for section in sections if section and not section[0].startswith("For full helptext")]
 
 
 def text_of(flag: str, text: str) -> str:

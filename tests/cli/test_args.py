@@ -70,6 +70,104 @@ def test_a_mistake_names_the_option_the_value_and_what_is_expected(argv, said, e
     assert os.environ["COLUMNS"] == columns
 
 
+BOX = "╭─ Error ─╮\n│ --count │\n╰─────────╯"
+
+
+@pytest.mark.parametrize("columns", ["20", "200"])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["m", "--out", "o", "--count", BOX], f"--count is {BOX!r}; expected a whole number"),
+        (["m", "--out", "o", "--count", "2\n│ 3"], "--count is '2\\n│ 3'; expected a whole number"),
+        (["m", "--out", "o", "--kind", "'│, ('"], "--kind is \"'│, ('\"; expected one of: hf, gguf"),
+        (["m", "--out", "o", "--count", "9" * 5000], f"--count is '{'9' * 80}'...; expected a whole number"),
+        (["m", "--out", "o", "--kind", "z" * 5000], f"--kind is '{'z' * 80}'...; expected one of: hf, gguf"),
+        (["m", "--out", "o", f"--{'x' * 5000}"], f"unknown option '--{'x' * 78}'..."),
+        (["m", "--out", "o", "one\ntwo"], "unexpected 'one\\ntwo'"),
+        (["m", "--out", "o", "n, --count"], "unexpected 'n, --count'"),
+    ],
+    ids=["a box", "a line break", "quotes", "long number", "long choice", "long name", "two lines", "a list"],
+)
+def test_a_message_repeats_any_word_in_one_line(argv, said, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(UserError) as wrong:
+        read(*argv)
+    assert str(wrong.value) == f"slmjax x: {said}; `slmjax x --help` lists every field"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    peak_lr: float = 1e-3
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Late(Schedule):
+    start: int = 1
+
+    def __post_init__(self):
+        if self.start == 13:
+            raise ValueError("start is 13;\nexpected another number")
+
+
+@dataclass(frozen=True)
+class Kinds:
+    verbose: bool = False
+    betas: tuple[float, float] = (0.9, 0.99)
+    sizes: tuple[int, ...] = ()
+    rules: tuple[tuple[str, int], ...] = ()
+    limit: Literal["low", "high"] | None = None
+    schedule: Schedule = field(default_factory=Late)
+    call: object = len
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--betas", "0.9", "x"], "--betas is '0.9 x'; expected 2 values: a number, a number"),
+        (["--betas", "0.9"], "--betas needs 2 values"),
+        (["--sizes", "1", "x"], "--sizes is '1 x'; expected any number of values, each a whole number"),
+        (["--rules", "a", "b"], "--rules is 'a b'; expected any number of groups of 2 values: text, a whole number"),
+        (["--limit", "mid"], "--limit is 'mid'; expected one of: None, low, high"),
+        (["--verbose=maybe"], "--verbose takes no value; it is given 'maybe'"),
+        (["--schedule.peak_lr=fast"], "--schedule.peak-lr is 'fast'; expected a number"),
+        (["--schedule.start", "1", "--schedule.start", "x"], "--schedule.start is 'x'; expected a whole number"),
+        (["--schedule.start", "13"], "start is 13; expected another number"),
+        (["--peak-lr", "1"], "unknown option --peak-lr; did you mean --schedule.peak-lr?"),
+        (["--scedule.warmup", "1"], "unknown option --scedule.warmup; did you mean --schedule.warmup?"),
+        (
+            ["--schedule.call", "1"],
+            "unknown option --schedule.call; schedule has --schedule.peak-lr, --schedule.warmup, --schedule.start",
+        ),
+    ],
+    ids=str,
+)
+def test_each_kind_of_value(argv, said):
+    with pytest.raises(UserError) as wrong:
+        parse(Kinds, argv, prog="slmjax x", description="About.", example="slmjax x", default=Kinds())
+    assert str(wrong.value) == f"slmjax x: {said}; `slmjax x --help` lists every field"
+
+
+def test_none_and_subclasses_are_read():
+    words = ["--limit", "None", "--schedule.start", "5", "--rules", "a", "1", "b", "2"]
+    read_ = parse(Kinds, words, prog="x", description="", example="", default=Kinds(limit="low"))
+    assert read_ == Kinds(schedule=Late(start=5), rules=(("a", 1), ("b", 2)))
+
+
+def test_a_misspelt_option_that_is_required_is_named_too():
+    with pytest.raises(UserError, match="missing: --out STR; unknown option --ot; did you mean --out"):
+        read("m", "--ot", "o")
+
+
+def test_without_its_private_module_tyro_says_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.delattr(tyro, "_errors")
+    monkeypatch.setitem(sys.modules, "tyro._errors", None)
+    with pytest.raises(SystemExit) as stop:
+        read("m", "--out", "o", "--count", "2.5")
+    assert stop.value.code == 2
+    assert "2.5" in capsys.readouterr().err
+
+
 def test_help_shows_what_can_be_given(capsys):
     with pytest.raises(SystemExit):
         read("--help")
