@@ -78,9 +78,9 @@ def export_hf(
     family, folded = expressed(decoder, numerics)
     python = gate.find_python(reference_python)
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
-    asked = family.asked(decoder)
-    pad = pad_id(tokenizer) if asked.last else None  # stock tells by the id where a text ends
-    probe = gate.make_probe(tokens, decoder.context, pads=asked.pads, pad=pad)
+    stock = family.stock(decoder)
+    pad = pad_id(tokenizer) if stock.last else None  # stock tells by the id where a text ends
+    probe = gate.make_probe(tokens, decoder.context, pads=stock.pads, pad=pad)
     facts = facts or Facts(name=out.name)
     facts = replace(
         facts,

@@ -90,8 +90,8 @@ def write_hf(
         decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    asked = family.asked(decoder)
-    if asked.last:
+    stock = family.stock(decoder)
+    if stock.last:
         ids["pad_token_id"] = pad_id(tokenizer)
     if tokenizer is not None:
         ids |= write_tokenizer(
@@ -99,8 +99,8 @@ def write_hf(
             tokenizer,
             context=decoder.context,
             vocab=decoder.vocab,
-            pads=asked.pads,
-            closes=asked.closes,
+            pads=stock.pads,
+            closes=stock.closes,
         )
     tensors = table.to_theirs(family.rows(decoder), params)
     write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
@@ -108,7 +108,7 @@ def write_hf(
     known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
     if tokenizer is not None and (turn := chat.ends(tokenizer)):
         known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
-    if asked.generates:
+    if stock.generates:
         _write_json(folder / "generation_config.json", known)
 
 

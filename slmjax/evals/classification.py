@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
-from slmjax.evals.perplexity import Estimate, ratio
+from slmjax.estimate import Estimate, ratio
 from slmjax.losses.classify import scored
 from slmjax.types import Batch, Model, Params
 

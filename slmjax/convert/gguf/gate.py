@@ -145,22 +145,22 @@ def _run(file: pathlib.Path, python: str, request: dict[str, Any]) -> dict[str, 
     """What the program found; None if this Python has no llama.cpp."""
     program = importlib.resources.files("slmjax.convert").joinpath("stock_llama_cpp.py.txt")
     with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
-        asked, answered = pathlib.Path(tmp, "request.json"), pathlib.Path(tmp, "answer.json")
-        asked.write_text(json.dumps(request))
-        command = [python, str(script), str(file), str(asked), str(answered)]
+        request_file, answer_file = pathlib.Path(tmp, "request.json"), pathlib.Path(tmp, "answer.json")
+        request_file.write_text(json.dumps(request))
+        command = [python, str(script), str(file), str(request_file), str(answer_file)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", env=os.environ, timeout=1800
             )
         except subprocess.TimeoutExpired:
             raise Rejected("stock llama.cpp did not answer within half an hour") from None
-        if answered.is_file():
-            return json.loads(answered.read_text())
+        if answer_file.is_file():
+            return json.loads(answer_file.read_text())
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         if lines and "ModuleNotFoundError" in lines[-1] and "xllamacpp" in lines[-1]:
             return None
-        said = [line for line in lines if "error" in line.lower()] or lines or [str(done.returncode)]
-        raise Rejected(f"stock llama.cpp failed on the export: {said[0].strip()[:300]}")
+        errors = [line for line in lines if "error" in line.lower()] or lines or [str(done.returncode)]
+        raise Rejected(f"stock llama.cpp failed on the export: {errors[0].strip()[:300]}")
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from slmjax.models.encoder import Encoder
 from slmjax.models.families.bert import bert
 from slmjax.models.families.common.bert_like import (
     GREEK,
-    asked,
     embedding_rows,
     head_fields,
     head_of,
@@ -17,6 +16,7 @@ from slmjax.models.families.common.bert_like import (
     kind_of,
     kinds,
     prefix_of,
+    stock,
 )
 from slmjax.models.families.common.config_fields import Fields, Names, exact, finished
 from slmjax.models.families.common.gpt_like import parts
@@ -124,7 +124,7 @@ FAMILY = Family(
     rows=rows,
     to_config=to_config,
     from_config=from_config,
-    asked=asked(KINDS),
+    stock=stock(KINDS),
     renamed=GREEK,
     repeats={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     unread=r"(distilbert\.)?embeddings\.position_ids",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slmjax.models.encoder import Encoder
-from slmjax.models.families.common.bert_like import GREEK, asked, bert_config, bert_fields, bert_rows, kind_of, kinds
+from slmjax.models.families.common.bert_like import GREEK, bert_config, bert_fields, bert_rows, kind_of, kinds, stock
 from slmjax.models.families.common.config_fields import Fields, activation_name, exact, finished
 from slmjax.models.families.common.rows import Family, Row, dense_rows, norm_rows
 from slmjax.nn.bottleneck import Affine, Bottleneck, SplitAttention
@@ -163,7 +163,7 @@ FAMILY = Family(
     rows=bert_rows(KINDS, _fed),
     to_config=to_config,
     from_config=from_config,
-    asked=asked(KINDS),
+    stock=stock(KINDS),
     renamed=GREEK,
     repeats={
         "cls.predictions.decoder.weight": "mobilebert.embeddings.word_embeddings.weight",

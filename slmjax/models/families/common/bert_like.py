@@ -14,7 +14,7 @@ from slmjax.models.families.common.config_fields import (
     labels_from_config,
     labels_to_config,
 )
-from slmjax.models.families.common.rows import Asked, Row, attention_rows, dense_rows, norm_rows, present
+from slmjax.models.families.common.rows import Row, StockModel, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
 from slmjax.nn.mlp import MLP, tanh
 
@@ -58,13 +58,13 @@ def prefix_of(known: tuple[Kind, ...], encoder: Encoder) -> str:
     return "" if kind is None else kind.prefix
 
 
-def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
-    """How stock transformers is asked for what an encoder tells."""
+def stock(known: tuple[Kind, ...]) -> Callable[[Encoder], StockModel]:
+    """`Family.stock` of encoders: how stock `transformers` loads and runs one."""
 
-    def of(encoder: Encoder) -> Asked:
+    def of(encoder: Encoder) -> StockModel:
         kind = kind_of(known, encoder)
         assert kind is not None
-        return Asked(
+        return StockModel(
             loader=kind.architecture, output=kind.output, first=kind.first, generates=False, pads="right", closes=True
         )
 

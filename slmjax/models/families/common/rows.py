@@ -31,8 +31,8 @@ class Row(NamedTuple):
     """Another key under which files hold it; read, never written"""
 
 
-class Asked(NamedTuple):
-    """How stock transformers is asked for what a model of ours computes. As it is: a decoder."""
+class StockModel(NamedTuple):
+    """How stock `transformers` loads and runs an exported model. The defaults are those of a decoder."""
 
     loader: str = "AutoModelForCausalLM"
     """Name of the class that loads the folder"""
@@ -50,11 +50,11 @@ class Asked(NamedTuple):
     """Whether a text is encoded with EOS behind it, as a whole document"""
 
 
-def asked_of_decoder(decoder: Decoder) -> Asked:
+def stock_decoder(decoder: Decoder) -> StockModel:
     """A model for words, or a classifier, which stock transformers reads at the last token that is not padding."""
     if not decoder.labels:
-        return Asked()
-    return Asked(loader="AutoModelForSequenceClassification", last=True, generates=False, pads="right")
+        return StockModel()
+    return StockModel(loader="AutoModelForSequenceClassification", last=True, generates=False, pads="right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Family:
     """config.json -> decoder. Raises UserError naming the field that has no counterpart"""
     kind: type[Assembly] = Decoder
     """What assembles the models that it describes"""
-    asked: Callable[[Any], Asked] = asked_of_decoder
+    stock: Callable[[Any], StockModel] = stock_decoder
     """decoder -> how stock transformers is compared with it"""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Pieces of keys in old files -> what they are called now"""
