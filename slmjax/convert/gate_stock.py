@@ -1,4 +1,4 @@
-"""The part of the gate that is not ours: stock transformers, in an environment of its own, reads the export."""
+"""Checks an export with stock transformers, which runs in its own process and environment."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from slmjax.nn.compute import Compute
 def check_stock(
     imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
 ) -> list[Check]:
-    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens if it generates, same
-    tokenizer. `Family.stock` says how the folder is loaded and run."""
+    """Checks that stock transformers loads the whole folder, computes the same logits and greedy tokens (if the model
+    generates), and tokenizes the same. `Family.stock` says how the folder is loaded and run."""
     if python is None:
         hint = f"not run: give --reference-python or {ENVIRONMENT}"
         return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
@@ -63,7 +63,7 @@ def check_stock(
         checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:
         wanted = [tokenizer.encode(text, bos=True, eos=stock.closes) for text in texts]
-        # a BOS that only the chat template uses has a name, too
+        # a BOS that only the chat template uses is named in the tokenizer, too
         special = [tokenizer.raw.token_to_id(tokenizer.names.get(name) or "") for name in ("bos_token", "eos_token")]
         same = report["encoded"] == wanted and report["special"] == special
         found = "identical" if same else f"{report['encoded'][0]}, BOS and EOS {report['special']}"
@@ -78,7 +78,7 @@ def _compare_greedy(name: str, imported: Imported, prompts: Probe, theirs: np.nd
     found, passed = expected, True
     for row in np.flatnonzero((tokens != theirs).any(axis=1)):
         at = int(np.argmax(tokens[row] != theirs[row]))
-        # rounding decides between two tokens that are equally likely: that is no error of the export
+        # between two equally likely tokens rounding decides, which is not an error of the export
         tie = bool(margins[row, at] <= 2 * limit(ours.logits))
         passed = passed and tie
         found = f"prompt {row}: {at} identical, then {'a tie of' if tie else 'differ, margin'} {margins[row, at]:.1e}"
