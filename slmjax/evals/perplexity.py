@@ -30,19 +30,19 @@ from slmjax.types import Batch, Key, Model, Params, unchanged
 
 
 class Result(NamedTuple):
-    """What was measured, and on how much."""
+    """Measured figures, and the amount of text they were measured on."""
 
     loss: Estimate
     """Nats a token"""
     perplexity: Estimate
     """exp(loss)"""
     bits_per_byte: Estimate | None
-    """Of the text in UTF-8; comparable between tokenizers. None without the tokens' bytes"""
+    """Bits per byte of UTF-8 text, comparable between tokenizers. None if the bytes of tokens are not given"""
     tokens: float
     """Sum of the weights"""
     bytes: float
     sequences: int
-    """Rows with at least one scored token"""
+    """Rows with at least one token of weight > 0"""
 
 
 def row_sums(
@@ -76,10 +76,10 @@ def evaluate(
     prepare: Callable[[Batch, Key], Batch] = unchanged,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Result:
-    """Streams over the batches; sums are kept in float64.
+    """Evaluates a model on all batches; sums are kept in float64.
 
     Args:
-        batches: of one shape, so that one program serves all.
+        batches: of one shape, so that the program is compiled once.
         token_bytes: bytes of text that each token stands for (`text.token_bytes`).
         prepare: (batch, key) -> the batch that the model reads, with its targets and weights
             (`Assembly.evaluation_batch`). The key depends on the number of the batch alone.
@@ -90,7 +90,7 @@ def evaluate(
     """
     sums = row_sums(model, token_bytes, prepare)
     key, rows = jax.random.key(0), []
-    waiting = None  # read one batch late, so that the next one is under way meanwhile
+    waiting = None  # results are fetched one batch late, so that the device already computes the next one
     for i, batch in enumerate(batches):
         now = sums(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(key, i))
         if waiting is not None:
@@ -106,7 +106,7 @@ def summarise(rows: np.ndarray) -> Result:
     """[n, 3] sums of nats, weight and bytes a row -> the figures. Rows without weight are padding.
 
     Raises:
-        DataError: there is no weight at all.
+        DataError: the sum of all weights is 0.
     """
     rows = rows[rows[:, 1] > 0]
     if len(rows) == 0:

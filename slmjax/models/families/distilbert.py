@@ -39,7 +39,7 @@ def distilbert(
     """`bert` without token types; the epsilon of its norms is 1e-12.
 
     Args:
-        head: None for masked words, with this activation.
+        head: None for `MaskedWords` with this activation.
     """
     return bert(
         layers=layers,
@@ -63,7 +63,7 @@ KINDS = kinds("DistilBert", "distilbert.", pooler=False)
 
 
 def rows(encoder: Encoder) -> tuple[Row, ...]:
-    """The rows of the class with this head."""
+    """The rows of the class that has the head of this encoder."""
     prefix = prefix_of(KINDS, encoder)
     layer = f"{prefix}transformer.layer.{{}}"
     names = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
@@ -106,11 +106,11 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
     """DistilBertConfig -> encoder. Absent fields have the defaults of DistilBertConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     ignore_dropout(fields, "dropout", "qa_dropout", "seq_classif_dropout")
-    fields.take("sinusoidal_pos_embds", bool, False)  # how positions were drawn; they are stored either way
+    fields.take("sinusoidal_pos_embds", bool, False)  # how positions were initialized; they are stored either way
     fields.expect("tie_word_embeddings", True)
     fields.expect("tie_weights_", True)
     common = NAMES.read(fields, layers=6, width=768, heads=12, hidden=3072, vocab=30522, context=512, activation="gelu")
