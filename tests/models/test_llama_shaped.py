@@ -354,7 +354,7 @@ def test_a_share_of_the_head_that_the_class_takes_for_granted_is_written():
         (PHI4, {"full_attn_mod": 2}, "full_attn_mod = 2"),
         (PHI4, {"head_dim": 64}, "head_dim = 64"),
         (PHI4, {"attention_bias": True}, "attention_bias"),
-        (PHI4, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "default and longrope only"),
+        (PHI4, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "supports only default and longrope"),
         (PHI4, NINE, "original_max_position_embeddings = 4096 but rope_parameters has 9"),
         ({**PHI4, "original_max_position_embeddings": None}, NINE, "= 4096 but rope_parameters has 9"),
         (STABLELM, {"hidden_size": 2561}, "hidden_size = 2561 is not 32 heads"),
