@@ -1,8 +1,8 @@
-"""Data: tokenising against the bare `tokenizers` library, the loader against what training consumes, deduplication.
+"""Speed of tokenising against the bare `tokenizers` library, of the loader against a training step, of deduplication.
 
     python benchmarks/data.py
 
-Prints each figure with what it is compared to and its bar, and exits with 1 if a bar is missed. All cores this process
+Prints each figure with its comparison and its threshold, and exits with 1 if a bar is missed. All cores this process
 may use; text from data/english_classics, repeated where more is needed. About three minutes on two cores.
 """
 
@@ -140,7 +140,7 @@ def measured(store: TokenStore) -> tuple[float, float]:
 
 
 def loader_alone(location: str) -> None:
-    """What `measured` runs."""
+    """The program that `measured` runs in a process of its own."""
     import grain  # noqa: F401  its own size is not the loader's
     import psutil
 
@@ -176,7 +176,7 @@ def deduplication(work: Path, texts: list[str]):
 
 
 def cut(text: str, size: int) -> list[str]:
-    """Paragraphs gathered to pieces of about `size` characters."""
+    """Paragraphs joined to pieces of about `size` characters."""
     pieces = [""]
     for paragraph in text.split("\n\n"):
         if len(pieces[-1]) > size:

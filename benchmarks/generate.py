@@ -57,7 +57,7 @@ class Side:
 
 
 def serve(folder: str, dtype: str) -> None:
-    """Our side of the conversation."""
+    """slmjax's side: generates on request, one line of JSON a request."""
     from slmjax import platform
 
     platform.configure()
@@ -81,7 +81,7 @@ def serve(folder: str, dtype: str) -> None:
 
 
 def export(folder: pathlib.Path) -> None:
-    """A model whose text depends on what came before."""
+    """A model with random weights whose next token depends on the tokens before."""
     import jax
 
     from slmjax.convert.hf import write_hf

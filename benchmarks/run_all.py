@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, each against its peer: `make bench`."""
+"""Every benchmark, one after the other: `make bench`."""
 
 from __future__ import annotations
 

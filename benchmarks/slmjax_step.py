@@ -1,4 +1,4 @@
-"""slmjax's side of the step benchmark: the step that `slmjax train` runs, fed as the loop feeds it.
+"""slmjax's side of the step benchmark: the step of `slmjax train`, with batches as in its loop.
 
 python benchmarks/slmjax_step.py --workload B [--init DIR]
 

@@ -8,9 +8,9 @@ the table gives medians, and the ratio to PyTorch's fastest variant is the media
 time of a step, summed over cores: on a machine that others use at the same time it drifts less than tokens/s, though
 PyTorch's threads spend some of it waiting for one another.
 
---isa avx2 emulates a processor without AVX-512 and AMX, on one that has them, as far as each library lets itself be
-told. PyTorch, MKL and oneDNN obey entirely. slmjax then chooses by the features that are left, so float32, and XLA
-generates AVX2 code; but the matrix products of jaxlib 0.12 ask the processor itself, and keep AVX-512.
+--isa avx2 emulates a processor without AVX-512 and AMX, on one that has them, as far as each library can
+be configured to. PyTorch, MKL and oneDNN do so entirely. slmjax then chooses by the features that are left, so
+float32, and XLA generates AVX2 code; but the matrix products of jaxlib 0.12 ask the processor itself, and keep AVX-512.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The peer: PyTorch and transformers' LlamaForCausalLM. Run with the Python of an environment that has both.
+"""PyTorch's side of the step benchmark: LlamaForCausalLM of transformers. Run with a Python that has both.
 
 python benchmarks/torch_step.py --workload B --dtype bfloat16 --compile
 

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 def _after_hf(loaded: Any, out: str) -> tuple[str, ...]:
     from slmjax.convert.hf import family_of
 
-    loader = family_of(loaded.decoder).asked(loaded.decoder).loader
+    loader = family_of(loaded.decoder).stock(loaded.decoder).loader
     return (
         f"slmjax {loaded.decoder.example.format(shlex.quote(out))}",
         f"""python -c 'from transformers import {loader} as M; print(M.from_pretrained("{out}"))'""",

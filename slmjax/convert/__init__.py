@@ -1,1 +1,1 @@
-"""Our parameters to and from other formats, by tables read in both directions."""
+"""slmjax parameters to and from other formats, by tables that are read in both directions."""

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder. What is not known is left out, never guessed."""
+"""The model card: README.md of an exported folder. Unknown facts are left out, never guessed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Source:
     licence: str | None = None
     url: str | None = None
     documents: int | None = None
-    """That were kept"""
+    """Number of documents kept after cleaning and deduplication"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class Mixed:
 
     name: str
     tokens: int
-    """In its training split"""
+    """Tokens in its training split"""
     share: float
-    """Of the sequences"""
+    """Fraction of the training sequences that came from it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +38,24 @@ class Result:
     value: float
     standard_error: float | None = None
     data: str | None = None
-    """What it was measured on"""
+    """The data it was measured on"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Electricity that training took."""
+    """Electricity used by training."""
 
     kwh: float
     method: str
     """nvml, rapl or tdp-estimate"""
     co2e_kg: float | None = None
     grid: str | None = None
-    """Grid factor with source and year, from which CO2e follows"""
+    """Carbon intensity of the grid that `co2e_kg` was computed with, its source and year"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a model. None and empty tuples are left out of the card."""
+    """Facts about a model. Fields that are None or empty are left out of the card."""
 
     name: str
     family: str | None = None
@@ -66,16 +66,16 @@ class Facts:
     vocab: int | None = None
     dtype: str | None = None
     labels: tuple[str, ...] = ()
-    """Of a classifier"""
+    """Label names of a classifier"""
     folded: tuple[str, ...] = ()
-    """Scalars of the trained model that were multiplied into the weights"""
+    """Scalars of the trained model that were multiplied into the weights, such as "embed_scale = 12.0" """
     licence: str | None = None
-    """Of the weights, an identifier of the Hugging Face hub (`apache-2.0`)"""
+    """Licence of the weights, by its identifier on the Hugging Face hub (`apache-2.0`)"""
     language: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
     mixture: tuple[Mixed, ...] = ()
     tokens: int | None = None
-    """Trained on, repetitions counted"""
+    """Tokens trained on, repetitions counted"""
     steps: int | None = None
     flops: float | None = None
     flops_convention: str | None = None
@@ -88,11 +88,11 @@ class Facts:
     commit: str | None = None
     """git commit of the code"""
     changed: bool | None = None
-    """Whether the code differed from that commit"""
+    """Whether the code had uncommitted changes"""
     parent: str | None = None
     """Where the weights came from, if they were imported"""
     version: str | None = None
-    """Of slmjax"""
+    """Version of slmjax"""
     tokenizer: bool = True
     """Whether tokenizer files lie beside the weights"""
 

@@ -30,12 +30,13 @@ some one or other of their daughters."""  # Jane Austen, Pride and Prejudice, 18
 
 
 class Exported(NamedTuple):
-    """What an export did."""
+    """The result of an export."""
 
     folder: pathlib.Path
     checks: list[gate.Check]
     folded: tuple[str, ...] = ()
-    """Scalars that were folded into the weights, since the class has no such fields: "embed_scale = 12.0" """
+    """Scalars that were multiplied into the weights because the transformers class has no such field:
+    "embed_scale = 12.0" """
 
 
 def export_hf(
@@ -53,22 +54,22 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     donate: bool = False,
 ) -> Exported:
-    """Writes a Hugging Face folder whose logits have been compared with the model's.
+    """Writes a Hugging Face folder and checks that it computes the same logits as the model.
 
-    The folder appears under its name only when every check has passed. It holds slmjax_export.json with the checks.
-    Where no class of transformers has a scalar of the decoder (muP, Granite, MiniCPM) it is folded into the weights;
-    the folded model's logits are compared with the model's own first.
+    The folder appears under its name only when every check has passed; slmjax_export.json in it lists the checks.
+    Scalars of the decoder that no class of transformers has (muP, Granite, MiniCPM) are multiplied into the weights;
+    the logits of the model before and after that are compared first.
 
     Args:
-        params: float32 parameters as evaluation uses them.
+        params: float32 parameters as evaluation uses them (averaged, if the optimizer averages).
         dtype: of the weights in the file: "float32" or "bfloat16".
-        numerics: what the model computes; stock runtimes know the default alone.
-        facts: for the model card; the model's own sizes are filled in here.
+        numerics: the numerics that the model was trained with; only the default can be exported.
+        facts: for the model card; sizes of the model are filled in here.
         tokens: int [B, T] to compare logits on, B >= 2; by default a passage of text, or random without a tokenizer.
         overwrite: replace a folder that an earlier export wrote.
         reference_python: a Python with torch and transformers; see `gate.find_python`.
-        shard_bytes: most bytes of weights in a file.
-        donate: delete `params` once they are written and looked at: the model is never held twice.
+        shard_bytes: maximum bytes of weights in one file.
+        donate: delete `params` once they are written and compared, so that memory never holds the model twice.
 
     Raises:
         UserError: no class of transformers fits, `out` may not be written, or a parameter is not finite.
@@ -78,9 +79,9 @@ def export_hf(
     family, folded = expressed(decoder, numerics)
     python = gate.find_python(reference_python)
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
-    asked = family.asked(decoder)
-    pad = pad_id(tokenizer) if asked.last else None  # stock tells by the id where a text ends
-    probe = gate.make_probe(tokens, decoder.context, pads=asked.pads, pad=pad)
+    stock = family.stock(decoder)
+    pad = pad_id(tokenizer) if stock.last else None  # transformers finds the end of a text by this id
+    probe = gate.make_probe(tokens, decoder.context, pads=stock.pads, pad=pad)
     facts = facts or Facts(name=out.name)
     facts = replace(
         facts,

@@ -1,4 +1,4 @@
-"""Which class of transformers computes what a decoder does, and if none does: which value is in the way."""
+"""Finds the class of transformers that computes what a decoder computes, or the value that no class supports."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from slmjax.nn.numerics import Numerics
 from slmjax.nn.position import Learned, NoPosition, Rope
 
 NUMERICS = Numerics()
-"""What stock runtimes compute"""
+"""The numerics of stock transformers and llama.cpp"""
 NONE = "no class of transformers computes exactly what this model does; known are: " + ", ".join(
     family.name for family in FAMILIES
 )
 
 
 class Expressed(NamedTuple):
-    """A decoder in a class of transformers."""
+    """A decoder and the class of transformers that computes it."""
 
     family: Family
     folded: Folded
-    """The decoder that the class has; the one asked for if no scalar had to be folded"""
+    """The decoder as that class computes it: the given one, or the one left after folding scalars into the weights"""
 
 
 def expressed(decoder: Assembly, numerics: Numerics = NUMERICS) -> Expressed:
-    """The class that computes the same, with as few scalars folded into the weights as it takes (a decoder's; no other
-    model has such).
+    """The class of transformers that computes the same function, with as few scalars as possible folded into the
+    weights. Only decoders have scalars that can be folded.
 
     Raises:
-        UserError: there is none; the message names the value that none has.
+        UserError: there is no such class; the message names the value that no class supports.
     """
     for field in fields(Numerics):
         value = getattr(numerics, field.name)
@@ -87,7 +87,7 @@ def _family(decoder: Assembly) -> Family | None:
 
 
 def _variations(d: Decoder) -> Iterator[tuple[str, Any, Decoder]]:
-    """(field, its value, the decoder with a common value there instead)."""
+    """Yields (field, its value, the decoder with a common value in that field instead)."""
     block, *more = (block for stage in d.stages for block in stage.pattern)
     if more:
         yield "layers", f"{1 + len(more)} kinds of block", replace(d, pattern=(block,), repeats=d.layers, tail=())

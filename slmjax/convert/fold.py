@@ -1,8 +1,8 @@
-"""Scalars multiplied into weights: another decoder and other parameters that compute the same.
+"""Multiplies a decoder's scalars into its weights: another decoder, other parameters, the same function.
 
 muP, Granite and MiniCPM multiply embeddings, scores, branches and logits by constants. Each multiplies the output of a
-matrix or of a norm's gain, so the constant can go there, exactly up to rounding, and what remains is a plain GPT-2 or
-Llama. Trained on, the folded model is another one: its optimizer sees other weights.
+matrix or of a norm's gain, so it can be multiplied into that matrix or gain, exactly up to rounding; the result is a
+plain GPT-2 or Llama. Further training of the folded model differs, since the optimizer sees other weights.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from slmjax.types import Params
 
 
 class Unfoldable(UserError):
-    """A scalar that no weight can take."""
+    """A scalar that cannot be multiplied into any weight."""
 
 
 class Step(NamedTuple):
-    """What becomes of one parameter: `factor` * x + `shift`."""
+    """The change of one parameter: x becomes `factor` * x + `shift`."""
 
     path: str
     factor: float
@@ -38,16 +38,16 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """A decoder without some of its scalars."""
+    """A decoder after some of its scalars were folded into the weights."""
 
     decoder: Any
-    """A model of the kind that was folded"""
+    """The decoder with those scalars at their neutral values"""
     steps: tuple[Step, ...] = ()
     scalars: tuple[str, ...] = ()
-    """What was folded, in words: "embed_scale = 12.0" """
+    """The folded scalars as text: "embed_scale = 12.0" """
 
     def apply(self, params: Params) -> Params:
-        """Parameters of the decoder before -> parameters of this one. Those without a step are the same arrays."""
+        """Parameters of the original decoder -> those of the folded one. Unchanged parameters are the same arrays."""
         leaves = dict(flatten(params))
         for path, factor, shift in self.steps:
             x = np.asarray(leaves[path]) * np.float32(factor)
@@ -56,11 +56,12 @@ class Folded:
 
 
 Fold = Callable[[Folded], Folded]
-"""Without one kind of scalar. Raises Unfoldable; returns what it got where there is none of the kind"""
+"""Removes one kind of scalar; returns its argument unchanged if the decoder has none. Raises Unfoldable"""
 
 
 def embed_scale(f: Folded) -> Folded:
-    """Into the table. A tied table makes the logits larger too, which the final norm takes back."""
+    """Folds `embed_scale` into the embedding table. If the table is tied, divides the final norm's gain by it, which
+    keeps the logits the same."""
     d, scale = f.decoder, f.decoder.embed_scale
     if scale == 1.0:
         return f
@@ -72,7 +73,7 @@ def embed_scale(f: Folded) -> Folded:
 
 
 def position_scale(f: Folded) -> Folded:
-    """Into the table of positions."""
+    """Folds `position.scale` into the position table."""
     d, position = f.decoder, f.decoder.position
     if position is None or position.scale == 1.0:
         return f
@@ -83,7 +84,7 @@ def position_scale(f: Folded) -> Folded:
 
 
 def logits_scale(f: Folded) -> Folded:
-    """Into the output table, or, if that is also the input's, into the final norm."""
+    """Folds `logits.scale` into the output table, or into the final norm if the table is tied."""
     d, scale = f.decoder, f.decoder.logits.scale
     if scale == 1.0:
         return f
@@ -92,7 +93,7 @@ def logits_scale(f: Folded) -> Folded:
 
 
 def attention_scale(f: Folded) -> Folded:
-    """Into the queries' projection: scores are scale * q·k, with 1/sqrt(d) the usual."""
+    """Folds `mixer.scale` into the query projection: scores are scale * q·k, and 1/sqrt(d) is the default scale."""
 
     def without(block: AnyBlock, path: str) -> tuple[AnyBlock, list[Step], list[str]]:
         mixer = block.mixer
@@ -109,7 +110,7 @@ def attention_scale(f: Folded) -> Folded:
 
 
 def branch_scale(f: Folded) -> Folded:
-    """Into the matrices that write to the residual stream, and their biases."""
+    """Folds `branch_scale` into the matrices that write to the residual stream, and their biases."""
 
     def without(block: AnyBlock, path: str) -> tuple[AnyBlock, list[Step], list[str]]:
         scale = block.branch_scale
@@ -132,13 +133,13 @@ FOLDS: tuple[Fold, ...] = (embed_scale, position_scale, attention_scale, branch_
 
 
 def fold(decoder: Decoder, folds: Iterable[Fold] = FOLDS) -> Folded:
-    """The decoder without its scalars.
+    """Folds the scalars of a decoder into its weights.
 
     Args:
-        folds: the kinds of scalar to be rid of.
+        folds: the kinds of scalar to fold.
 
     Raises:
-        Unfoldable: one of them cannot go into a weight.
+        Unfoldable: one of them cannot be multiplied into any weight.
     """
     folded = Folded(decoder=decoder)
     for one in folds:
@@ -147,7 +148,7 @@ def fold(decoder: Decoder, folds: Iterable[Fold] = FOLDS) -> Folded:
 
 
 def _logits_times(d: Decoder, factor: float, name: str) -> tuple[Step, ...]:
-    """Steps that multiply the logits, and nothing else."""
+    """Steps that multiply the logits by `factor` and change nothing else. `name`: of the scalar, for messages."""
     if not d.tied:
         return (Step("unembed/table", factor),)
     if d.table_width is not None:
@@ -169,13 +170,13 @@ def _further(f: Folded, decoder: Decoder, steps: Iterable[Step], words: Iterable
 
 
 def _in_blocks(f: Folded, without: Callable[[AnyBlock, str], tuple[Any, list[Step], list[str]]]) -> Folded:
-    """`without` of every block of the decoder; what it says of several blocks is told once."""
+    """Applies `without` to every block of the decoder; scalars that blocks share are listed once."""
     d, steps, words, blocks = f.decoder, [], [], []
     for place in d.places():
-        block, more, said = without(place.block, place.path)
+        block, more, scalars = without(place.block, place.path)
         blocks.append(block)
         steps += more
-        words += [w for w in said if w not in words]
+        words += [text for text in scalars if text not in words]
     if blocks == [place.block for place in d.places()]:
         return f
     stages, at = [], 0

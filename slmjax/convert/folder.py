@@ -1,4 +1,4 @@
-"""A folder appears under its name complete, or not at all."""
+"""Writes a folder atomically: it appears under its name complete, or not at all."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from slmjax.errors import StorageError, UserError
 
 MARK = "slmjax_export.json"
-"""Lies in every folder that an export wrote. Only such a folder is ever replaced."""
+"""A file in every folder written by an export. Only a folder with this file is ever replaced."""
 
 
 class Rejected(StorageError):
-    """What was written is not what it should be. The folder is kept under a name ending in `.failed`."""
+    """An export failed one of its checks. What was written is kept under a name ending in `.failed`."""
 
 
 @contextlib.contextmanager
 def publish(out: pathlib.Path, *, overwrite: bool | None) -> Iterator[pathlib.Path]:
-    """A new folder beside `out` that takes its name when the block ends well.
+    """Context manager: yields a new folder beside `out`, renamed to `out` when the block ends without an error.
 
     A process killed in the block leaves `out` as it was and a `.NAME.partial-*` folder, which the next call removes.
     If the block raises `Rejected` the folder is renamed to NAME.failed; on any other exception it is removed.
 
     Raises:
-        UserError: `out` is a file, or holds something and may not be replaced.
+        UserError: `out` is a file, or is not empty and may not be replaced.
         StorageError: the disk is full or not writable.
     """
     out = out.absolute()
@@ -59,7 +59,7 @@ def publish(out: pathlib.Path, *, overwrite: bool | None) -> Iterator[pathlib.Pa
 
 
 def check_free(out: pathlib.Path, *, overwrite: bool | None) -> None:
-    """Raises UserError unless a folder may be written to `out`. `overwrite` None: the user has no such choice."""
+    """Raises UserError unless a folder may be written to `out`. `overwrite` None: the command has no --overwrite."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -79,7 +79,7 @@ def _failed_names(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def remove_abandoned(out: pathlib.Path) -> None:
-    """Removes what processes of this machine that are no more had begun to write to `out`."""
+    """Removes partial writes of `out` by processes of this machine that no longer run."""
     prefix = f".{out.name}.partial-{socket.gethostname()}-"
     for left in out.parent.glob(f"{_literal(prefix)}*"):
         pid = left.name.removeprefix(prefix)
@@ -102,7 +102,7 @@ def _alive(pid: int) -> bool:
 
 
 def _sync(folder: pathlib.Path) -> None:
-    """To the disk before the rename, so that a power cut cannot leave empty files under the final name."""
+    """Flushes files to disk before the rename, so that a power cut cannot leave empty files under the final name."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,6 +1,6 @@
-"""The gate behind an export: what was written is read back, and has to agree with the model that was in memory.
+"""The checks of an export: what was written is read back and compared with the model in memory.
 
-`gate_stock` has it read by stock transformers, `gguf_gate` by llama.cpp.
+`gate_stock` checks it with stock transformers, `gguf/gate.py` with llama.cpp.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from slmjax.tree import flatten
 from slmjax.types import Model, Params
 
 TOLERANCE = 1e-5
-"""Of max(1, max|x|). Two float32 programs of the same maths differ by at most 2e-6 of it on small models."""
+"""Largest allowed difference, relative to max(1, max|x|). Two float32 programs of the same function differ by at most
+2e-6 on small models."""
 ENVIRONMENT = "SLMJAX_REFERENCE_PYTHON"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the gate's table."""
+    """The result of one check: a line of the table that an export prints."""
 
     name: str
     found: str
     expected: str
     passed: bool | None
-    """None: could not be run here"""
+    """None: the check could not be run here, or is for information only"""
 
     def json(self) -> dict[str, Any]:
         """For slmjax_export.json."""
@@ -50,14 +51,14 @@ class Check:
 
 
 class Forward(NamedTuple):
-    """What a model computes for tokens [B, T], as numpy."""
+    """Outputs of a model for tokens [B, T], as numpy."""
 
-    logits: np.ndarray  # [B, T, V]; [B, 1, V] where only first tokens tell
-    stages: tuple[np.ndarray, ...]  # L + 1 of [B, T, D]: what each block reads, then what the unembedding reads
+    logits: np.ndarray  # [B, T, V]; [B, 1, V] where the head reads one token a row
+    stages: tuple[np.ndarray, ...]  # L + 1 of [B, T, D]: the input of each block, then of the unembedding
 
 
 class Probe(NamedTuple):
-    """Sequences to compare on. Rows may be padded."""
+    """Sequences on which models are compared. Rows may be padded."""
 
     tokens: np.ndarray  # int32 [B, T]
     mask: np.ndarray  # int32 [B, T]: 0 at padding
@@ -69,10 +70,10 @@ class Probe(NamedTuple):
 
 
 def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "left", pad: int | None = None) -> Probe:
-    """The last rows of int tokens [B, T'] cut to `length`, the second of them padded on that side by a third.
+    """The first `length` int tokens of rows [B, T'], a third of the second row turned into padding on the side `pads`.
 
     Args:
-        pad: the id that stands where padding is; None leaves the tokens there, which no model may see.
+        pad: the id put at padding; None leaves the tokens there, which must not change any output.
     """
     tokens = np.array(tokens[:, : min(length, context)], dtype=np.int32, order="C")
     mask = np.ones_like(tokens)
@@ -87,9 +88,9 @@ def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "
 def forward(decoder: Assembly, params: Params, probe: Probe) -> Forward:
     """Logits and the input of each stage, in float32 throughout."""
     run = _program(replace(decoder, initial=Normal()))  # initial values do not matter: one program, compiled once
-    with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for float32
+    with jax.default_matmul_precision("highest"):  # a GPU would use TF32 instead of float32
         logits, blocks, hidden = run(params, probe.tokens, probe.positions, probe.mask)
-    # The unembedding may read another width than the blocks do (OPT-350m).
+    # The input of the unembedding may be of another width than the blocks' (OPT-350m).
     return Forward(np.asarray(logits), (*np.asarray(blocks), np.asarray(hidden)))
 
 
@@ -109,7 +110,7 @@ def greedy(model: Model, params: Params, prompts: Probe, new_tokens: int) -> tup
     """The most likely continuation of prompts [P, T], padded on the left, with a key-value cache.
 
     Returns:
-        int32 [P, N] tokens, and float32 [P, N]: by how much each one's logit beat the runner-up's.
+        int32 [P, N] tokens, and float32 [P, N]: the difference between the largest logit and the second largest.
     """
 
     @jax.jit
@@ -133,10 +134,10 @@ def greedy(model: Model, params: Params, prompts: Probe, new_tokens: int) -> tup
 
 
 def compare(name: str, ours: Forward, other: Forward, probe: Probe) -> Check:
-    """Logits within the tolerance wherever there is no padding; if not, the first stage that drifts is named."""
+    """Checks that logits agree within the tolerance except at padding; if not, names the first stage that differs."""
     real = probe.mask.astype(bool)
-    told = real[:, : ours.logits.shape[1]]
-    error, most = _distance(ours.logits[told], other.logits[told])
+    compared = real[:, : ours.logits.shape[1]]
+    error, most = _distance(ours.logits[compared], other.logits[compared])
     found = f"max|Δ| {error:.1e}"
     if not error <= most:
         found += f", {first_drift(ours, other, probe)}"
@@ -144,7 +145,7 @@ def compare(name: str, ours: Forward, other: Forward, probe: Probe) -> Check:
 
 
 def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
-    """Where two models begin to differ, in words."""
+    """Names the first stage at which two models differ, as text."""
     real = probe.mask.astype(bool)
     last = len(ours.stages) - 1
     for i, (a, b) in enumerate(zip(ours.stages, other.stages, strict=True)):
@@ -156,16 +157,16 @@ def first_drift(ours: Forward, other: Forward, probe: Probe) -> str:
 
 
 class Before(NamedTuple):
-    """What is remembered of a model while its export is read back."""
+    """What is kept of a model, to compare with, while its export is read back."""
 
     dtype: str
     hashes: dict[str, str]
-    """Of the bytes of each parameter, rounded as the file's are"""
+    """Parameter path -> hash of its bytes, after rounding to `dtype`"""
     forward: Forward
 
 
 def check_fold(model: tuple[Assembly, Params], folded: tuple[Assembly, Params], probe: Probe) -> Check:
-    """The model with its scalars in the weights against the model as it is: the stages between differ by design."""
+    """Compares logits before and after scalars are folded into the weights; inner activations differ by design."""
     real = probe.mask.astype(bool)
     ours, theirs = (forward(decoder, params, probe).logits[real] for decoder, params in (model, folded))
     error, most = _distance(ours, theirs)
@@ -178,7 +179,7 @@ def check_fold(model: tuple[Assembly, Params], folded: tuple[Assembly, Params], 
 
 
 def remember(decoder: Assembly, params: Params, dtype: str, probe: Probe, *, donate: bool = False) -> Before:
-    """`donate` deletes the parameters when they have been looked at."""
+    """Hashes and outputs of a model. `donate`: delete the parameters afterwards."""
     held = memory.rounded(params, dtype, donate=donate)
     hashes = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(held).items()}
     out = Before(dtype, hashes, forward(decoder, held, probe))
@@ -188,24 +189,24 @@ def remember(decoder: Assembly, params: Params, dtype: str, probe: Probe, *, don
 
 
 def check_reload(before: Before, imported: Imported, probe: Probe) -> list[Check]:
-    """The folder read back against the model that was in memory."""
+    """Compares the folder read back with the model that was in memory."""
     found = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(imported.params).items()}
     differ = [path for path, value in before.hashes.items() if found.get(path) != value]
-    named = f"{len(differ)} differ, first {differ[0]}" if differ else f"all {len(before.hashes)} identical"
+    summary = f"{len(differ)} differ, first {differ[0]}" if differ else f"all {len(before.hashes)} identical"
     name = f"reload: parameters ({before.dtype})"
-    same = Check(name=name, found=named, expected="identical", passed=not differ)
+    same = Check(name=name, found=summary, expected="identical", passed=not differ)
     theirs = forward(imported.decoder, imported.params, probe)
     return [same, compare("reload: logits", before.forward, theirs, probe)]
 
 
 def find_python(given: str | None, *needs: str) -> str | None:
-    """The Python with the reference libraries: as given, else $SLMJAX_REFERENCE_PYTHON, else this one if it has them.
+    """The Python with the reference libraries: `given`, else $SLMJAX_REFERENCE_PYTHON, else this one if it has them.
 
     Args:
-        needs: modules; by default torch and transformers.
+        needs: modules that this Python must have; by default torch and transformers.
 
     Raises:
-        UserError: the one given does not exist.
+        UserError: `given` cannot be run.
     """
     path = given or os.environ.get(ENVIRONMENT)
     if path:
@@ -224,7 +225,7 @@ def demand(checks: list[Check]) -> None:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """max|a - b| (NaN if either has one), and what is allowed."""
+    """max|a - b| (NaN if either has one), and the largest allowed value of it."""
     return float(np.abs(a - b).max()), limit(a)
 
 

@@ -1,4 +1,4 @@
-"""The part of the gate that is not ours: stock transformers, in an environment of its own, reads the export."""
+"""Checks an export with stock transformers, which runs in its own process and environment."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from slmjax.nn.compute import Compute
 def check_stock(
     imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
 ) -> list[Check]:
-    """Stock transformers on the folder: loads it whole, same logits, same greedy tokens if it generates, same
-    tokenizer. How it is asked is the family's to say (`Family.asked`)."""
+    """Checks that stock transformers loads the whole folder, computes the same logits and greedy tokens (if the model
+    generates), and tokenizes the same. `Family.stock` says how the folder is loaded and run."""
     if python is None:
         hint = f"not run: give --reference-python or {ENVIRONMENT}"
         return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
-    asked = imported.family.asked(imported.decoder)
+    stock = imported.family.stock(imported.decoder)
     prompts = make_probe(probe.tokens, imported.decoder.context, length=max(1, min(9, probe.tokens.shape[1] // 2)))
-    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1]) if asked.generates else 0
+    new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1]) if stock.generates else 0
     texts = list(PROBES) if tokenizer else []
-    request = {"new_tokens": new_tokens, "texts": texts, "loader": asked.loader, "output": asked.output}
+    request = {"new_tokens": new_tokens, "texts": texts, "loader": stock.loader, "output": stock.output}
     report, tensors = _run_stock(folder, python, probe, prompts, request)
 
     name = f"transformers {report['transformers']}"
@@ -49,21 +49,21 @@ def check_stock(
     ours = forward(imported.decoder, imported.params, probe)
     hidden = tuple(tensors[f"hidden.{i}"] for i in range(len(ours.stages)))
     theirs = Forward(tensors["logits"], hidden)
-    if asked.first or asked.last:
-        at = probe.mask.sum(axis=1) - 1 if asked.last else np.zeros(len(probe.mask), int)
+    if stock.first or stock.last:
+        at = probe.mask.sum(axis=1) - 1 if stock.last else np.zeros(len(probe.mask), int)
         read = np.take_along_axis(ours.logits, at[:, None, None], axis=1)
         ours, theirs = ours._replace(logits=read), theirs._replace(logits=theirs.logits[:, None])
-    checks = [loads, compare(f"{name}: {asked.output}", ours, theirs, probe)]
+    checks = [loads, compare(f"{name}: {stock.output}", ours, theirs, probe)]
     if labels := imported.decoder.labels:
         wanted = [labels[i] for i in ours.logits[:, 0].argmax(axis=-1)]
         given = [report["labels"][i] for i in theirs.logits[:, 0].argmax(axis=-1)]
         same = wanted == given and report["labels"] == list(labels)
         checks.append(Check(name=f"{name}: labels", found=", ".join(given), expected=", ".join(wanted), passed=same))
-    if asked.generates:
+    if stock.generates:
         checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
     if tokenizer:
-        wanted = [tokenizer.encode(text, bos=True, eos=asked.closes) for text in texts]
-        # a BOS that only the chat template uses has a name, too
+        wanted = [tokenizer.encode(text, bos=True, eos=stock.closes) for text in texts]
+        # a BOS that only the chat template uses is named in the tokenizer, too
         special = [tokenizer.raw.token_to_id(tokenizer.names.get(name) or "") for name in ("bos_token", "eos_token")]
         same = report["encoded"] == wanted and report["special"] == special
         found = "identical" if same else f"{report['encoded'][0]}, BOS and EOS {report['special']}"
@@ -78,7 +78,7 @@ def _compare_greedy(name: str, imported: Imported, prompts: Probe, theirs: np.nd
     found, passed = expected, True
     for row in np.flatnonzero((tokens != theirs).any(axis=1)):
         at = int(np.argmax(tokens[row] != theirs[row]))
-        # rounding decides between two tokens that are equally likely: that is no error of the export
+        # between two equally likely tokens rounding decides, which is not an error of the export
         tie = bool(margins[row, at] <= 2 * limit(ours.logits))
         passed = passed and tie
         found = f"prompt {row}: {at} identical, then {'a tie of' if tie else 'differ, margin'} {margins[row, at]:.1e}"
@@ -92,9 +92,11 @@ def _run_stock(
     arrays = {"tokens": probe.tokens, "mask": probe.mask, "positions": probe.positions}
     arrays |= {"prompts": prompts.tokens, "prompts_mask": prompts.mask}
     with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
-        asked, answered = pathlib.Path(tmp, "request.safetensors"), pathlib.Path(tmp, "answer.safetensors")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, asked, {"request": json.dumps(request)})
-        command = [python, str(script), str(folder), str(asked), str(answered)]
+        request_file, answer_file = pathlib.Path(tmp, "request.safetensors"), pathlib.Path(tmp, "answer.safetensors")
+        save_file(
+            {k: np.ascontiguousarray(v) for k, v in arrays.items()}, request_file, {"request": json.dumps(request)}
+        )
+        command = [python, str(script), str(folder), str(request_file), str(answer_file)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         lines = done.stderr.strip().splitlines()
@@ -103,7 +105,7 @@ def _run_stock(
         if done.returncode:
             raise Rejected(f"stock transformers failed on the export: {lines[-1] if lines else done.returncode}")
         try:
-            with safe_open(answered, "numpy") as f:
+            with safe_open(answer_file, "numpy") as f:
                 return json.loads(f.metadata()["report"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as e:
             raise Rejected(f"stock transformers left no answer: {e}") from e

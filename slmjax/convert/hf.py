@@ -31,15 +31,15 @@ WIDTHS = (
     "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "word_embed_proj_dim",
     "conv_L_cache", "embedding_size", "intra_bottleneck_size",
 )  # fmt: skip
-"""Fields of config.json that are sizes of weights"""
+"""Fields of config.json that are dimensions of weights"""
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
 BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
-"""Integers that may be larger than any length"""
+"""Fields that may be integers larger than any dimension"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What a folder held."""
+    """A model read from a Hugging Face folder."""
 
     decoder: Assembly
     params: Params
@@ -48,20 +48,20 @@ class Imported:
     tokenizer_path: pathlib.Path | None
     """The folder, if it has a tokenizer.json"""
     config: Mapping[str, Any]
-    """config.json as it is"""
+    """The contents of config.json"""
 
 
 def family_of(decoder: Assembly) -> Family:
-    """The class of `transformers` that computes the same, its scalars folded into the weights where it has none.
+    """The class of `transformers` that computes the same function, if need be with scalars folded into the weights.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such class.
     """
     return expressed(decoder).family
 
 
 def abstract(decoder: Assembly) -> Params:
-    """The parameter tree, its leaves jax.ShapeDtypeStruct."""
+    """The parameter tree with jax.ShapeDtypeStruct leaves."""
     return jax.eval_shape(decoder.build().init, jax.random.key(0))
 
 
@@ -77,21 +77,21 @@ def write_hf(
 ) -> None:
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
-    `export.export_hf` does that atomically and checks the result; this is the bare writing. `family` is the class to
-    write for, where several compute the same; None: the first of `FAMILIES` that does, with scalars that it lacks
-    folded into the weights where that is exact (`fold.py`).
+    `export.export_hf` writes atomically and checks the result; this function only writes. `family` chooses among
+    classes that compute the same; None: the first of `FAMILIES` that does, with scalars it lacks folded into the
+    weights where that is exact (`fold.py`).
 
     Raises:
-        UserError: no class of transformers fits, a parameter is not finite, or the tokenizer is of another model.
+        UserError: no class of transformers fits, a parameter is not finite, or the tokenizer has too many ids.
         StorageError: the disk is full or not writable.
     """
     if family is None:
         family, folded = expressed(decoder)
         decoder, params = folded.decoder, folded.apply(params)
-    # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be inventions
+    # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be made up
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    asked = family.asked(decoder)
-    if asked.last:
+    stock = family.stock(decoder)
+    if stock.last:
         ids["pad_token_id"] = pad_id(tokenizer)
     if tokenizer is not None:
         ids |= write_tokenizer(
@@ -99,8 +99,8 @@ def write_hf(
             tokenizer,
             context=decoder.context,
             vocab=decoder.vocab,
-            pads=asked.pads,
-            closes=asked.closes,
+            pads=stock.pads,
+            closes=stock.closes,
         )
     tensors = table.to_theirs(family.rows(decoder), params)
     write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
@@ -108,22 +108,22 @@ def write_hf(
     known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
     if tokenizer is not None and (turn := chat.ends(tokenizer)):
         known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
-    if asked.generates:
+    if stock.generates:
         _write_json(folder / "generation_config.json", known)
 
 
 def pad_id(tokenizer: Tokenizer | None) -> int:
-    """The id of padding in an export: EOS, else BOS; 0 without a tokenizer, for a classifier needs one to find the last
-    token of a text."""
+    """The padding id written to an export: EOS, else BOS, or 0 without a tokenizer. A classifier needs one to find the
+    last token of a text."""
     ids = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
     return next((i for i in ids if i is not None), 0)
 
 
 def import_hf(folder: pathlib.Path) -> Imported:
-    """Reads a folder that `transformers`, or `export`, has saved. Runs no code from it.
+    """Reads a folder saved by `transformers` or `export`. Runs no code from it.
 
     Raises:
-        UserError: not a folder of a model, only a pickle, a model type or a field without counterpart.
+        UserError: it holds no model or only a pickle, or its model type or one of its fields is not supported.
         StorageError: a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder)
@@ -152,7 +152,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """config.json of a Hugging Face folder.
 
     Raises:
-        UserError: it is missing or no JSON object.
+        UserError: it is missing or not a JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -175,17 +175,17 @@ def _described(file: pathlib.Path, family: Family, config: Mapping[str, Any]) ->
         return decoder, abstract(decoder)
     except UserError as e:
         raise type(e)(str(e) if str(e).startswith("config.json: ") else f"{file}: {e}") from e
-    except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # numbers that do not go together
-        said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise UserError(f"{file} describes no {family.name} model that can be built: {said}") from e
+    except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # numbers that do not fit together
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{file} describes no {family.name} model that can be built: {reason}") from e
 
 
 def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Refuses sizes that the weights cannot have, before anything of such a size is made."""
+    """Refuses sizes that do not fit the weights, before anything of such a size is allocated."""
     weights = sum(math.prod(shape) for shape in tensors.shapes.values())
     positive = (*LAYERS, *WIDTHS, *CONTEXTS)
     for key in (key for key, value in config.items() if isinstance(value, int) and key not in BASES):
@@ -195,7 +195,7 @@ def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors
         elif key in WIDTHS:
             most, what = weights, "weights in the file"
         if config[key] > most or (key in positive and config[key] < 1):
-            raise StorageError(f"{file}: {key} = {config[key]} cannot be: there are {most} {what}")
+            raise StorageError(f"{file}: {key} = {config[key]} is impossible: there are {most} {what}")
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parameters moved, rounded and freed array by array, so that a model is never held twice."""
+"""Moves, rounds and frees parameters array by array, so that memory never holds the model twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slmjax.types import Params
 
 
 def replace_leaves(params: dict[str, Any], change: Callable[[Any], Any]) -> None:
-    """Puts `change(array)` in the place of each array of a nested dict, one after another."""
+    """Replaces each array of a nested dict by `change(array)`, one after another."""
     for key, value in params.items():
         if isinstance(value, dict):
             replace_leaves(value, change)
@@ -22,14 +22,14 @@ def replace_leaves(params: dict[str, Any], change: Callable[[Any], Any]) -> None
 
 
 def to_device(params: Params) -> Params:
-    """Arrays of a nested dict of numpy arrays, moved to the first device in place; the numpy arrays can then go."""
+    """Moves the numpy arrays of a nested dict to the first device, in place, so that the numpy arrays can be freed."""
     device = jax.local_devices()[0]
     replace_leaves(params, lambda x: jax.block_until_ready(jax.device_put(x, device)))
     return params
 
 
 def rounded(params: Params, dtype: str, *, donate: bool) -> Params:
-    """float32 parameters that have been through `dtype`. `donate` deletes each array once it is rounded."""
+    """float32 parameters rounded to `dtype` and converted back. `donate`: delete each array once it is rounded."""
 
     def change(x: Any) -> Any:
         out = jax.block_until_ready(jnp.asarray(x, dtype).astype(jnp.float32))
@@ -41,12 +41,12 @@ def rounded(params: Params, dtype: str, *, donate: bool) -> Params:
 
 
 def delete(params: Any) -> None:
-    """Frees device arrays, whoever else refers to them."""
+    """Frees device arrays, even if something else still refers to them."""
     for x in jax.tree.leaves(params):
         if isinstance(x, jax.Array) and not x.is_deleted():
             x.delete()
 
 
 def bits(x: Any) -> np.ndarray:
-    """The bytes of an array, without a copy where it lies in memory as it should."""
+    """The bytes of an array; copies only if it is not contiguous in memory."""
     return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)

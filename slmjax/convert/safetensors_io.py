@@ -1,8 +1,8 @@
-"""Tensors in safetensors files: written in shards, read lazily, and never trusted.
+"""safetensors files: written in shards, read lazily and checked, since files may be damaged or malicious.
 
-The format is a length, a JSON header and the raw bytes (github.com/huggingface/safetensors). The library refuses a
-header that is too long, overlaps, leaves holes, points outside the file or overflows, and trailing bytes. It accepts
-duplicate keys and values that are not finite: both are refused here.
+The format is a length, a JSON header and the raw bytes (github.com/huggingface/safetensors). The library refuses
+headers that are too long or whose tensors overlap, leave gaps, lie outside the file or overflow, and trailing bytes. It
+accepts duplicate keys and values that are not finite: both are refused here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ READ: dict[str, Any] = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-"""The format's names of what numpy can hold"""
+"""The format's dtype names -> numpy dtypes"""
 
 
 def write(
@@ -91,8 +91,8 @@ def write(
 
 
 def _complete(file: pathlib.Path, data: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-    """Header and data as one file; the file with the data goes."""
-    # Readers of the format key on this entry: transformers refuses a file without it.
+    """Writes header and data into one file and removes the data file."""
+    # transformers refuses a file without this entry.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, shape in shapes.items():
@@ -110,7 +110,7 @@ def _complete(file: pathlib.Path, data: pathlib.Path, shapes: Mapping[str, tuple
 
 
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows is refused as Inf, by name
+    with np.errstate(over="ignore"):  # an overflow becomes Inf, which the caller refuses with the name of the tensor
         return x.astype(dtype, copy=False)
 
 
@@ -122,15 +122,15 @@ class Described(NamedTuple):
     """The format's own name: F32, BF16, ..."""
     shape: tuple[int, ...]
     start: int
-    """Of its bytes in the file"""
+    """Offset of its first byte in the file"""
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder, or of one file, by key. Each is read when it is asked for, and not kept.
+    """The tensors of a folder, or of one file, by key. Each is read from disk at every access and not kept in memory.
 
     Raises:
-        UserError: there is no safetensors file, only a pickle, or nothing.
-        StorageError: a file is missing, truncated, hostile, or does not match the index.
+        UserError: there is no safetensors file (only a pickle, or nothing).
+        StorageError: a file is missing, truncated, malformed, or does not match the index.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -189,10 +189,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def open_checked(file: pathlib.Path) -> Any:
-    """A memory-mapped safetensors file whose header is known to be sane.
+    """A memory-mapped safetensors file with a valid header.
 
     Raises:
-        StorageError: it is missing, truncated or hostile; the message is one line.
+        StorageError: it is missing, truncated or malformed; the message is one line.
     """
     if not file.is_file():
         raise StorageError(f"{file} is missing")
@@ -200,12 +200,12 @@ def open_checked(file: pathlib.Path) -> Any:
         opened = safe_open(file, framework="numpy")
         _read_header(file)
     except (SafetensorError, OSError, ValueError) as e:
-        raise StorageError(f"{file} is no valid safetensors file: {_line(e)}") from e
+        raise StorageError(f"{file} is not a valid safetensors file: {_line(e)}") from e
     return opened
 
 
 def _read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
-    """The header of a file that the library has accepted, so that it lies within it; and where the data begin."""
+    """The header, and the offset of the data. The library has checked that the header lies within the file."""
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         return json.loads(f.read(length), object_pairs_hook=unique), 8 + length
@@ -217,7 +217,7 @@ def _read_index(file: pathlib.Path) -> dict[str, set[str]]:
         weight_map = json.loads(file.read_bytes(), object_pairs_hook=unique)["weight_map"]
         pairs = [(str(key), str(name)) for key, name in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise StorageError(f"{file} is no index of safetensors shards: {_line(e)}") from e
+        raise StorageError(f"{file} is not an index of safetensors shards: {_line(e)}") from e
     shards: dict[str, set[str]] = {}
     for key, name in pairs:
         # a name from the index must not lead out of the folder
@@ -240,7 +240,7 @@ def _nothing_to_read(path: pathlib.Path) -> UserError:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json: an object that repeats a key is refused (readers would disagree on which one counts)."""
+    """`object_pairs_hook` for json that refuses repeated keys (readers would disagree on which one counts)."""
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The tensors of a file as a family names them: old names made new, copies and what nobody reads left out."""
+"""The tensors of a file under the names of a family: old names are replaced, copies and unused tensors left out."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Selection(Mapping[str, np.ndarray]):
 
 
 def select(tensors: Tensors, family: Family) -> Selection:
-    """
+    """The tensors of a file that `family` reads, under the names of its table.
+
     Raises:
-        StorageError: two tensors would have one name, or what is a copy in `transformers` differs here.
+        StorageError: two tensors would get the same name, or tensors that have to be copies of each other differ.
     """
     names: dict[str, str] = {}
     for key in tensors:

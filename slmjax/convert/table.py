@@ -1,6 +1,7 @@
-"""Reads the rows of a family's table in both directions: parameters of a model <-> tensors by their key.
+"""Reads the rows of a family's table in both directions: slmjax parameters <-> tensors of another format by their key.
 
-Ours stacks the layers on the leading axis; theirs numbers them, as `Row.numbers` says.
+"ours" is a parameter of slmjax, which stacks the layers on the leading axis; "theirs" is a tensor of the other format,
+which has one for each layer, numbered as `Row.numbers` says.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ from slmjax.errors import StorageError, UserError
 from slmjax.models.families.common.rows import Row
 from slmjax.tree import flatten, unflatten
 
-# Masks and tables that old files store beside the parameters; they follow from the configuration.
+# Masks and tables that old files store beside the parameters; the configuration determines them.
 BUFFERS = re.compile(r"(^|\.)((rotary_emb|pos_embed)\.inv_freq|attn\.(masked_)?bias)$")
 
 
 Where: TypeAlias = tuple[int | slice, ...]
-"""Which part of one of our parameters: its layer, and its index on an enumerated axis"""
+"""Index of a part of a parameter of ours: its layer, and its index on the axis `Row.each`"""
 
 
 class Entry(NamedTuple):
-    """One tensor of theirs, and the parts of our parameters in it: one, or several side by side or interleaved."""
+    """One tensor of the other format, and the parts of our parameters in it: one, or several, concatenated or
+    interleaved."""
 
     key: str
     parts: tuple[tuple[str, Where], ...]
-    """Path of ours, and which part of it"""
+    """(path of our parameter, index of the part)"""
     pattern: str
     """einops, theirs -> ours"""
     sizes: tuple[dict[str, int], ...]
     """Size of each axis named in `pattern`, for each part"""
     shapes: tuple[tuple[int, ...], ...]
-    """Shape of theirs as each part alone would have it"""
+    """Shape that their tensor would have if it held each part alone"""
     split: int | None
-    """Axis of theirs along which the parts are concatenated; None: they are one array, with the axis `n` if several"""
+    """Axis of their tensor along which the parts are concatenated; None: one part, or several on an axis `n`"""
     alias: str | None = None
-    """Another key under which a file may hold it"""
+    """Another key under which a file may hold the tensor"""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of theirs."""
+        """Shape of their tensor."""
         first = self.shapes[0]
         if self.split is None:
             return first
@@ -53,7 +55,7 @@ class Entry(NamedTuple):
         return (*first[: self.split], fused, *first[self.split + 1 :])
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Parts of ours -> their tensor."""
+        """Parts of our parameters -> their tensor."""
         left, right = self.pattern.split("->")
         if self.split is None:
             whole = ours[0] if len(ours) == 1 else np.stack(ours)
@@ -62,7 +64,7 @@ class Entry(NamedTuple):
         return np.concatenate(each, axis=self.split)
 
     def to_ours(self, theirs: np.ndarray) -> Sequence[np.ndarray]:
-        """Their tensor -> parts of ours."""
+        """Their tensor -> parts of our parameters."""
         if self.split is None:
             whole = rearrange(theirs, self.pattern, **self.sizes[0])
             return [whole] if len(self.parts) == 1 else list(whole)
@@ -72,20 +74,20 @@ class Entry(NamedTuple):
 
 
 def entries(rows: Sequence[Row], abstract: Any) -> tuple[Entry, ...]:
-    """Rows of a family -> one entry for each tensor of theirs.
+    """Rows of a family -> one entry for each tensor of the other format.
 
     Args:
-        abstract: the decoder's parameters, or anything of the same tree whose leaves have a shape.
+        abstract: the decoder's parameters, or a tree of the same structure whose leaves have a shape.
 
     Raises:
-        UserError: a parameter is covered by no row or by two, a row names one that does not exist, or a pattern does
-            not fit the shape.
+        UserError: a parameter is covered by no row or by several, a row names a parameter that does not exist, or a
+            pattern does not fit the shape.
     """
     shapes = {path: tuple(x.shape) for path, x in flatten(abstract).items()}
     paths = [path for row in rows for path in _paths(row)]
     for path, n in Counter(paths).items():
         if path not in shapes:
-            raise UserError(f"table: {path} is no parameter of this decoder; there are: {', '.join(shapes)}")
+            raise UserError(f"table: {path} is not a parameter of this decoder, which has: {', '.join(shapes)}")
         if n > 1:
             raise UserError(f"table: {path} is covered by {n} rows; expected one")
     if uncovered := [path for path in shapes if path not in paths]:
@@ -98,13 +100,13 @@ def entries(rows: Sequence[Row], abstract: Any) -> tuple[Entry, ...]:
 
 
 def to_theirs(rows: Sequence[Row], params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters -> (key, tensor), one at a time so that no second copy of the model is held.
+    """Our parameters -> (their key, tensor), one at a time, so that memory never holds a second copy of the model.
 
     Raises:
         UserError: as `entries`.
     """
     arrays = flatten(params)
-    held: dict[str, np.ndarray] = {}  # a stacked parameter leaves the device once, not once a layer
+    held: dict[str, np.ndarray] = {}  # a stacked parameter is copied from the device once, not once a layer
     for entry in entries(rows, params):
         for path, _ in entry.parts:
             if path not in held:
@@ -118,18 +120,17 @@ def to_ours(
     abstract: Any,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Tensors by key -> our parameters, in the dtype of `abstract`. Each tensor is asked for once and not kept.
+    """Tensors by key -> our parameters, in the dtype of `abstract`. Each tensor is read once and not kept.
 
-    A file may leave out the prefix that all layers share (`transformer.`), hold buffers that follow from the
-    configuration, or repeat the embedding table as a tied output head: all three are understood.
+    A file may lack the prefix that all layers share (`transformer.`), hold buffers that the configuration determines,
+    or repeat the embedding table as a tied output head: all three are accepted.
 
     Args:
-        shapes: of the tensors, if they can be told without reading them: nothing is allocated for a file that does
-            not fit.
+        shapes: of the tensors, if known without reading them: then nothing is allocated for a file that does not fit.
 
     Raises:
-        StorageError: a tensor is missing, has another shape or is not of floating point; or the file holds one that
-            this decoder has no place for.
+        StorageError: a tensor is missing, has another shape or is not floating point; or the file has a tensor that
+            this decoder does not use.
         UserError: as `entries`.
     """
     table = entries(rows, abstract)
@@ -158,7 +159,7 @@ def _paths(row: Row) -> tuple[str, ...]:
 
 
 def _expand(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
-    """One row -> an entry a layer, and in each one an index of the axis `each`."""
+    """One row -> one entry for each layer, and within a layer one for each index of the axis `each`."""
     paths = _paths(row)
     interleaved = row.pattern.split("->")[1].split()[:1] == ["n"]
     if len(paths) > 1 and row.split is None and not interleaved:
@@ -180,13 +181,13 @@ def _expand(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
             where: Where = () if repeat is None else (repeat,)
             where = where if index is None else (*where, *(slice(None),) * axis, index)
             inner = [_inner(shapes[path], where) for path in paths]
-            found = [_invert(pattern, shape, path, len(paths)) for shape, path in zip(inner, paths, strict=True)]
+            inverted = [_invert(pattern, shape, path, len(paths)) for shape, path in zip(inner, paths, strict=True)]
             yield Entry(
                 key=key,
                 parts=tuple((path, where) for path in paths),
                 pattern=pattern,
-                sizes=tuple(sizes for sizes, _ in found),
-                shapes=tuple(shape for _, shape in found),
+                sizes=tuple(sizes for sizes, _ in inverted),
+                shapes=tuple(shape for _, shape in inverted),
                 split=row.split if len(paths) > 1 else None,
                 alias=row.alias,
             )
@@ -199,7 +200,7 @@ def _inner(shape: tuple[int, ...], where: Where) -> tuple[int, ...]:
 
 
 def _invert(pattern: str, shape: tuple[int, ...], path: str, count: int) -> tuple[dict[str, int], tuple[int, ...]]:
-    """`(h k) d -> d h k` and our shape -> the size of each axis, and the shape of theirs."""
+    """`(h k) d -> d h k` and the shape of our parameter -> the size of each axis, and the shape of their tensor."""
     left, right = pattern.split("->")
     names = right.split()
     shape = (count, *shape) if names[:1] == ["n"] else shape
@@ -211,7 +212,7 @@ def _invert(pattern: str, shape: tuple[int, ...], path: str, count: int) -> tupl
 
 
 def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Their key -> the key in the file, which may lack the prefix of the base model.
+    """Their key -> the key in this file, which may lack the prefix of the base model.
 
     Raises:
         StorageError: a key is missing.

@@ -1,4 +1,4 @@
-"""Tokenizer files that stock `AutoTokenizer` loads, and that encode a text as training encoded its documents."""
+"""Writes tokenizer files that stock `AutoTokenizer` loads and that encode text as in training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ def write_tokenizer(
 ) -> dict[str, int | None]:
     """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and chat_template.jinja if there is one.
 
-    In training a document is [BOS] text [EOS]; a prompt is its beginning, so encoding adds BOS, and EOS only if
-    `closes`: an encoder reads whole documents. If the tokenizer's own post-processing does something else it is
-    replaced.
+    In training a document is [BOS] text [EOS]; a prompt is the beginning of one, so encoding adds BOS. It adds EOS only
+    if `closes`, for encoders, which read whole documents. Post-processing that does otherwise is replaced.
 
     Args:
-        pads: "left" or "right", where padding stands.
+        pads: "left" or "right", the side of padding.
         context: longest sequence of the model, in tokens.
         vocab: rows of the model's embedding table.
 
@@ -47,7 +46,7 @@ def write_tokenizer(
         "pad_token": tokenizer.eos or tokenizer.bos,  # transformers cannot batch without one; the mask hides it
         "unk_token": getattr(raw.model, "unk_token", None),
         **tokenizer.names,
-        # what pipelines for encoders look for
+        # the names that pipelines for encoders use
         **({"cls_token": tokenizer.bos, "sep_token": tokenizer.eos} if closes else {}),
     }
     names = {name: token for name, token in names.items() if token is not None}
@@ -55,7 +54,7 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
         "model_max_length": context,
-        "model_input_names": ["input_ids", "attention_mask"],  # no token types: the models take none
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types: exported models take none
         "clean_up_tokenization_spaces": False,
         "padding_side": pads,
     }
@@ -68,7 +67,7 @@ def write_tokenizer(
 
 
 def _framed(bos: tuple[str | None, int | None], eos: tuple[str | None, int | None]) -> Any:
-    """[BOS] text [EOS], each where there is one; of a pair, the second text has token type 1."""
+    """Post-processor for [BOS] text [EOS], without those that are None; the second text of a pair has token type 1."""
     before, after = (f"{bos[0]} " if bos[0] else "", f" {eos[0]}" if eos[0] else "")
     second = f" $B:1{after}:1" if after else f" {before}$B:1"
     return processors.TemplateProcessing(

@@ -1,1 +1,1 @@
-"""Perplexity and generation."""
+"""Evaluation (perplexity, accuracy), generation and text embeddings."""

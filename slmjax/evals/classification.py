@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier on labelled texts, with what they may be off by for so many texts."""
+"""Accuracy and loss of a classifier on labelled texts, with a confidence interval and a standard error."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
-from slmjax.evals.perplexity import Estimate, ratio
+from slmjax.estimate import Estimate, ratio
 from slmjax.losses.classify import scored
 from slmjax.types import Batch, Model, Params
 
 Z = 1.959963984540054
-"""Of an interval that holds the true share 95 times in 100"""
+"""Quantile of the normal distribution for a 95% confidence interval"""
 
 
 class Interval(NamedTuple):
-    """A share and its 95% interval."""
+    """A proportion and its 95% confidence interval."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """What was measured, and on how much."""
+    """Accuracy and loss of a classifier, and the number of texts they were measured on."""
 
     accuracy: Interval
     loss: Estimate
@@ -37,8 +37,8 @@ class Classified(NamedTuple):
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """The share of successes with its 95% score interval (Wilson 1927), which stays inside [0, 1] and is right for few
-    texts and for shares near 1.
+    """The proportion of successes with its 95% score interval (Wilson 1927), which stays inside [0, 1] and is
+    right for few texts and for proportions near 1.
 
     Raises:
         DataError: n is 0.
@@ -58,9 +58,10 @@ def classify(
     *,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Classified:
-    """
+    """Runs the classifier on all batches.
+
     Args:
-        batches: of one shape, so that one program serves all; `extra["labels"]` holds the right labels.
+        batches: of one shape, so that the program is compiled once; `extra["labels"]` holds the right labels.
         progress: called with the number of batches done.
 
     Raises:
@@ -68,14 +69,14 @@ def classify(
     """
 
     @jax.jit
-    def of(params: Params, batch: Batch) -> Any:
+    def scores(params: Params, batch: Batch) -> Any:
         hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
         return scored(model.unembed, params, hidden, batch, model.read_at(batch.segment_ids))
 
     rows = []
     for i, batch in enumerate(batches, 1):
-        found = of(params, jax.tree.map(jnp.asarray, batch))
-        rows.append(np.stack([np.asarray(x, np.float64) for x in found], axis=1))
+        measured = scores(params, jax.tree.map(jnp.asarray, batch))
+        rows.append(np.stack([np.asarray(x, np.float64) for x in measured], axis=1))
         progress(i)
     nats, correct, weight = np.concatenate(rows or [np.zeros((0, 3))]).T
     real = weight > 0

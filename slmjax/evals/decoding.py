@@ -1,8 +1,8 @@
-"""The compiled part of generation: prompts into the key-value cache, then token after token inside one program.
+"""The compiled part of generation: prompts fill the key-value cache, then one program generates token after token.
 
-What makes it fast: the parameters are cast to the compute dtype and cut into layers once, before the first token (a
-slice of a stacked array would be copied for every token); the cache is donated, and as long as the tokens it holds
-need, rounded up to a power of two; many tokens are made by one call.
+What makes it fast: the parameters are cast to the compute dtype and split into layers once, before the first token (a
+slice of a stacked array would be copied for every token); the cache is donated, and only as long as its tokens need,
+rounded up to a power of two; one call generates many tokens.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from slmjax.nn.numerics import Numerics, Product
 from slmjax.types import Params
 
 NOTHING = -1
-"""Stands where a finished row has no token"""
+"""Token id that marks the places after the end of a finished row"""
 
 
 class State(NamedTuple):
-    """What one token hands to the next. B rows, V tokens in the vocabulary."""
+    """State of generation between two tokens. B rows, V tokens in the vocabulary."""
 
     cache: Any
-    token: jax.Array  # int32 [B]: chosen, not yet seen by the model
+    token: jax.Array  # int32 [B]: chosen, not yet an input of the model
     position: jax.Array  # int32 [B]: of `token`
-    seen: jax.Array  # bool [B, V]
+    seen: jax.Array  # bool [B, V]: tokens that occur in the prompt or were generated
     made: jax.Array  # int32 []: tokens chosen so far
     done: jax.Array  # bool [B]
 
 
 class Decoding(NamedTuple):
-    """Pure functions, jitted. Shapes that compile anew: batch, prompt length, cache length."""
+    """Pure functions, jitted. A new batch size, prompt length or cache length compiles again."""
 
     prepare: Callable[[Params], Any]
-    """Parameters of the decoder -> what the other functions take"""
+    """Parameters of the decoder -> `prepared`, for the other functions"""
     prefill: Callable[..., State]
     """(prepared, tokens [B, P], segment_ids [B, P], keys [B], limits [B], length=slots) -> the state after the first
     chosen token"""
     decode: Callable[..., tuple[jax.Array, State]]
-    """(prepared, state, keys [B], limits [B], count=n) -> int32 [B, n] tokens (`NOTHING` where a row is done) and the
-    state; ends early when every row is done. The state is donated"""
+    """(prepared, state, keys [B], limits [B], count=n) -> int32 [B, n] tokens (`NOTHING` after the end of a row) and
+    the state; stops early when every row is done. The state is donated"""
     grow: Callable[..., State]
     """(state, length=slots) -> the state with a longer cache"""
 
@@ -59,9 +59,10 @@ def decoding(
     eos: tuple[int, ...],
     numerics: Numerics = Numerics(),  # noqa: B008
 ) -> Decoding:
-    """
+    """The compiled functions that generate with `decoder`.
+
     Args:
-        eos: a row is done after any of these tokens.
+        eos: tokens that end a row.
     """
     paths = tuple((f"layers/{number}/", f"{place.path}/") for place in decoder.places() for number in place.numbers)
     product = Stacked(product=numerics.product, paths=paths if decoder.layers > 1 else ())
@@ -130,22 +131,22 @@ def decoding(
 
 @dataclass(frozen=True, kw_only=True)
 class Stacked(Product):
-    """A product of the unrolled decoder under the path that the parameter has where layers are stacked."""
+    """Calls `product` with the path that a parameter of the unrolled decoder has in the decoder with stacked layers."""
 
     product: Product
     paths: tuple[tuple[str, str], ...]
-    """Beginnings of paths in the unrolled decoder, and in the stacked one"""
+    """(prefix of a path in the unrolled decoder, the corresponding prefix in the stacked one)"""
 
     def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
-        for mine, stacked in self.paths:
-            if path.startswith(mine):
-                path = stacked + path.removeprefix(mine)
+        for prefix, stacked in self.paths:
+            if path.startswith(prefix):
+                path = stacked + path.removeprefix(prefix)
                 break
         return self.product(path, equation, x, weight, einsum)
 
 
 def unrolled(decoder: Decoder) -> Decoder:
-    """The same function with each layer's parameters in arrays of their own: `layers/0/...`, `layers/1/...`."""
+    """A decoder that computes the same, with separate parameters for each layer: `layers/0/...`, `layers/1/...`."""
     return replace(decoder, pattern=decoder.blocks(), repeats=1, tail=())
 
 
@@ -166,9 +167,9 @@ def unroll(decoder: Decoder, params: Params) -> Params:
 
 
 def prepare(decoder: Decoder, compute: Compute, params: Params) -> dict[str, Params]:
-    """Cast and cut, once. Rounds exactly where the model would round for every token.
+    """Casts parameters and splits them into layers, once. Rounds exactly what the model would round for every token.
 
-    Matrices of layers enter products in the compute dtype; gains, biases and rows looked up in tables stay float32.
+    Matrices of layers are cast to the compute dtype; gains, biases and the tables that are looked up stay float32.
     """
 
     def cast(path: str, x: Any) -> jax.Array:

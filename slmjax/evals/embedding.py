@@ -1,4 +1,4 @@
-"""Vectors of texts: the mean of the last layer over a text's tokens, divided by its norm.
+"""Text embeddings: the mean of the last layer over a text's tokens, divided by its norm.
 
 Reimers & Gurevych 2019, arXiv:1908.10084; what sentence-transformers computes with mean pooling and normalisation.
 """
@@ -23,11 +23,11 @@ STEP = 16
 def embed(
     model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], *, length: int, batch: int = 32
 ) -> np.ndarray:
-    """Texts -> float32 [N, D] of norm 1. The scalar product of two is their cosine similarity.
+    """Texts -> embeddings float32 [N, D] of norm 1; the scalar product of two is their cosine similarity.
 
     Args:
-        length: tokens of a text that are read, BOS and EOS (BERT's [CLS] and [SEP]) included; the rest is cut off.
-        batch: texts at a time.
+        length: maximum tokens of a text, BOS and EOS (BERT's [CLS] and [SEP]) included; the rest is cut off.
+        batch: texts embedded at a time.
 
     Raises:
         UserError: no text, a text without a token, or `length` beyond the model's context.
@@ -49,9 +49,9 @@ def embed(
         mask = np.zeros_like(tokens)
         for row, i in enumerate(rows):
             tokens[row, : len(ids[i])], mask[row, : len(ids[i])] = ids[i], 1
-        found = np.asarray(run(params, tokens, mask))
+        embedded = np.asarray(run(params, tokens, mask))
         for row, i in enumerate(rows):
-            vectors[i] = found[row]
+            vectors[i] = embedded[row]
     return np.stack([v for v in vectors if v is not None])
 
 
@@ -64,7 +64,7 @@ def pooled(model: Model, params: Params, tokens: jax.Array, mask: jax.Array) -> 
 
 
 def cut(ids: list[int], length: int, closed: bool) -> list[int]:
-    """At most `length` ids; the last one stays if it is EOS."""
+    """At most `length` ids. `closed`: the last id is EOS and is kept."""
     if len(ids) <= length:
         return ids
     return [*ids[: length - 1], ids[-1]] if closed else ids[:length]

@@ -23,46 +23,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax.errors import DataError
+from slmjax.estimate import Estimate, ratio
 from slmjax.losses.next_token import cross_entropy
 from slmjax.losses.pieces import MAX_LOGITS, token_values
 from slmjax.types import Batch, Key, Model, Params, unchanged
 
 
-class Estimate(NamedTuple):
-    """A figure and its standard error (nan if there is only one sequence)."""
-
-    value: float
-    se: float
-
-
 class Result(NamedTuple):
-    """What was measured, and on how much."""
+    """Measured figures, and the amount of text they were measured on."""
 
     loss: Estimate
     """Nats a token"""
     perplexity: Estimate
     """exp(loss)"""
     bits_per_byte: Estimate | None
-    """Of the text in UTF-8; comparable between tokenizers. None without the tokens' bytes"""
+    """Bits per byte of UTF-8 text, comparable between tokenizers. None if the bytes of tokens are not given"""
     tokens: float
     """Sum of the weights"""
     bytes: float
     sequences: int
-    """Rows with at least one scored token"""
+    """Rows with at least one token of weight > 0"""
 
 
 def row_sums(
-    model: Model, sizes: Sequence[int], ask: Callable[[Batch, Key], Batch] = unchanged
+    model: Model, sizes: Sequence[int], prepare: Callable[[Batch, Key], Batch] = unchanged
 ) -> Callable[[Params, Batch, Key], Any]:
     """The jitted (params, batch, key) -> float32 [B, 3]: nats, weight and bytes of each row.
 
-    `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none. `ask`: see `evaluate`.
+    `sizes` gives each token's bytes; ids beyond it (padding of the vocabulary) have none. `prepare`: see `evaluate`.
     """
     table = np.zeros(model.vocab, np.float32)
     table[: len(sizes)] = sizes[: model.vocab]
 
     def sums(params: Params, batch: Batch, key: Key) -> jax.Array:
-        batch = ask(batch, key)
+        batch = prepare(batch, key)
         hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden
         rows, length = batch.tokens.shape
         chunk = max(1, min(length, MAX_LOGITS // (rows * model.vocab)))
@@ -79,24 +73,24 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     token_bytes: Sequence[int] = (),
-    ask: Callable[[Batch, Key], Batch] = unchanged,
+    prepare: Callable[[Batch, Key], Batch] = unchanged,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Result:
-    """Streams over the batches; sums are kept in float64.
+    """Evaluates a model on all batches; sums are kept in float64.
 
     Args:
-        batches: of one shape, so that one program serves all.
+        batches: of one shape, so that the program is compiled once.
         token_bytes: bytes of text that each token stands for (`text.token_bytes`).
-        ask: (batch, key) -> the batch that the model reads, with its targets and weights
+        prepare: (batch, key) -> the batch that the model reads, with its targets and weights
             (`Assembly.evaluation_batch`). The key depends on the number of the batch alone.
         progress: called with the number of batches done.
 
     Raises:
         DataError: no token has a weight.
     """
-    sums = row_sums(model, token_bytes, ask)
+    sums = row_sums(model, token_bytes, prepare)
     key, rows = jax.random.key(0), []
-    waiting = None  # read one batch late, so that the next one is under way meanwhile
+    waiting = None  # results are fetched one batch late, so that the device already computes the next one
     for i, batch in enumerate(batches):
         now = sums(params, jax.tree.map(jnp.asarray, batch), jax.random.fold_in(key, i))
         if waiting is not None:
@@ -112,7 +106,7 @@ def summarise(rows: np.ndarray) -> Result:
     """[n, 3] sums of nats, weight and bytes a row -> the figures. Rows without weight are padding.
 
     Raises:
-        DataError: there is no weight at all.
+        DataError: the sum of all weights is 0.
     """
     rows = rows[rows[:, 1] > 0]
     if len(rows) == 0:
@@ -128,14 +122,6 @@ def summarise(rows: np.ndarray) -> Result:
         bytes=float(size.sum()),
         sequences=len(rows),
     )
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
-    """sum(above) / sum(below) over independent units [n], with the standard error of a ratio estimator."""
-    n, total = len(above), below.sum()
-    value = above.sum() / total
-    spread = np.square(above - value * below).sum()
-    return Estimate(float(value), float(np.sqrt(n / (n - 1) * spread) / total) if n > 1 else math.nan)
 
 
 def _exp(x: float) -> float:

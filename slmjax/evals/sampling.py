@@ -1,8 +1,8 @@
-"""Choosing the next token from logits. Each rule is a value; a `Sampler` is a tuple of them.
+"""Choosing the next token from logits. Each rule is a value; a `Sampler` holds a tuple of rules.
 
-Every rule maps (logits [B, V] float32, seen [B, V] bool) to logits [B, V], with -inf for what it forbids, and agrees
-with the logits processor of the same name in `transformers`. `seen` marks the tokens that occur in the prompt or in
-what was generated so far.
+Every rule maps (logits [B, V] float32, seen [B, V] bool) to logits [B, V], -inf for forbidden tokens, and agrees with
+the logits processor of the same name in `transformers`. `seen` marks the tokens that occur in the prompt or were
+generated so far.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Rule: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 class RepetitionPenalty:
     """Divides positive logits of seen tokens by `penalty`, multiplies negative ones. Keskar et al. 2019, 1909.05858.
 
-    Padding is never seen (`transformers` penalises the pad token of a left-padded batch; here a prompt's
-    continuation does not depend on its neighbours in the batch).
+    Padding is never in `seen` (`transformers` penalises the pad token of a left-padded batch; here a prompt's
+    continuation does not depend on the other prompts of the batch).
     """
 
     penalty: float
@@ -66,7 +66,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Keeps the smallest set of most likely tokens whose mass reaches p. Holtzman et al. 2020, arXiv:1904.09751.
+    """Keeps the smallest set of most likely tokens that together reach p. Holtzman et al. 2020, arXiv:1904.09751.
 
     Tokens as likely as the least likely one of the set are kept too.
     """
@@ -78,7 +78,7 @@ class TopP:
 
     def __call__(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
         ascending = jnp.sort(logits, axis=-1)
-        mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)  # of a token and all that are less likely
+        mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)  # of a token and all less likely ones
         outside = (mass <= 1 - self.p).at[:, -1].set(False)
         threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
         return keep(logits >= threshold, logits)
@@ -131,7 +131,7 @@ def sampler(
     """The rules in the order of `transformers`' `generate`. Temperature 0 is greedy and ignores top_k, top_p, min_p.
 
     Raises:
-        UserError: a value outside its range, named.
+        UserError: a value is outside its range; the message names it.
     """
     require(temperature >= 0, "temperature", temperature, "at least 0 (0 is greedy)")
     penalty = (RepetitionPenalty(repetition_penalty),) if repetition_penalty != 1 else ()

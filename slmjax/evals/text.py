@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: whole characters only, and nothing of a stop string."""
+"""Converts a stream of tokens to text: only complete characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from slmjax.errors import UserError
 
 REPLACEMENT = "\ufffd"
 PENDING = 3  # a character of UTF-8 has at most 4 bytes: at most 3 may wait for the last one
-LEAD = 8  # tokens decoded along as context, since some decoders drop the space before the first token they see
+LEAD = 8  # earlier tokens decoded as context, since some decoders drop the space before the first token
 
 
 class Detokenizer:
-    """Takes token ids as they come and gives the text that no later token can change.
+    """Takes token ids as they are generated and returns the text that no later token can change.
 
     Decoding token by token is wrong: a character may span tokens, and a decoder may treat the first token differently.
-    So a window of recent tokens is decoded as a whole, and what was given before is left out. With a byte-level
+    So a window of recent tokens is decoded as a whole, and text that was returned before is left out. With a byte-level
     tokenizer the pieces joined equal the decoding of all tokens at once, valid UTF-8 or not. Special tokens are
     skipped.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer`; `prompt` the ids before the first one that will come."""
+        """`tokenizer` is a `tokenizers.Tokenizer`; `prompt` the ids before the first generated one."""
         self.tokenizer = tokenizer
         self.window = list(prompt[-LEAD:])
         self.given = len(self._decode(self.window))
 
     def push(self, ids: Sequence[int]) -> str:
-        """More tokens -> the text that they make certain."""
+        """More tokens -> the text that can now no longer change."""
         self.window.extend(ids)
         text = self._decode(self.window)
         certain = len(text) - pending(text)
         new, self.given = text[self.given : certain], max(self.given, certain)
         if certain == len(text) and len(self.window) > 4 * LEAD:
             recent = self._decode(self.window[-LEAD:])
-            if not recent.startswith(REPLACEMENT):  # else the cut went through a character
+            if not recent.startswith(REPLACEMENT):  # else the window would begin inside a character
                 self.window, self.given = self.window[-LEAD:], len(recent)
         return new
 
     def close(self) -> str:
-        """The rest, held back in the hope of the missing bytes of a character."""
+        """The remaining text, which was held back as an incomplete character."""
         text = self._decode(self.window)
         new, self.given = text[self.given :], len(text)
         return new
@@ -51,7 +51,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of several stop strings, wherever the pieces are split."""
+    """Ends a stream of text before the first stop string, even if the stop string spans several pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         if not all(stops):
@@ -61,13 +61,13 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """More text -> what may be shown. The beginning of a stop string is held back until it is decided."""
+        """More text -> text that may be shown. What may be the beginning of a stop string is held back."""
         if self.stopped:
             return ""
         self.held += text
-        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            _, at = min(found)  # the first to be complete
+        matches = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if matches:
+            _, at = min(matches)  # the first to be complete
             self.stopped = True
             shown, self.held = self.held[:at], ""
             return shown
@@ -77,24 +77,24 @@ class StopStrings:
         return shown
 
     def close(self) -> str:
-        """What was held back and turned out not to be a stop string."""
+        """The text that was held back, which is not a stop string after all."""
         shown, self.held = self.held, ""
         return shown
 
 
 def pending(text: str) -> int:
-    """How many characters at the end stand for bytes that may yet become another character."""
+    """Number of replacement characters at the end, whose bytes may be the beginning of an incomplete character."""
     tail = text[-PENDING:]
     return len(tail) - len(tail.rstrip(REPLACEMENT))
 
 
 def overlap(text: str, stop: str) -> int:
-    """The length of the longest proper beginning of `stop` that `text` ends with."""
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def token_bytes(tokenizer: Any) -> list[int]:
-    """How many bytes of text each token stands for: [vocabulary]. Special tokens stand for none.
+    """Bytes of UTF-8 text of each token id: [vocabulary]. Special tokens have 0.
 
     Byte-level tokenizers spell one byte as one character; sentencepiece-style ones spell a space as U+2581 and a raw
     byte as <0xNN>.

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
+from slmjax.estimate import Estimate, ratio
 from slmjax.train.step import Program
 from slmjax.types import Batch, Frozen, Metrics, Params, TrainState
 
@@ -99,9 +101,9 @@ class Evaluate:
         measured = [at.program.evaluate(at.state, at.frozen, at.program.put(b)) for b in self.batches()]
         rows = jax.device_get(measured)
         means = weighted_mean(rows)
-        error = standard_error(rows, means["loss"])
+        loss = loss_estimate(rows)
         means |= {"perplexity": math.exp(min(means["loss"], 700.0))}
-        means |= {} if error is None else {"loss_se": error}
+        means |= {} if loss is None else {"loss_se": loss.se}
         return {f"{self.name}/{name}": x for name, x in means.items()}
 
 
@@ -163,13 +165,11 @@ def weighted_mean(metrics: Iterable[Metrics]) -> dict[str, float]:
     return {**means, "weight": total}
 
 
-def standard_error(metrics: Sequence[Metrics], mean: float) -> float | None:
-    """Of the mean loss over all tokens, with the batches as the units that were drawn: the ratio estimator of Cochran
-    1977, section 6.3. None below two batches."""
+def loss_estimate(metrics: Sequence[Metrics]) -> Estimate | None:
+    """The mean loss over all tokens and its standard error, the batches being the sampling units. None for fewer than
+    two batches with weight."""
     rows = [(float(row["loss"]), float(row["weight"])) for row in metrics if float(row["weight"])]
-    n = len(rows)
-    if n < 2:
+    if len(rows) < 2:
         return None
-    total = math.fsum(weight for _, weight in rows)
-    squares = math.fsum((weight * (loss - mean)) ** 2 for loss, weight in rows)
-    return math.sqrt(n / (n - 1) * squares) / total
+    losses, weights = np.array(rows).T
+    return ratio(losses * weights, weights)

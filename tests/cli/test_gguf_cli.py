@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(tiny_run, file, chatty, tmp_path):
         (("import", tmp_path / "text.gguf", "--out", tmp_path / "a"), 5, "it begins with b'year'"),
         (("import", file, "--out", chatty), 2, "is not empty"),
         (("export", tiny_run, "--out", tmp_path / "a", "--dtype", "q8_0"), 2, "--dtype q8_0 is for --format gguf"),
-        (("export", tiny_run, "--format", "gguf", "--out", file), 2, "is there already"),
+        (("export", tiny_run, "--format", "gguf", "--out", file), 2, "already exists"),
         (("export", tiny_run, "--format", "gguf", "--out", tmp_path), 2, "is a folder; expected the name of a file"),
     ):
         done = slmjax(*argv)

@@ -129,7 +129,7 @@ def test_an_encoder(reference, reference4, tmp_path, name):
     for stock in (reference4, reference):
         theirs, report = stock.logits(tmp_path / "ours", tokens, mask, types=types)
         assert report == NOTHING
-        compare(ours, theirs["logits"], mask, imported.family.asked(imported.decoder).first)
+        compare(ours, theirs["logits"], mask, imported.family.stock(imported.decoder).first)
 
 
 def test_the_tokenizer_and_greedy_text(reference, reference4, tmp_path):

@@ -184,12 +184,12 @@ WRONG = {
     r"llama\.block_count = 1000000, but there are only": {"llama.block_count": 1_000_000},
     r"llama\.attention\.head_count = 0; expected a positive": {"llama.attention.head_count": 0},
     r"llama\.embedding_length = missing; expected a positive": {"llama.embedding_length": None},
-    r"llama\.expert_count = 8 is not known here": {"llama.expert_count": 8},
+    r"llama\.expert_count = 8 is not supported": {"llama.expert_count": 8},
     r"llama\.rope\.scaling\.type = 'yarn'": {"llama.rope.scaling.type": "yarn"},
-    r"'rope_freqs\.weight' is no llama3 scaling": {"rope_freqs.weight": NOT_A_SCALING},
+    r"'rope_freqs\.weight' is not a llama3 scaling": {"rope_freqs.weight": NOT_A_SCALING},
     r"'rope_freqs\.weight' has shape \[9\]; expected \[8\]": {"rope_freqs.weight": np.ones(9, np.float32)},
     r"tokenizer\.ggml\.model = 'bert' is not supported": {"tokenizer.ggml.model": "bert"},
-    r"tokenizer\.ggml\.pre = 'exotic': this way to cut": {"tokenizer.ggml.pre": "exotic"},
+    r"tokenizer\.ggml\.pre = 'exotic': this rule for splitting": {"tokenizer.ggml.pre": "exotic"},
     r"tokenizer\.ggml\.eos_token_id is 999": {"tokenizer.ggml.eos_token_id": 999},
     r"tokenizer\.ggml\.token_type has 2 entries for 270": {"tokenizer.ggml.token_type": [1, 1]},
     r"tokenizer\.ggml\.tokens holds 'a' twice": {"tokenizer.ggml.tokens": ["a"] * 270},
@@ -228,9 +228,9 @@ def tensor(name=b"x", dims=(32,), kind=0, offset=0):
 TERA = 1 << 40
 STRING, ARRAY, U8, U32 = 8, 9, 0, 4
 HOSTILE = {
-    "no GGUF file: it begins with b'GGML'": header(magic=b"GGML"),
-    "no GGUF file: it has 3 bytes": b"GGU",
-    "GGUF version 1 is not read; there are 2, 3": header(version=1),
+    "not a GGUF file: it begins with b'GGML'": header(magic=b"GGML"),
+    "not a GGUF file: it has 3 bytes": b"GGU",
+    "GGUF version 1 is not supported; expected one of 2, 3": header(version=1),
     "big-endian, GGUF version 50331648": header(version=0x03000000),
     "the number of tensors is 1099511627776, more than": header(tensors=TERA),
     "the number of keys is 1099511627776, more than": header(pairs=TERA),
@@ -249,13 +249,13 @@ HOSTILE = {
     "the key 'a' occurs twice": header(
         pairs=2, rest=(text(b"a") + struct.pack("<II", U32, 1)) * 2 + b"\0" * 32
     ),
-    "the name of key 0 is no UTF-8": header(pairs=1, rest=text(b"\xff\xfe") + b"\0" * 32),
+    "the name of key 0 is not UTF-8": header(pairs=1, rest=text(b"\xff\xfe") + b"\0" * 32),
     "the tensor 'x' occurs twice": header(tensors=2, rest=tensor() * 2 + b"\0" * 512),
-    "tensor 'x' has the unknown quantization 99; there are F32": header(tensors=1, rest=tensor(kind=99) + b"\0" * 512),
+    "tensor 'x' has the unknown quantization 99; expected one": header(tensors=1, rest=tensor(kind=99) + b"\0" * 512),
     "tensor 'x' has the unknown quantization IQ2_XXS": header(tensors=1, rest=tensor(kind=16) + b"\0" * 512),
     "tensor 'x' has 5 axes": header(tensors=1, rest=tensor(dims=(1,) * 5) + b"\0" * 512),
-    r"tensor 'x' of shape \[0\] is no whole number": header(tensors=1, rest=tensor(dims=(0,)) + b"\0" * 512),
-    r"tensor 'x' of shape \[33\] is no whole number of Q8_0": header(
+    r"tensor 'x' of shape \[0\] is not a whole number": header(tensors=1, rest=tensor(dims=(0,)) + b"\0" * 512),
+    r"tensor 'x' of shape \[33\] is not a whole number of Q8_0": header(
         tensors=1, rest=tensor(dims=(33,), kind=8) + b"\0" * 512
     ),
     r"truncated: tensor 'x' of shape \[4294967296, 4294967296\] takes": header(
@@ -282,7 +282,7 @@ def test_cut_anywhere_the_file_is_refused(file, tmp_path):
     out = tmp_path / "cut.gguf"
     for at in [*np.random.default_rng(0).integers(0, len(whole) - 1, 40).tolist(), len(whole) - 1]:
         out.write_bytes(whole[:at])
-        with pytest.raises(StorageError, match=r"truncated|no GGUF file|more than the|no UTF-8"):
+        with pytest.raises(StorageError, match=r"truncated|not a GGUF file|more than the|not UTF-8"):
             GGUF(out)
 
 
@@ -363,9 +363,9 @@ def test_what_is_there_is_left_alone(tmp_path):
     out = tmp_path / "a.gguf"
     out.write_text("years of work")
     arguments = (LLAMA, perturbed(LLAMA), out)
-    with pytest.raises(UserError, match="is there already; choose another name or add --overwrite"):
+    with pytest.raises(UserError, match="already exists; choose another name or add --overwrite"):
         export_gguf(*arguments, tokenizer=tokenizer())
-    with pytest.raises(UserError, match="is no GGUF file, so it is not replaced"):
+    with pytest.raises(UserError, match="is not a GGUF file, so it is not replaced"):
         export_gguf(*arguments, tokenizer=tokenizer(), overwrite=True)
     assert out.read_text() == "years of work"
     out.unlink()

@@ -213,5 +213,5 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, reference, messa
 
 
 def test_a_class_without_architecture_is_refused():
-    with pytest.raises(UserError, match=r"'opt' cannot be written as GGUF; there are llama, mistral"):
+    with pytest.raises(UserError, match=r"'opt' cannot be written as GGUF; expected one of llama, mistral"):
         architecture_of("opt")

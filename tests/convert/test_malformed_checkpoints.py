@@ -227,7 +227,7 @@ def test_taps_without_end_take_no_time(tmp_path):
     decoder = lfm2(attends=[False, True], width=16, heads=2, kv_heads=1, hidden=24, vocab=31, context=32)
     write_hf(tmp_path, decoder, parameters(decoder, decoder.build()))
     with_config(conv_L_cache=10**9)(tmp_path)
-    with pytest.raises(StorageError, match="conv_L_cache = 1000000000 cannot be"):
+    with pytest.raises(StorageError, match="conv_L_cache = 1000000000 is impossible"):
         import_hf(tmp_path)
 
 

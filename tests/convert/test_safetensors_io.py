@@ -170,7 +170,7 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
     shard = tmp_path / "model-00001-of-00002.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors is no valid safetensors file"):
+    with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors is not a valid safetensors file"):
         Tensors(tmp_path)
     shard.unlink()
     with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors is missing"):
@@ -187,7 +187,7 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
         ({"a": ".."}, "not a plain name"),
         ({"a": "s.safetensors", "b": "s.safetensors"}, "tensor 'b' is in the index but not in the file"),
         ({}, None),
-        ([1], "no index of safetensors shards"),
+        ([1], "not an index of safetensors shards"),
     ],
 )
 def test_a_hostile_index_is_refused(tmp_path, weight_map, message):

@@ -124,7 +124,7 @@ def test_a_pattern_of_blocks_counts_layers_across_blocks():
     [
         (ROWS[:-1], "no row covers final_norm/scale"),
         ((*ROWS, ROWS[0]), "embed/table is covered by 2 rows"),
-        ((*ROWS, Row("layers/attn/v", "x.{}", "d -> d")), "layers/attn/v is no parameter"),
+        ((*ROWS, Row("layers/attn/v", "x.{}", "d -> d")), "layers/attn/v is not a parameter"),
         (
             (*ROWS[:-1], Row("final_norm/scale", "base.wte.weight", "d -> d")),
             "several rows write the key base.wte.weight",

@@ -197,7 +197,7 @@ def test_the_context_is_never_exceeded(tokenizer):
     with pytest.raises(UserError, match=r"the prompt has 65 tokens; the model's context is 64"):
         g(["x" * 64])
     for ids in ([5, 258], [-1]):
-        with pytest.raises(UserError, match=rf"token {ids[-1]}; the model has those from 0 to 257"):
+        with pytest.raises(UserError, match=rf"token {ids[-1]}; the model has tokens 0 to 257"):
             g([ids])
     with pytest.raises(UserError, match="at least 1"):
         g(["x"], max_tokens=0)

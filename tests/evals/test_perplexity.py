@@ -9,7 +9,8 @@ import pytest
 from scipy.special import log_softmax
 
 from slmjax.errors import DataError
-from slmjax.evals.perplexity import evaluate, ratio, summarise
+from slmjax.estimate import ratio
+from slmjax.evals.perplexity import evaluate, summarise
 from slmjax.models.families.llama import llama
 from slmjax.types import Batch
 

@@ -122,7 +122,7 @@ def prove(reference, folder, config, seed=0):
     reference.make(folder / "theirs", config, seed=seed, gain=GAIN[config["model_type"]])
     imported = import_hf(folder / "theirs")
     encoder, family = imported.decoder, imported.family
-    asked = family.asked(encoder)
+    stock = family.stock(encoder)
     written = family.to_config(encoder)
     assert written is not None, f"{family.name} cannot write what it has read"
     assert family.from_config(written) == encoder
@@ -131,7 +131,7 @@ def prove(reference, folder, config, seed=0):
     x, mask, types = probe(encoder, seed)
     ours, blocks = told(encoder, imported.params, x, mask, types)
     theirs, _ = reference.logits(folder / "theirs", x, mask, hidden=True, types=types)
-    compare(ours, theirs["logits"], mask, asked.first)
+    compare(ours, theirs["logits"], mask, stock.first)
     for mine, other in zip(blocks, theirs["hidden"], strict=True):
         assert_close(mine, other, mask)
 
@@ -140,7 +140,7 @@ def prove(reference, folder, config, seed=0):
     same_tensors(Tensors(folder / "ours"), Tensors(folder / "theirs"))
     back, report = reference.logits(folder / "ours", x, mask, types=types)
     assert report == NOTHING
-    compare(ours, back["logits"], mask, asked.first)
+    compare(ours, back["logits"], mask, stock.first)
     return imported
 
 

@@ -104,7 +104,7 @@ MOBILE = {"architectures": ["MobileBertModel"]}
 @pytest.mark.parametrize(
     ("family", "config", "names"),
     [
-        (bert, {}, "architectures = None is not supported; there are BertForMaskedLM, BertModel"),
+        (bert, {}, "architectures = None is not supported; expected one of BertForMaskedLM, BertModel"),
         (bert, {"architectures": ["BertForPreTraining"]}, "architectures = 'BertForPreTraining'"),
         (bert, {**WORDS, "is_decoder": True}, "is_decoder = True"),
         (bert, {**WORDS, "position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),

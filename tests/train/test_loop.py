@@ -16,12 +16,11 @@ import pytest
 from train import toy
 
 from slmjax.errors import Preempted
-from slmjax.evals.perplexity import summarise
 from slmjax.train import consensus, loop
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import extra, steps
 from slmjax.train.guard import Rollback, Skip
-from slmjax.train.hooks import Evaluate, Profile, Sample, standard_error
+from slmjax.train.hooks import Evaluate, Profile, Sample, loss_estimate
 from slmjax.train.lock import Locked, lock
 from slmjax.train.signals import Interrupted, Signals
 
@@ -235,15 +234,16 @@ def test_evaluation_is_the_mean_over_all_tokens(tmp_path):
 
 
 def test_the_standard_error_of_an_evaluation_is_that_of_a_ratio_of_sums():
-    """Against the estimator of `slmjax eval`, which is tested by itself, and the textbook's for equal weights."""
+    """Against the formula written out, and the textbook's for equal weights."""
     losses, weights = [3.0, 2.5, 4.0, 9.9], [10.0, 30.0, 20.0, 0.0]
     rows = [{"loss": np.float32(x), "weight": np.float32(w)} for x, w in zip(losses, weights, strict=True)]
-    expected = summarise(np.array([[x * w, w, 1.0] for x, w in zip(losses, weights, strict=True)])).loss
-    np.testing.assert_allclose(standard_error(rows, expected.value), expected.se, rtol=1e-12)
+    mean = (30 + 75 + 80) / 60
+    expected = math.sqrt(3 / 2 * sum((w * (x - mean)) ** 2 for x, w in zip(losses, weights, strict=True))) / 60
+    np.testing.assert_allclose(loss_estimate(rows), (mean, expected), rtol=1e-12)
     equal = [{**row, "weight": np.float32(7.0)} for row in rows]
     textbook = np.std(np.float32(losses), ddof=1) / np.sqrt(4)
-    np.testing.assert_allclose(standard_error(equal, float(np.mean(np.float32(losses)))), textbook, rtol=1e-6)
-    assert standard_error(rows[3:], 9.9) is None
+    np.testing.assert_allclose(loss_estimate(equal), (np.mean(np.float32(losses)), textbook), rtol=1e-6)
+    assert loss_estimate(rows[3:]) is None
 
 
 def test_evaluation_changes_nothing(tmp_path):

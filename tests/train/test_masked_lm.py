@@ -202,8 +202,8 @@ def test_the_number_of_micro_batches_changes_nothing_of_what_is_hidden():
 def test_evaluation_asks_for_hidden_tokens():
     """The same twice, and equal to the loss of the same questions computed at once."""
     model, params = BERT.build(Compute(dtype="float32")), perturbed(BERT)
-    ask = lambda batch, key: BERT.evaluation_batch(batch, key, SPECIAL)  # noqa: E731
-    first, again = (evaluate(model, params, [packed(), packed(seed=1)], ask=ask) for _ in range(2))
+    prepare = lambda batch, key: BERT.evaluation_batch(batch, key, SPECIAL)  # noqa: E731
+    first, again = (evaluate(model, params, [packed(), packed(seed=1)], prepare=prepare) for _ in range(2))
     assert first == again
     nats = weight = 0.0
     for i in range(2):

@@ -1,7 +1,7 @@
-"""How each class of `transformers` is said in GGUF: one value an architecture of llama.cpp.
+"""How each class of `transformers` is written as GGUF: one value for each architecture of llama.cpp.
 
-The names of the tensors are those of the `gguf` package. What is here is what differs: hyperparameters, tensors that
-lie otherwise, and what llama.cpp takes for granted, which is refused where a model has it otherwise.
+The names of the tensors come from the `gguf` package. Here is what remains: hyperparameters, tensors with another
+layout, and what llama.cpp assumes of an architecture, which is refused where a model differs.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ Config = Mapping[str, Any]
 
 
 class Transform(NamedTuple):
-    """For tensors whose key of `transformers` matches."""
+    """A change of layout, for tensors whose `transformers` key matches."""
 
     keys: str
     """Regular expression, searched"""
     apply: Callable[[np.ndarray, Config], np.ndarray]
-    """Theirs -> GGUF's, as numpy lays it out"""
+    """Tensor of transformers -> tensor of GGUF, with axes in numpy's order"""
     undo: Callable[[np.ndarray, Config], np.ndarray]
-    """GGUF's -> theirs"""
+    """Tensor of GGUF -> tensor of transformers"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFArchitecture:
-    """A class of `transformers` in the words of llama.cpp."""
+    """How a class of `transformers` is written as an architecture of llama.cpp."""
 
     model_type: str
     arch: MODEL_ARCH
     metadata: Callable[[Config], dict[str, Any]]
-    """Hyperparameters, without the prefix of the architecture. Raises UserError where llama.cpp computes otherwise"""
+    """Hyperparameters, without the prefix of the architecture. Raises UserError if llama.cpp computes otherwise"""
     transforms: tuple[Transform, ...] = ()
     stacked: str = r"(?!)"
-    """Keys whose last number counts heads: one tensor a head here, one for all heads there"""
+    """Regular expression of keys whose last number is a head: transformers has a tensor a head, GGUF one for all"""
     extra: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}
-    """Tensors that follow from the configuration"""
+    """Tensors that are computed from the configuration"""
     drift: float = 0.0
     """How far log-probabilities may be off because llama.cpp approximates an activation, in nats times
     max(1, max|logit|)"""
 
     @property
     def name(self) -> str:
-        """What llama.cpp calls it."""
+        """Name of the architecture in llama.cpp."""
         return MODEL_ARCH_NAMES[self.arch]
 
     def keys(self, config: Config) -> dict[str, Any]:
-        """`metadata` with the prefix."""
+        """`metadata` with the prefix of the architecture."""
         return {f"{self.name}.{key}": value for key, value in self.metadata(config).items()}
 
     def rename(self, key: str, layers: int) -> str:
-        """Their key -> GGUF's.
+        """Key of transformers -> name in GGUF.
 
         Raises:
-            UserError: llama.cpp has no place for it.
+            UserError: llama.cpp has no such tensor.
         """
         names = _names(self.arch, layers)
         for candidate in (key, key.removeprefix("transformer.")):
@@ -72,7 +72,7 @@ class GGUFArchitecture:
         raise UserError(f"{key}: llama.cpp's {self.name} has no place for this tensor")
 
     def tensors(self, config: Config, theirs: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-        """Tensors of `transformers` -> GGUF's, one at a time."""
+        """Tensors of `transformers` -> tensors of GGUF, one at a time."""
         waiting: dict[str, dict[int, np.ndarray]] = {}
         layers = layers_of(config)
         for key, x in theirs:
@@ -86,7 +86,7 @@ class GGUFArchitecture:
         yield from self.extra(config).items()
 
     def theirs(self, config: Config, key: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Their tensor of this key, from those of a GGUF file."""
+        """The tensor of transformers with this key, from those of a GGUF file."""
         if re.search(self.stacked, key):
             whole, head = self._whole(key)
             return tensors[self.rename(whole, layers_of(config))][head]
@@ -114,21 +114,22 @@ def _names(arch: MODEL_ARCH, layers: int) -> TensorNameMap:
 
 
 def layers_of(config: Config) -> int:
-    """The number of blocks."""
+    """Number of layers."""
     return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
 
 
 def expect(config: Config, key: str, *values: Any) -> None:
-    """
+    """Checks a field that llama.cpp does not read.
+
     Raises:
-        UserError: the field has another value than those llama.cpp computes with.
+        UserError: it has a value other than those that llama.cpp assumes.
     """
     if key in config and config[key] not in values:
         raise UserError(f"{key} = {config[key]!r}: llama.cpp computes this architecture only with {values[0]!r}")
 
 
 def no_window(config: Config) -> None:
-    """Raises UserError where attention is cut off before the context ends."""
+    """Raises UserError if the attention window is shorter than the context."""
     used = config.get("use_sliding_window", True)
     window = config.get("sliding_window")
     if used and window is not None and window < config["max_position_embeddings"]:
@@ -148,7 +149,7 @@ def kv_heads(config: Config) -> int:
 
 
 def sizes(config: Config) -> dict[str, Any]:
-    """What every decoder with the usual names has."""
+    """The hyperparameters that decoders with the usual field names have in common."""
     return {
         "vocab_size": config["vocab_size"],
         "context_length": config["max_position_embeddings"],
@@ -168,15 +169,16 @@ def rope_of(config: Config) -> Config:
 
 
 def rotated(config: Config) -> int:
-    """How many channels of a head are rotated."""
+    """Number of channels of a head that are rotated."""
     rope = rope_of(config)
     return int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
 
 
 def rotary(config: Config, *kinds: str) -> dict[str, Any]:
-    """
+    """Hyperparameters of rotary positions. `kinds`: scalings allowed besides "default" and "linear".
+
     Raises:
-        UserError: the frequencies are scaled in a way that is not written here.
+        UserError: the frequencies are scaled in another way.
     """
     rope = rope_of(config)
     kind = rope["rope_type"]
@@ -189,7 +191,7 @@ def rotary(config: Config, *kinds: str) -> dict[str, Any]:
 
 
 def llama3_factors(config: Config) -> dict[str, np.ndarray]:
-    """`rope_freqs.weight`, by which llama.cpp divides the frequencies: the llama3 scaling."""
+    """The tensor `rope_freqs.weight` of the llama3 scaling: llama.cpp divides the frequencies by it."""
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return {}
@@ -201,7 +203,7 @@ def llama3_factors(config: Config) -> dict[str, np.ndarray]:
 
 
 def long_factors(config: Config) -> dict[str, np.ndarray]:
-    """The longrope factors of Phi-3, for contexts beyond the original one and within."""
+    """The longrope factors of Phi-3: `long` for contexts beyond the original one, `short` for others."""
     rope = rope_of(config)
     if rope["rope_type"] != "longrope":
         return {}
@@ -209,7 +211,8 @@ def long_factors(config: Config) -> dict[str, np.ndarray]:
 
 
 def pairs(keys: str, heads: Callable[[Config], int]) -> Transform:
-    """Rows [H * K, ...] of a projection: channel i of a head next to i + K/2, as llama.cpp rotates here."""
+    """Reorders rows [H * K, ...] of a projection so that channels i and i + K/2 of a head, which are rotated together,
+    are adjacent, as llama.cpp expects for these architectures."""
 
     def swap(x: np.ndarray, h: int, *split: int) -> np.ndarray:
         return x.reshape(h, *split, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
@@ -222,7 +225,7 @@ def pairs(keys: str, heads: Callable[[Config], int]) -> Transform:
 
 
 def heads_last(keys: str, heads: Callable[[Config], int]) -> Transform:
-    """Rows (H, [q, k, v], K) -> ([q, k, v], H, K)."""
+    """Reorders rows (H, [q, k, v], K) to ([q, k, v], H, K)."""
 
     def swap(x: np.ndarray, first: int, second: int) -> np.ndarray:
         split = x.reshape(first, second, len(x) // first // second, *x.shape[1:])
@@ -232,7 +235,7 @@ def heads_last(keys: str, heads: Callable[[Config], int]) -> Transform:
 
 
 TRANSPOSED = Transform(r"\.(c_attn|c_proj|c_fc)\.weight$", lambda x, c: x.T, lambda x, c: x.T)
-"""Conv1D keeps [in, out]"""
+"""Conv1D stores weights as [in, out]"""
 OFFSET = Transform(r"norm\.weight$", lambda x, c: x + np.float32(1), lambda x, c: x - np.float32(1))
 """Gemma's norms multiply by 1 + w, llama.cpp by w"""
 ROTATED = (

@@ -1,4 +1,4 @@
-"""`export_gguf`: write, read back, compare, let llama.cpp run it, and only then give the file its name."""
+"""`export_gguf`: write, read back, compare, run with llama.cpp, and only then give the file its name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from slmjax.types import Params
 
 
 class ExportedGGUF(NamedTuple):
-    """What an export did."""
+    """The result of an export."""
 
     file: pathlib.Path
     checks: list[gate.Check]
     folded: tuple[str, ...] = ()
-    """Scalars that were folded into the weights"""
+    """Scalars that were multiplied into the weights: "embed_scale = 12.0" """
 
 
 def export_gguf(
@@ -50,14 +50,14 @@ def export_gguf(
     """Writes a GGUF file that llama.cpp runs; it appears under its name only when every check has passed.
 
     Args:
-        params: float32 parameters as evaluation uses them.
+        params: float32 parameters as evaluation uses them (averaged, if the optimizer averages).
         dtype: of the matrices: "float32", "float16", "bfloat16" or "q8_0" (8 bits, a scale for each 32). Vectors and
             norms stay float32.
-        numerics: what the model computes; stock runtimes know the default alone.
-        facts: name and licence go into the file.
+        numerics: the numerics that the model was trained with; only the default can be exported.
+        facts: its name and licence are written into the file.
         overwrite: replace a GGUF file.
         reference_python: a Python with xllamacpp; see `gate.find_python`.
-        donate: delete `params` once they are written and compared: the model is never held twice.
+        donate: delete `params` once they are written and compared, so that memory never holds the model twice.
 
     Raises:
         UserError: llama.cpp cannot compute the model or has no such tokenizer, or `out` may not be written.
@@ -65,7 +65,7 @@ def export_gguf(
         StorageError: the disk is full or not writable; `out` is as it was.
     """
     if decoder.labels:
-        raise UserError("--format gguf: a GGUF file holds no head for labels; export the classifier with --format hf")
+        raise UserError("--format gguf: a GGUF file cannot hold a classifier; export it with --format hf")
     python = gate.find_python(reference_python, "xllamacpp")
     probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab), decoder.context)
     about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}
@@ -103,10 +103,11 @@ def export_gguf(
 
 @contextlib.contextmanager
 def publish_file(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A new file beside `out` that takes its name when the block ends well; compare `folder.publish`.
+    """Context manager: yields the path of a new file beside `out`, renamed to `out` when the block ends without an
+    error. Compare `folder.publish`.
 
     Raises:
-        UserError: `out` is there and may not be replaced.
+        UserError: `out` exists and may not be replaced.
         StorageError: the disk is full or not writable.
     """
     out = out.absolute()
@@ -138,7 +139,7 @@ def check_file_free(out: pathlib.Path, *, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; expected the name of a file such as {out / 'model.gguf'}")
     if not overwrite:
-        raise UserError(f"--out {out} is there already; choose another name or add --overwrite")
+        raise UserError(f"--out {out} already exists; choose another name or add --overwrite")
     with out.open("rb") as f:
         if f.read(4) != b"GGUF":
-            raise UserError(f"--out {out} is no GGUF file, so it is not replaced")
+            raise UserError(f"--out {out} is not a GGUF file, so it is not replaced")

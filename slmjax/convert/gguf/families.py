@@ -1,4 +1,4 @@
-"""The architectures of llama.cpp that families of `transformers` are written as. See `arch.py`."""
+"""For each family of `transformers`, the architecture of llama.cpp that it is written as. See `arch.py`."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _bloom(c: Config) -> dict[str, Any]:
     expect(c, "apply_residual_connection_post_layernorm", False)
     return {
         "vocab_size": c["vocab_size"],
-        "context_length": c.get("seq_length", 2048),  # ALiBi knows no end; BLOOM's own is 2048
+        "context_length": c.get("seq_length", 2048),  # ALiBi has no maximum length; BLOOM was trained with 2048
         "embedding_length": c["hidden_size"],
         "block_count": c["n_layer"],
         "feed_forward_length": 4 * c["hidden_size"],
@@ -195,7 +195,7 @@ ARCHITECTURES = (
         arch=MODEL_ARCH.GPTNEOX,
         metadata=_gpt_neox,
         transforms=(heads_last(r"\.query_key_value\.", lambda c: c["num_attention_heads"]),),
-        drift=2e-3,  # it also takes the tanh form of GELU for the exact one
+        drift=2e-3,  # llama.cpp also uses the tanh approximation for the exact GELU
     ),
     GGUFArchitecture(
         model_type="bloom",
@@ -208,12 +208,13 @@ ARCHITECTURES = (
 
 
 def architecture_of(model_type: str) -> GGUFArchitecture:
-    """
+    """The architecture that a `model_type` of transformers is written as.
+
     Raises:
-        UserError: llama.cpp has no such architecture, or it is not written here.
+        UserError: llama.cpp has no such architecture, or it is not supported here.
     """
     for one in ARCHITECTURES:
         if one.model_type == model_type:
             return one
     names = ", ".join(one.model_type for one in ARCHITECTURES)
-    raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; there are {names}")
+    raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; expected one of {names}")

@@ -1,8 +1,9 @@
-"""GGUF files: key-value pairs, descriptions of tensors, then their bytes. Read in pieces, and never trusted.
+"""GGUF files: key-value pairs, descriptions of tensors, then their bytes. Read in pieces and checked, since files may
+be damaged or malicious.
 
-The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package allocates what a header
-claims and spends a second on a large vocabulary, so the header is walked here: every count is held against the bytes
-that are left before anything is made of it. The packed formats are the package's.
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package allocates whatever sizes
+a header claims and takes a second for a large vocabulary, so the header is parsed here: every count is compared with
+the bytes that are left before anything is allocated. The package unpacks the quantized formats.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from slmjax.errors import StorageError
 VERSIONS = (2, 3)
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 MOST_ALIGNMENT = 1 << 16
-AT_ONCE = 1 << 21  # values unpacked together: what unpacking holds beside its result
+AT_ONCE = 1 << 21  # values unpacked at a time, which limits the memory needed besides the result
 SCALARS = {
     GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8",
@@ -36,20 +37,20 @@ class Info(NamedTuple):
     """A tensor of the file."""
 
     shape: tuple[int, ...]
-    """As numpy has it: the last axis lies together in memory (the file counts the other way round)"""
+    """In numpy's order: the last axis is contiguous in memory (the file lists the axes in reverse)"""
     kind: GGMLQuantizationType
     start: int
     size: int
-    """Bytes of the file: [start, start + size)"""
+    """The data are the bytes [start, start + size) of the file"""
 
 
 class GGUF(Mapping[str, np.ndarray]):
-    """`metadata`, and the tensors by name, float32, read and unpacked when they are asked for.
+    """The `metadata` of a file, and its tensors by name, read from disk and unpacked to float32 at every access.
 
     Values of `metadata` are bool, int, float, str, a list of str, or a numpy array.
 
     Raises:
-        StorageError: the file is none of GGUF, truncated, hostile, or has a tensor in a format that is not read.
+        StorageError: the file is not GGUF, truncated or malformed, or a tensor is in a format that is not supported.
     """
 
     def __init__(self, file: pathlib.Path):
@@ -58,7 +59,7 @@ class GGUF(Mapping[str, np.ndarray]):
         self.file = file
         with file.open("rb") as f:
             if file.stat().st_size < 24:
-                raise StorageError(f"{file} is no GGUF file: it has {file.stat().st_size} bytes")
+                raise StorageError(f"{file} is not a GGUF file: it has {file.stat().st_size} bytes")
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 self.metadata, self.infos = _read_header(_Cursor(mapped, file))
 
@@ -69,7 +70,7 @@ class GGUF(Mapping[str, np.ndarray]):
         out = np.empty((info.size // width, info.shape[-1]), np.float32)
         rows = max(1, AT_ONCE // info.shape[-1])
         # not memory-mapped: the pages of a whole file would stay in memory beside the model
-        with self.file.open("rb") as f, np.errstate(all="ignore"):  # what is not finite is refused by name
+        with self.file.open("rb") as f, np.errstate(all="ignore"):  # values that are not finite are refused below
             f.seek(info.start)
             for i in range(0, len(out), rows):
                 part = out[i : i + rows]
@@ -92,7 +93,7 @@ class GGUF(Mapping[str, np.ndarray]):
 
 
 class _Cursor:
-    """A place in the file that never runs over its end."""
+    """A position in the file, checked never to pass its end."""
 
     def __init__(self, data: mmap.mmap, file: pathlib.Path):
         self.data, self.file, self.at, self.end = data, file, 0, len(data)
@@ -101,7 +102,7 @@ class _Cursor:
         return StorageError(f"{self.file}: {message}")
 
     def take(self, size: int, what: str) -> int:
-        """Where `size` bytes begin; the cursor stands behind them."""
+        """The offset of the next `size` bytes; moves the position behind them. `what`: what they are, for messages."""
         start = self.at
         if size > self.end - start:
             raise self.fail(f"truncated: {what} needs {size} bytes at byte {start}, but the file ends at {self.end}")
@@ -117,10 +118,10 @@ class _Cursor:
         try:
             return self.data[start : start + size].decode("utf-8")
         except UnicodeDecodeError as e:
-            raise self.fail(f"{what} is no UTF-8: {e}") from None
+            raise self.fail(f"{what} is not UTF-8: {e}") from None
 
     def count(self, kind: str, least: int, what: str) -> int:
-        """A number of things of at least `least` bytes each, all of which have to fit into what is left."""
+        """A count of items of at least `least` bytes each, all of which have to fit into the bytes left."""
         n = self.number(kind, what)
         if n * least > self.end - self.at:
             raise self.fail(f"{what} is {n}, more than the {self.end - self.at} bytes left can hold")
@@ -129,11 +130,11 @@ class _Cursor:
 
 def _read_header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Info]]:
     if (magic := c.data[: c.take(4, "the magic") + 4]) != b"GGUF":
-        raise c.fail(f"no GGUF file: it begins with {magic!r}, not b'GGUF'")
+        raise c.fail(f"not a GGUF file: it begins with {magic!r}, not b'GGUF'")
     version = c.number("I", "the version")
     if version not in VERSIONS:
         kind = "big-endian, " if version & 0xFFFF == 0 else ""
-        raise c.fail(f"{kind}GGUF version {version} is not read; there are {', '.join(map(str, VERSIONS))}")
+        raise c.fail(f"{kind}GGUF version {version} is not supported; expected one of {', '.join(map(str, VERSIONS))}")
     tensors = c.count("Q", 8 + 4 + 8 + 4 + 8, "the number of tensors")
     pairs = c.count("Q", 8 + 4 + 1, "the number of keys")
     metadata: dict[str, Any] = {}
@@ -177,7 +178,7 @@ def _scalar(c: _Cursor, kind: int, what: str) -> np.dtype:
 
 
 def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
-    """Shape, kind, and where it begins, counted from the first tensor."""
+    """Shape, format, and offset from the first tensor."""
     axes = c.number("I", what)
     if not 1 <= axes <= 4:
         raise c.fail(f"{what} has {axes} axes; expected 1 to 4")
@@ -186,12 +187,12 @@ def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], GGMLQuantizationT
     known = {kind.value: kind for kind in GGMLQuantizationType}
     if number not in known or known[number].name not in READABLE:
         name = known[number].name if number in known else number
-        raise c.fail(f"{what} has the unknown quantization {name}; there are {', '.join(READABLE)}")
+        raise c.fail(f"{what} has the unknown quantization {name}; expected one of {', '.join(READABLE)}")
     return shape, known[number], c.number("Q", what)
 
 
 def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment: Any) -> dict[str, Info]:
-    """Checks that each tensor lies within the file, and none within another."""
+    """Checks that each tensor lies within the file and that none overlap."""
     if not (isinstance(alignment, int) and 0 < alignment <= MOST_ALIGNMENT and alignment & (alignment - 1) == 0):
         raise c.fail(f"general.alignment is {shown(alignment)}; expected a power of two up to {MOST_ALIGNMENT}")
     data = -(-c.at // alignment) * alignment
@@ -199,7 +200,7 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
     for name, (shape, kind, offset) in described.items():
         block, packed = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
-            raise c.fail(f"tensor {_short(name)} of shape {list(shape)} is no whole number of {kind.name} blocks")
+            raise c.fail(f"tensor {_short(name)} of shape {list(shape)} is not a whole number of {kind.name} blocks")
         size = math.prod(shape) // block * packed
         start = data + offset
         if offset % alignment or start + size > c.end:
@@ -218,19 +219,19 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
 
 
 def shown(value: Any) -> str:
-    """A value of the metadata for a message: one line, and not all of an array."""
+    """A metadata value for a message: one line, cut off if it is long."""
     return "missing" if value is None else _cut(" ".join(repr(value).split()), 60)
 
 
 def named(metadata: Mapping[str, Any], key: str, default: str | None = None) -> str | None:
-    """A value that is a name.
+    """A metadata value that has to be a string.
 
     Raises:
-        StorageError: it is something else.
+        StorageError: it is of another type.
     """
     value = metadata.get(key, default)
     if value is not None and not isinstance(value, str):
-        raise StorageError(f"{key} = {shown(value)} is no text")
+        raise StorageError(f"{key} = {shown(value)} is not a string")
     return value
 
 

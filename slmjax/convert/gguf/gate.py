@@ -1,4 +1,4 @@
-"""The gate behind a GGUF export: the file is read back tensor by tensor, run by our decoder, and by stock llama.cpp."""
+"""The checks of a GGUF export: the file is read back tensor by tensor, run by slmjax, and run by stock llama.cpp."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from slmjax.types import Params
 
 NEW_TOKENS, TOP = 24, 20
 MAY_DRIFT = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
-"""Of a log-probability, in nats times max(1, max|logit|): llama.cpp rounds what it multiplies with a matrix to the
-matrix's own format. About three times what SmolLM2-135M shows"""
-ROWS = 4096  # compared together
+"""Largest allowed difference of a log-probability by dtype, in nats times max(1, max|logit|): llama.cpp rounds
+activations to the format of the matrix they are multiplied with. About three times the differences of SmolLM2-135M"""
+ROWS = 4096  # compared at a time
 HALF = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.BF16: ml_dtypes.bfloat16}
 
 
 def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray]], dtype: str) -> Check:
-    """Every tensor of the file against the model's, rounded as its format rounds."""
+    """Compares every tensor of the file with the model's, rounded to the tensor's format."""
     names, wrong = set(), []
     for name, x in wanted:
         names.add(name)
@@ -46,7 +46,7 @@ def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray]], dtype: s
         if not all(_fits(x[i : i + ROWS], found[i : i + ROWS], kind) for i in range(0, len(x), ROWS)):
             wrong.append(name)
     wrong += sorted(set(file.infos) - names)
-    total = f"all {len(names)} as they should be"
+    total = f"all {len(names)} equal the model's"
     found = f"{len(wrong)} differ, first {wrong[0]}" if wrong else total
     return Check(name=f"reload: tensors ({dtype})", found=found, expected=total, passed=not wrong)
 
@@ -57,14 +57,14 @@ def _fits(x: np.ndarray, found: np.ndarray, kind: GGMLQuantizationType) -> bool:
         return np.array_equal(found, x.astype(HALF[kind]).astype(np.float32))
     if kind != GGMLQuantizationType.Q8_0:
         return np.array_equal(found, x)
-    # half a step of 1/127 of the largest in each block of 32; the step itself is kept as float16
+    # at most half a step; the step is 1/127 of the largest value in each block of 32, stored as float16
     largest = np.abs(x).reshape(*x.shape[:-1], -1, 32).max(axis=-1, keepdims=True)
     error = np.abs(found - x).reshape(*largest.shape[:-1], 32)
     return bool((error <= largest * (0.5 / 127 + 2**-10) + 2**-24 * 127).all())
 
 
 def check_rounding(ours: Forward, stored: Forward, probe: Probe) -> Check:
-    """What rounding to the file's format costs: for information."""
+    """How much rounding to the file's format changes the logits: for information."""
     real = probe.mask.astype(bool)
     a, b = (_log_softmax(x.logits[real]) for x in (ours, stored))
     divergence = float((np.exp(a) * (a - b)).sum(axis=-1).mean())
@@ -76,11 +76,11 @@ def check_llama_cpp(
     file: pathlib.Path, decoder: Decoder, params: Params, python: str | None, probe: Probe, tokenizer: Tokenizer,
     dtype: str, drift: float,
 ) -> list[Check]:  # fmt: skip
-    """Stock llama.cpp on the file: loads it, tokenizes as training did, same tokens, same probabilities.
+    """Checks that stock llama.cpp loads the file, tokenizes as in training, and computes the same probabilities.
 
     Args:
-        params: as the file holds them.
-        drift: what the architecture may be off besides, in the same unit.
+        params: as read back from the file.
+        drift: added to the tolerance for this architecture, in the unit of `MAY_DRIFT`.
     """
     missing = "not run: give --reference-python or SLMJAX_REFERENCE_PYTHON, a Python with xllamacpp"
     skipped = [Check(name="stock llama.cpp", found=missing, expected="xllamacpp", passed=None)]
@@ -107,15 +107,16 @@ def _compare(
     name: str, decoder: Decoder, params: Params, prompts: list[list[int]], rows: list[Any], new_tokens: int,
     limit: float, tokenizer: Tokenizer,
 ) -> Check:  # fmt: skip
-    """Our probabilities along llama.cpp's own greedy path: at each step its token is our likeliest, or nearly so.
+    """Compares our probabilities along llama.cpp's greedy continuation: each of its tokens has to be our likeliest, or
+    a near tie, and the log-probabilities have to agree.
 
-    limit: of a log-probability, in nats times max(1, max|logit|).
+    limit: largest difference of a log-probability, in nats times max(1, max|logit|).
     """
     whole = [prompt + row["tokens"] for prompt, row in zip(prompts, rows, strict=True)]
     longest = max(map(len, whole))
     tokens = np.zeros((len(whole), longest), np.int32)
     for i, ids in enumerate(whole):
-        tokens[i, : len(ids)] = ids  # what stands behind a row's end cannot be seen from before it
+        tokens[i, : len(ids)] = ids  # causal: what follows a row's end does not change it
     logits = forward(decoder, params, Probe(tokens, np.ones_like(tokens))).logits
     limit *= max(1.0, float(np.abs(logits).max()))
     scores = _log_softmax(logits)
@@ -126,41 +127,41 @@ def _compare(
             here = score[len(prompt) + step - 1]
             if step < len(row["top"]):
                 ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
-                worst = float(np.maximum(worst, np.abs(here[ids] - theirs).max()))  # NaN stays, and fails
+                worst = float(np.maximum(worst, np.abs(here[ids] - theirs).max()))  # NaN is kept, and fails the check
             lead = max(lead, float(here.max() - here[token]))
             same += int(here.argmax() == token)
             made += 1
         ended = ends & {*row["tokens"][-1:], int(score[len(prompt) + len(row["tokens"]) - 1].argmax())}
         if len(row["tokens"]) < new_tokens and not ended:
-            worst = math.inf  # it stopped where we go on
+            worst = math.inf  # llama.cpp stopped where slmjax goes on
     if not made and worst <= limit:
-        nothing = "nothing to compare: both end every text of the probe at once"
+        nothing = "nothing to compare: both end every text of the probe immediately"
         return Check(name=f"{name}: tokens", found=nothing, expected="for information", passed=None)
     found = f"{same} of {made} greedy tokens identical, max|Δ log p| {worst:.1e}"
-    passed = worst <= limit and lead <= 2 * limit  # nearly equal: a tie that rounding decides
+    passed = worst <= limit and lead <= 2 * limit  # near ties are decided by rounding
     return Check(name=f"{name}: tokens", found=found, expected=f"≤ {limit:.1e}, or a tie", passed=passed)
 
 
 def _run(file: pathlib.Path, python: str, request: dict[str, Any]) -> dict[str, Any] | None:
-    """What the program found; None if this Python has no llama.cpp."""
+    """The answer of the program; None if this Python has no llama.cpp."""
     program = importlib.resources.files("slmjax.convert").joinpath("stock_llama_cpp.py.txt")
     with tempfile.TemporaryDirectory() as tmp, importlib.resources.as_file(program) as script:
-        asked, answered = pathlib.Path(tmp, "request.json"), pathlib.Path(tmp, "answer.json")
-        asked.write_text(json.dumps(request))
-        command = [python, str(script), str(file), str(asked), str(answered)]
+        request_file, answer_file = pathlib.Path(tmp, "request.json"), pathlib.Path(tmp, "answer.json")
+        request_file.write_text(json.dumps(request))
+        command = [python, str(script), str(file), str(request_file), str(answer_file)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", env=os.environ, timeout=1800
             )
         except subprocess.TimeoutExpired:
             raise Rejected("stock llama.cpp did not answer within half an hour") from None
-        if answered.is_file():
-            return json.loads(answered.read_text())
+        if answer_file.is_file():
+            return json.loads(answer_file.read_text())
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         if lines and "ModuleNotFoundError" in lines[-1] and "xllamacpp" in lines[-1]:
             return None
-        said = [line for line in lines if "error" in line.lower()] or lines or [str(done.returncode)]
-        raise Rejected(f"stock llama.cpp failed on the export: {said[0].strip()[:300]}")
+        errors = [line for line in lines if "error" in line.lower()] or lines or [str(done.returncode)]
+        raise Rejected(f"stock llama.cpp failed on the export: {errors[0].strip()[:300]}")
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

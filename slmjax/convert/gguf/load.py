@@ -1,4 +1,4 @@
-"""GGUF files <-> a decoder, its parameters and its tokenizer. What llama.cpp runs."""
+"""GGUF files, which llama.cpp runs <-> a decoder, its parameters and its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from slmjax.models.families.common.rows import Family
 from slmjax.types import Params
 
 HARMLESS = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
-"""Keys of the architecture that change nothing, or that the tensors say again"""
+"""Keys of the architecture that do not change what is computed, or that repeat what the tensors show"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedGGUF:
-    """What a file held."""
+    """A model read from a GGUF file."""
 
     decoder: Decoder
     params: Params
@@ -42,13 +42,13 @@ class ImportedGGUF:
 
     @property
     def licence(self) -> str | None:
-        """What the file says of it."""
-        found = self.metadata.get("general.license")
-        return found if isinstance(found, str) else None
+        """The licence that the file names, if any."""
+        licence = self.metadata.get("general.license")
+        return licence if isinstance(licence, str) else None
 
 
 class Theirs(Mapping[str, np.ndarray]):
-    """Tensors of a GGUF file under the keys that `transformers` has for them."""
+    """The tensors of a GGUF file under their `transformers` keys."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, keys: Any):
         self.tensors, self.architecture, self.config, self.known = tensors, architecture, config, dict.fromkeys(keys)
@@ -67,10 +67,10 @@ class Theirs(Mapping[str, np.ndarray]):
 
 
 def import_gguf(file: pathlib.Path) -> ImportedGGUF:
-    """Reads a model of the llama architecture, unpacked to float32. Runs nothing from it but the chat template, later.
+    """Reads a model of the llama architecture, unpacked to float32. Runs no code from the file.
 
     Raises:
-        UserError: an architecture, a key or a tokenizer without counterpart here.
+        UserError: the architecture, a key or the tokenizer is not supported.
         StorageError: the file is damaged, or its tensors do not fit its metadata.
     """
     opened = GGUF(file)
@@ -95,11 +95,11 @@ def _import(file: GGUF) -> ImportedGGUF:
 
 
 def config_of(file: GGUF) -> dict[str, Any]:
-    """LlamaConfig of a GGUF file.
+    """The LlamaConfig that a GGUF file describes.
 
     Raises:
-        UserError: a key that could change what the model computes and has no counterpart.
-        StorageError: a key is missing or no sensible number.
+        UserError: a key that could change what the model computes is not supported.
+        StorageError: a key is missing or not a positive number.
     """
     prefix = f"{LLAMA.name}."
     left = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
@@ -121,10 +121,10 @@ def config_of(file: GGUF) -> dict[str, Any]:
         raise StorageError(f"{file.file}: {prefix}block_count = {layers}, but there are only {len(file)} tensors")
     size = count("attention.key_length", max(1, width // heads))
     if count("attention.value_length", size) != size or count("rope.dimension_count", size) != size:
-        raise UserError(f"{prefix}rope.dimension_count and value_length other than the head's width of {size}")
+        raise UserError(f"{prefix}rope.dimension_count or attention.value_length is not the head's width, {size}")
     kv = count("attention.head_count_kv", heads)
     if size % 2 or heads % kv:
-        raise StorageError(f"{file.file}: {heads} heads of width {size} with {kv} key-value heads are no model")
+        raise StorageError(f"{file.file}: {heads} heads of width {size} with {kv} key-value heads are not possible")
     theta = real("rope.freq_base", 1e4)
     if "token_embd.weight" not in file.infos:
         raise StorageError(f"{file.file}: tensor 'token_embd.weight' is missing")
@@ -147,21 +147,21 @@ def config_of(file: GGUF) -> dict[str, Any]:
     }
     for key, value in left.items():
         if key not in HARMLESS and np.any(value):
-            raise UserError(f"{prefix}{key} = {shown(value)} is not known here and may change what the model computes")
+            raise UserError(f"{prefix}{key} = {shown(value)} is not supported and may change what the model computes")
     return config
 
 
 def shapes_of(
     architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder, params: Any
 ) -> dict[str, tuple[int, ...]]:
-    """GGUF name -> shape, in the order of writing; nothing is computed."""
+    """GGUF name -> shape, in the order in which tensors are written; computes no tensor."""
     return {name: x.shape for name, x in architecture.tensors(config, iter(_blank(family, decoder, params).items()))}
 
 
 def read_params(
     tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder
 ) -> Params:
-    """The parameters of a file whose tensors are known to fit."""
+    """The parameters in a file whose tensors have been checked to fit the decoder."""
     tree = abstract(decoder)
     theirs = Theirs(tensors, architecture, config, _blank(family, decoder, tree))
     return table.to_ours(family.rows(decoder), theirs, tree)
@@ -176,16 +176,16 @@ def write_gguf(
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
 ) -> tuple[GGUFArchitecture, dict[str, Any]]:
-    """Writes a file; `gguf_export.export_gguf` does that atomically and checks it.
+    """Writes a file. `gguf/export.py`'s `export_gguf` does so atomically and checks the result.
 
     Args:
         about: more metadata, such as general.name.
 
     Returns:
-        The architecture and the configuration that the file was written by.
+        The architecture and the config.json from which the file was written.
 
     Raises:
-        UserError: llama.cpp cannot compute the model or tokenize as its tokenizer, or a value is not finite.
+        UserError: llama.cpp cannot compute the model or tokenize like its tokenizer, or a value is not finite.
         StorageError: the disk is full or not writable.
     """
     family, architecture, config = written_as(decoder)
@@ -202,10 +202,10 @@ def write_gguf(
 
 
 def written_as(decoder: Decoder) -> tuple[Family, GGUFArchitecture, dict[str, Any]]:
-    """The first of the classes of transformers that compute this which llama.cpp computes too, and its config.json.
+    """The first class of transformers that computes this decoder and that llama.cpp supports, with its config.json.
 
     Raises:
-        UserError: there is none; what stands in the way of the first.
+        UserError: there is none; the message says why the first class is not supported.
     """
     refused = None
     for family in FAMILIES:
@@ -219,18 +219,18 @@ def written_as(decoder: Decoder) -> tuple[Family, GGUFArchitecture, dict[str, An
             return family, architecture, config
         except UserError as e:
             refused = refused or e
-    family_of(decoder)  # says why no class fits
+    family_of(decoder)  # raises, and says why, if no class of transformers fits
     raise refused or UserError("scalars of this model have to be folded into its weights first (convert/fold.py)")
 
 
 def _blank(family: Family, decoder: Decoder, params: Any) -> dict[str, np.ndarray]:
-    """Their keys, each with a tensor of its shape that takes no memory."""
+    """Keys of transformers, each with a tensor of zeros of its shape that takes no memory."""
     empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), params)
     return dict(table.to_theirs(family.rows(decoder), empty))
 
 
 def _check_tensors(file: GGUF, config: Config, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Before anything is unpacked: all there, of the right shape, and no other."""
+    """Checks, before anything is unpacked, that the file has exactly the expected tensors, with the expected shapes."""
     for name, shape in expected.items():
         if name not in file.infos:
             raise StorageError(f"{file.file}: tensor {name!r} of shape {list(shape)} is missing")

@@ -1,4 +1,4 @@
-"""The scaling of rotary frequencies that a GGUF file holds as numbers, in words again."""
+"""Recovers the named scaling of rotary frequencies (linear, llama3) from the factors in a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from slmjax.convert.gguf.file import GGUF, shown
 from slmjax.errors import StorageError, UserError
 
 ORIGINAL = 8192
-"""Context before stretching, of Llama 3.1 to 3.3"""
+"""Context before the scaling, of Llama 3.1 to 3.3"""
 
 
 def scaling_of(file: GGUF, left: dict[str, Any], theta: float, size: int) -> dict[str, Any]:
-    """`rope_parameters` but for the base; takes the keys that it understands from `left`.
+    """`rope_parameters` without the base. Removes the keys that it reads from `left`. `size`: width of a head.
 
     Raises:
-        UserError: a scaling that has no counterpart here.
+        UserError: the scaling is not supported.
         StorageError: the factors have another shape.
     """
-    kind = left.pop("rope.scaling.type", "linear")  # to llama.cpp a factor without a kind is of this one
+    kind = left.pop("rope.scaling.type", "linear")  # llama.cpp takes a factor without a type as linear
     older = left.pop("rope.scale_linear", 1.0)
     factor = left.pop("rope.scaling.factor", older)
     original = left.pop("rope.scaling.original_context_length", ORIGINAL)
     if not isinstance(kind, str) or kind not in ("none", "linear"):
-        raise UserError(f"llama.rope.scaling.type = {shown(kind)} has no counterpart here")
+        raise UserError(f"llama.rope.scaling.type = {shown(kind)} is not supported; expected none or linear")
     for key, value in (("factor", factor), ("original_context_length", original)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise StorageError(f"{file.file}: llama.rope.scaling.{key} = {shown(value)}; expected a positive number")
@@ -35,7 +35,7 @@ def scaling_of(file: GGUF, left: dict[str, Any], theta: float, size: int) -> dic
     if "rope_freqs.weight" not in file.infos:
         return {"rope_type": "linear", "factor": float(factor)} if linear else {"rope_type": "default"}
     if linear:
-        raise UserError("llama.rope.scaling.type = 'linear' besides the tensor 'rope_freqs.weight': not known here")
+        raise UserError("llama.rope.scaling.type = 'linear' with a tensor 'rope_freqs.weight' is not supported")
     if file.infos["rope_freqs.weight"].shape != (size // 2,):
         found = list(file.infos["rope_freqs.weight"].shape)
         raise StorageError(f"{file.file}: tensor 'rope_freqs.weight' has shape {found}; expected {[size // 2]}")
@@ -46,14 +46,14 @@ def scaling_of(file: GGUF, left: dict[str, Any], theta: float, size: int) -> dic
         config = {"rope_parameters": {"rope_theta": theta, **candidate}, "head_dim": size}
         if np.allclose(llama3_factors(config)["rope_freqs.weight"], factors, rtol=1e-6, atol=0):
             return candidate
-    raise UserError("tensor 'rope_freqs.weight' is no llama3 scaling; others have no counterpart here")
+    raise UserError("tensor 'rope_freqs.weight' is not a llama3 scaling; no other is supported")
 
 
 def _candidates(factors: np.ndarray, theta: float, size: int, original: float) -> list[dict[str, Any]]:
-    """llama3 scalings that could give these factors: Llama's own, and the one that the blended factors imply.
+    """llama3 scalings that could give these factors: Llama's own, and one fitted to the factors between the extremes.
 
-    1 / factor is linear in the blend, and the blend in 1 / wavelength: two points give the line. Only low/original
-    and high/original show in it; `original` is taken as known.
+    1 / factor is linear in the blend, and the blend is linear in 1 / wavelength, so that two points determine the line.
+    It determines only low/original and high/original; `original` is taken from the file.
     """
     full = float(factors.max())
 

@@ -1,7 +1,7 @@
-"""Tokenizers as GGUF metadata says them <-> `tokenizers`, whose tokenizer.json stock `transformers` reads.
+"""Tokenizers in GGUF metadata <-> `tokenizers`, whose tokenizer.json stock `transformers` reads.
 
-GGUF names two kinds that small decoders use: `gpt2`, byte-level BPE with a named rule that cuts text into words before
-merging, and `llama`, SentencePiece's BPE, which merges by the score of the result and falls back to bytes.
+Small decoders use two kinds: `gpt2`, byte-level BPE with a named rule that splits text into words before merging, and
+`llama`, SentencePiece's BPE, which merges by the score of the result and falls back to bytes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 class Cut(NamedTuple):
-    """How text is cut into words before merging."""
+    """How text is split into words before merging (pre-tokenization)."""
 
     names: tuple[str, ...]
-    """What llama.cpp calls it; the first one is written"""
+    """Names in llama.cpp; export writes the first"""
     rules: tuple[str, ...]
-    """One cut after another, each by a regular expression"""
+    """Regular expressions, by which text is split one after another"""
     ignore_merges: bool = False
-    """A word that is a token as a whole is taken as such"""
+    """Whether a word that is a token as a whole becomes that token, without merging"""
     bos: bool = False
     """Whether BOS is added where the file does not say"""
 
@@ -61,32 +61,33 @@ CUTS = (
     Cut(("bloom",), (BLOOM,)),
 )
 IMPOSSIBLE = "ÿ ÿ"
-"""A merge of two bytes that UTF-8 never holds. llama.cpp wants at least one merge"""
+"""A merge of two bytes that never occur in UTF-8, written where there are no merges: llama.cpp needs at least one"""
 SPACE = "\u2581"
 PADDING = "[PAD{}]"
 KEY = "tokenizer.ggml."
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """
+    """The tokenizer in a file's metadata.
+
     Raises:
-        UserError: a kind of tokenizer that is not read.
+        UserError: this kind of tokenizer is not supported.
         StorageError: its parts are missing or contradict one another.
     """
     kind = named(metadata, f"{KEY}model")
     if kind not in ("gpt2", "llama"):
         raise UserError(
-            f"{KEY}model = {kind!r} is not supported; there are gpt2 (byte-level BPE), llama (SentencePiece)"
+            f"{KEY}model = {kind!r} is not supported; expected gpt2 (byte-level BPE) or llama (SentencePiece)"
         )
     tokens = metadata.get(f"{KEY}tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise StorageError(f"{KEY}tokens is missing or no list of strings")
+        raise StorageError(f"{KEY}tokens is missing or not a list of strings")
     vocab: dict[str, int] = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
         raise StorageError(f"{KEY}tokens holds {twice[:80]!r} twice")
     types = _numbers(metadata, f"{KEY}token_type", "iu", len(tokens), TokenType.NORMAL).tolist()
-    # rows of the embedding that no text becomes are padding of the model, and no tokens
+    # unused rows at the end of the embedding table are padding of the model, not tokens
     for i in range(len(tokens) - 1, -1, -1):
         if types[i] != TokenType.UNUSED or tokens[i] != PADDING.format(i):
             break
@@ -118,11 +119,11 @@ def _of(tokens: list[str], types: list[int], wanted: tuple[int, ...]) -> list[st
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, length: int, default: int | None = None) -> np.ndarray:
-    """A number for each token; `kinds`: as numpy calls them."""
-    found = metadata.get(key, None if default is None else [default] * length)
-    numbers = np.asarray(found) if isinstance(found, (list, np.ndarray)) else None
+    """A number for each token. `kinds`: allowed dtypes, by numpy's one-letter kinds."""
+    value = metadata.get(key, None if default is None else [default] * length)
+    numbers = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
     if numbers is None or numbers.dtype.kind not in kinds:
-        raise StorageError(f"{key} = {shown(found)}; expected a number for each token")
+        raise StorageError(f"{key} = {shown(value)}; expected a number for each token")
     if len(numbers) != length:
         raise StorageError(f"{key} has {len(numbers)} entries for {length} tokens")
     return numbers
@@ -142,7 +143,7 @@ def _byte_level(
     cut = next((cut for cut in CUTS if name in cut.names), None)
     if cut is None:
         known = ", ".join(cut.names[0] for cut in CUTS)
-        raise UserError(f"{KEY}pre = {name!r}: this way to cut text into words is not known here; there are {known}")
+        raise UserError(f"{KEY}pre = {name!r}: this rule for splitting text is not supported; expected one of {known}")
     merges = [tuple(pair.split(" ")) for pair in metadata.get(f"{KEY}merges", []) if pair != IMPOSSIBLE]
     if bad := next((pair for pair in merges if len(pair) != 2), None):
         raise StorageError(f"{KEY}merges holds {' '.join(bad)[:80]!r}; expected two tokens")
@@ -191,7 +192,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The metadata of a tokenizer, padded with unused tokens to the rows of the model's embedding table.
 
     Raises:
-        UserError: llama.cpp has no tokenizer that cuts text as this one does; the message says what it lacks.
+        UserError: llama.cpp has no tokenizer that splits text as this one does; the message says what it lacks.
     """
     if tokenizer.rows > rows:
         raise UserError(
@@ -236,7 +237,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 def _cut_of(spec: Mapping[str, Any]) -> Cut:
     rules = _rules(spec["pre_tokenizer"])
     normal = spec["normalizer"]
-    if normal is not None and normal["type"] != "NFC":  # llama.cpp takes text as it comes; NFC changes hardly any
+    if normal is not None and normal["type"] != "NFC":  # llama.cpp does not normalize; NFC changes hardly any text
         raise UserError(f"a tokenizer with the normalizer {normal['type']} cannot be written as GGUF")
     merging = bool(spec["model"]["merges"])
     ignore = bool(spec["model"].get("ignore_merges"))
@@ -244,11 +245,11 @@ def _cut_of(spec: Mapping[str, Any]) -> Cut:
         if not merging or (cut.rules == rules and cut.ignore_merges == ignore):
             return cut
     shown = " then ".join(rules) or "nothing"
-    raise UserError(f"llama.cpp does not cut text into words as this tokenizer does, by {shown[:200]}")
+    raise UserError(f"llama.cpp has no rule that splits text into words as this tokenizer does, by {shown[:200]}")
 
 
 def _rules(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The regular expressions by which a pre-tokenizer of tokenizer.json cuts text."""
+    """The regular expressions by which a pre-tokenizer of tokenizer.json splits text."""
     match pre:
         case {"type": "Sequence", "pretokenizers": steps}:
             return tuple(rule for step in steps for rule in _rules(step))
@@ -264,7 +265,8 @@ def _rules(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _scores(merges: Iterable[list[str]], tokens: list[str]) -> list[float]:
-    """SentencePiece merges the pair whose result scores best: a token scores by the first merge that makes it."""
+    """Scores that give the order of `merges`: SentencePiece merges the pair whose result has the best score, so each
+    token gets minus the rank of the first merge that produces it."""
     first: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         first.setdefault(left + right, rank)

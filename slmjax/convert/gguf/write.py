@@ -19,7 +19,7 @@ KINDS = {
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-"""dtype -> that of the matrices, and what general.file_type says"""
+"""dtype -> format of the matrices, and the value of general.file_type"""
 ALWAYS_FLOAT32 = ("_norm.weight", "position_embd.weight", "rope_freqs.weight", "rope_factors_long.weight",
                   "rope_factors_short.weight")  # fmt: skip
 STANDARD = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
@@ -28,9 +28,9 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 
 
 def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
-    """In which format a tensor is written: vectors and norms stay float32, as llama.cpp wants them.
+    """The format in which a tensor is written: vectors and norms stay float32, as llama.cpp requires.
 
-    A matrix whose rows are no whole number of Q8_0 blocks (of 32) is written as float16.
+    A matrix whose rows are not a whole number of Q8_0 blocks (of 32) is written as float16.
     """
     if len(shape) == 1 or name.endswith(ALWAYS_FLOAT32):
         return GGMLQuantizationType.F32
@@ -39,15 +39,16 @@ def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationTy
 
 
 def pack(name: str, x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """
+    """A float32 tensor converted to a format.
+
     Raises:
-        UserError: a value is not finite, or not in this format.
+        UserError: a value is not finite, or overflows in this format.
     """
     x = np.ascontiguousarray(x, np.float32)
     if kind == GGMLQuantizationType.BF16:
         packed = x.astype(ml_dtypes.bfloat16)
     elif kind == GGMLQuantizationType.F16:
-        with np.errstate(over="ignore"):  # what overflows is refused as Inf, by name
+        with np.errstate(over="ignore"):  # an overflow becomes Inf, which is refused below
             packed = x.astype(np.float16)
     else:
         packed = x
@@ -64,12 +65,13 @@ def write(
     tensors: Callable[[], Tensors],
     dtype: str,
 ) -> None:
-    """
+    """Writes a file.
+
     Args:
-        name: llama.cpp's of the architecture.
+        name: of the architecture in llama.cpp.
         metadata: bool, int (unsigned), float, str or lists by key.
         shapes: of each tensor, in the order in which `tensors` gives them.
-        tensors: name -> tensor [as numpy lays it out], float32.
+        tensors: yields (name, float32 tensor with axes in numpy's order).
         dtype: one of `KINDS`.
 
     Raises:
@@ -86,7 +88,7 @@ def write(
         for key, shape in shapes.items():
             block, packed = GGML_QUANT_SIZES[kinds[key]]
             width = shape[-1] // block * packed
-            # bytes, whatever the format: the writer then works out the shape
+            # declared as bytes for every format: the writer then computes the shape
             size = int(np.prod(shape[:-1], dtype=np.int64)) * width
             writer.add_tensor_info(key, (*shape[:-1], width), np.dtype(np.uint8), size, raw_dtype=kinds[key])
         writer.write_header_to_file()
@@ -94,7 +96,7 @@ def write(
         writer.write_ti_data_to_file()
         try:
             for (key, x), expected in zip(tensors(), shapes, strict=True):
-                assert key == expected, f"{key} came where {expected} was announced"
+                assert key == expected, f"{key} came where {expected} was declared"
                 writer.write_tensor_data(pack(key, x, kinds[key]).view(np.uint8))
         finally:
             writer.close()

@@ -1,4 +1,4 @@
-"""The families of `transformers` that decoders and encoders can be, one file each; `common/` is what they share."""
+"""The families of models that are read from and written for `transformers`, one file each; `common/` is shared code."""
 
 from slmjax.models.families import (
     apple,
@@ -51,7 +51,7 @@ FAMILIES = (
     distilbert.FAMILY,
     mobilebert.FAMILY,
 )
-"""Export takes the first whose `to_config` accepts the decoder; import the one whose `model_type` is the file's"""
+"""Export takes the first whose `to_config` accepts the decoder; import the one with the `model_type` of the file"""
 
 SIZES = {
     **{name: size for family in FAMILIES for name, size in family.sizes.items()},

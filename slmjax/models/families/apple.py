@@ -1,7 +1,7 @@
-"""The shape of Apple's on-device model of 2025: two blocks of layers, the second without keys and values of its own.
+"""The shape of Apple's on-device model of 2025: two blocks of layers; the second has no key and value projections.
 
 Apple 2025, "Apple Intelligence Foundation Language Models: Tech Report 2025", arXiv:2507.13575, section 2.1. Neither
-weights nor a class are public: a decoder of this kind can be trained, and cannot be exported.
+weights nor a class are public: a decoder of this kind can be trained but not exported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def two_blocks(
     context: int,
     theta: float = 5e5,
 ) -> Decoder:
-    """`first` layers like those of Llama with normed queries and keys, then `second` layers that have queries alone:
-    they read the keys and values of the last of the first. Tied, no biases."""
+    """`first` layers like Llama's with normed queries and keys, then `second` layers with only a query projection: they
+    attend to the keys and values of the last of the `first` layers. Tied tables, no biases."""
     norm = RMSNorm(eps=1e-5)
     attention = Attention(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, position=Rope(theta=theta), qk_norm=QKNorm(norm=norm)
@@ -73,7 +73,7 @@ def on_device_3b() -> Decoder:
 
     Public (2025 report): about 3B parameters; 62.5% of the layers in block 1 and 37.5% in block 2; block 2 has no key
     and value projections and reads those of the last layer of block 1; a vocabulary of about 150,000.
-    Public of the model of 2024 (arXiv:2407.21075, table 1), and assumed to have stayed: width 3072, 24 heads of 128
+    Public of the model of 2024 (arXiv:2407.21075, table 1), and assumed unchanged: width 3072, 24 heads of 128
     channels, 8 of keys, RMSNorm, norms of queries and keys, SwiGLU, RoPE with θ = 500,000, tied tables.
     Assumed: 24 layers (26 in 2024, which 5 : 3 does not divide), hidden width 8192, a vocabulary of 153,600, a context
     of 4096, one norm a head of queries and keys.

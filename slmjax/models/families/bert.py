@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slmjax.models.encoder import Encoder
-from slmjax.models.families.common.bert_like import GREEK, asked, bert_config, bert_fields, bert_rows, kind_of, kinds
+from slmjax.models.families.common.bert_like import GREEK, bert_config, bert_fields, bert_rows, kind_of, kinds, stock
 from slmjax.models.families.common.config_fields import Fields, exact, finished
 from slmjax.models.families.common.gpt_like import gpt_block, parts
 from slmjax.models.families.common.rows import Family, Row, dense_rows, norm_rows
@@ -32,7 +32,7 @@ def bert(
     """Post-norm LayerNorm, attention in both directions, learned positions, GELU; biases everywhere.
 
     Args:
-        head: None for masked words, with this norm and activation.
+        head: None for `MaskedWords` with this norm and activation.
     """
     norm = LayerNorm(eps=eps)
     block = gpt_block(
@@ -73,7 +73,7 @@ def minilm_6l() -> Encoder:
 KINDS = kinds("Bert", "bert.", pooler=True)
 
 
-def _fed(layer: str, encoder: Encoder) -> tuple[Row, ...]:
+def _feed_forward(layer: str, encoder: Encoder) -> tuple[Row, ...]:
     return (
         *dense_rows("layers/mlp/up", f"{layer}.intermediate.dense"),
         *dense_rows("layers/mlp/down", f"{layer}.output.dense"),
@@ -97,13 +97,13 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
     """BertConfig -> encoder. Absent fields have the defaults of BertConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     fields.expect("position_embedding_type", "absolute")
     fields.expect("add_cross_attention", False)
     common = bert_fields(fields, config, KINDS, layers=12, width=768, heads=12, hidden=3072, activation="gelu")
-    fields.expect("emb_size", common["width"])  # of TinyBERT's files
+    fields.expect("emb_size", common["width"])  # a field of TinyBERT's files
     return finished(fields, bert(**common))
 
 
@@ -111,10 +111,10 @@ FAMILY = Family(
     name="BERT",
     model_type="bert",
     kind=Encoder,
-    rows=bert_rows(KINDS, _fed),
+    rows=bert_rows(KINDS, _feed_forward),
     to_config=to_config,
     from_config=from_config,
-    asked=asked(KINDS),
+    stock=stock(KINDS),
     renamed=GREEK,
     repeats={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

@@ -25,7 +25,7 @@ def bloom(
     tied: bool = True,
     eps: float = 1e-5,
 ) -> Decoder:
-    """Pre-norm LayerNorm, ALiBi, a norm of the token vectors, a GELU MLP of 4 widths, biases everywhere."""
+    """Pre-norm LayerNorm, ALiBi, a norm of the token vectors, a GELU MLP (4 * width), biases everywhere."""
     norm = LayerNorm(eps=eps)
     block = gpt_block(width=width, heads=heads, hidden=None, norm=norm, activation=gelu_tanh, position=Alibi())
     return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied, embed_norm=norm)
@@ -79,12 +79,12 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """BloomConfig -> decoder. Absent fields have the defaults of BloomConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     fields.expect("apply_residual_connection_post_layernorm", False)
     fields.expect("n_inner", None)
-    # How the work was divided when it was trained: the same maths, in another order of summation.
+    # How training was parallelized: the same function, with another order of summation.
     for key in ("pretraining_tp", "slow_but_exact", "skip_bias_add", "skip_bias_add_qkv", "offset_alibi"):
         fields.take(key, (bool, int), None)
     for key in ("attention_softmax_in_fp32", "masked_softmax_fusion", "bias_dropout_fusion"):
@@ -94,7 +94,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         width=fields.either("n_embed", "hidden_size", kind=int, default=64),
         heads=fields.either("n_head", "num_attention_heads", kind=int, default=8),
         vocab=fields.take("vocab_size", int, 250880),
-        context=fields.take("seq_length", int, 2048),  # no field of the class: ALiBi has no bound
+        context=fields.take("seq_length", int, 2048),  # not a field of BloomConfig: ALiBi has no maximum length
         tied=fields.take("tie_word_embeddings", bool, True),
         eps=fields.take("layer_norm_epsilon", NUMBER, 1e-5),
     )

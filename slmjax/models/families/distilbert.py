@@ -9,7 +9,6 @@ from slmjax.models.encoder import Encoder
 from slmjax.models.families.bert import bert
 from slmjax.models.families.common.bert_like import (
     GREEK,
-    asked,
     embedding_rows,
     head_fields,
     head_of,
@@ -17,6 +16,7 @@ from slmjax.models.families.common.bert_like import (
     kind_of,
     kinds,
     prefix_of,
+    stock,
 )
 from slmjax.models.families.common.config_fields import Fields, Names, exact, finished
 from slmjax.models.families.common.gpt_like import parts
@@ -39,7 +39,7 @@ def distilbert(
     """`bert` without token types; the epsilon of its norms is 1e-12.
 
     Args:
-        head: None for masked words, with this activation.
+        head: None for `MaskedWords` with this activation.
     """
     return bert(
         layers=layers,
@@ -63,7 +63,7 @@ KINDS = kinds("DistilBert", "distilbert.", pooler=False)
 
 
 def rows(encoder: Encoder) -> tuple[Row, ...]:
-    """The rows of the class with this head."""
+    """The rows of the class that has the head of this encoder."""
     prefix = prefix_of(KINDS, encoder)
     layer = f"{prefix}transformer.layer.{{}}"
     names = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
@@ -106,11 +106,11 @@ def from_config(config: Mapping[str, Any]) -> Encoder:
     """DistilBertConfig -> encoder. Absent fields have the defaults of DistilBertConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     ignore_dropout(fields, "dropout", "qa_dropout", "seq_classif_dropout")
-    fields.take("sinusoidal_pos_embds", bool, False)  # how positions were drawn; they are stored either way
+    fields.take("sinusoidal_pos_embds", bool, False)  # how positions were initialized; they are stored either way
     fields.expect("tie_word_embeddings", True)
     fields.expect("tie_weights_", True)
     common = NAMES.read(fields, layers=6, width=768, heads=12, hidden=3072, vocab=30522, context=512, activation="gelu")
@@ -124,7 +124,7 @@ FAMILY = Family(
     rows=rows,
     to_config=to_config,
     from_config=from_config,
-    asked=asked(KINDS),
+    stock=stock(KINDS),
     renamed=GREEK,
     repeats={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     unread=r"(distilbert\.)?embeddings\.position_ids",

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each branch, bounded scores and logits, windows in every other layer.
+"""Gemma 2: norms before and after each branch, soft-capped scores and logits, windows in every other layer.
 
 Gemma team 2024, arXiv:2408.00118, section 2. Norms multiply by 1 + w, and token vectors by sqrt(width).
 """
@@ -45,7 +45,7 @@ def gemma2(
     logit_cap: float | None = 30.0,
     attention_bias: bool = False,
 ) -> Decoder:
-    """`windows`: of each layer. Scores are divided by the root of `query_scalar`, not of the width of a head."""
+    """`windows`: one for each layer. Scores are divided by the root of `query_scalar`, not of the width of a head."""
     blocks = [
         gemma_block(sizes, position, window, query_scalar, attention_bias, softcap=score_cap) for window in windows
     ]
@@ -53,16 +53,16 @@ def gemma2(
 
 
 def gemma_norm(sizes: Sizes) -> RMSNorm:
-    """Every norm of Gemma 2 and 3."""
+    """The norm used everywhere in Gemma 2 and 3."""
     return RMSNorm(eps=sizes.eps, offset=1.0, round_first=False)
 
 
 def gemma_block(
     sizes: Sizes, position: Rope, window: int | None, query_scalar: int, bias: bool, **attention: Any
 ) -> AnyBlock:
-    """A layer of Gemma 2 or 3, `bias` that of its attention; `attention` are further fields of `Attention`."""
+    """A layer of Gemma 2 or 3. `bias`: whether attention has biases. `attention`: further fields of `Attention`."""
     positive(query_pre_attn_scalar=query_scalar)
-    scale = None if query_scalar == sizes.head_dim else query_scalar**-0.5  # None: it would be that anyway
+    scale = None if query_scalar == sizes.head_dim else query_scalar**-0.5  # None: the default scale is the same
     return sizes.block(
         position, gemma_norm(sizes), kind=Sandwich, window=window, scale=scale, qkv_bias=bias, o_bias=bias, **attention
     )
@@ -72,7 +72,7 @@ DEFAULTS = Sizes(
     layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, hidden=9216, vocab=256000, context=8192, tied=True,
     eps=1e-6, activation=gelu_tanh,
 )  # fmt: skip
-"""Of Gemma2Config: the size of the 2B"""
+"""The defaults of Gemma2Config, the sizes of Gemma 2 2B"""
 
 
 def gemma2_2b() -> Decoder:
@@ -107,9 +107,9 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def gemma_config(common: Common, decoder: Decoder) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+    """The config.json fields that Gemma 2 and 3 have in common."""
     first, activation = common.mixers[0], common.config["hidden_activation"]
-    # transformers has two names for one function, and Gemma's own files the second.
+    # transformers has two names for this function; Gemma's own files use the second.
     activation = "gelu_pytorch_tanh" if activation == "gelu_new" else activation
     windows = [mixer.window for mixer in common.mixers if mixer.window is not None]
     return {
@@ -117,7 +117,7 @@ def gemma_config(common: Common, decoder: Decoder) -> dict[str, Any]:
         "hidden_act": activation,
         "hidden_activation": activation,
         "query_pre_attn_scalar": first.head_dim if first.scale is None else round(first.scale**-2),
-        "sliding_window": windows[0] if windows else 4096,  # the class wants one even where no layer uses it
+        "sliding_window": windows[0] if windows else 4096,  # the class requires one even if no layer uses it
         "layer_types": layer_type_names(common.mixers),
         "attention_bias": first.qkv_bias,
         "final_logit_softcapping": decoder.logits.softcap,
@@ -128,7 +128,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Gemma2Config -> decoder. Absent fields have the defaults of Gemma2Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = gemma_sizes(fields, DEFAULTS)
@@ -146,10 +146,10 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 
 def gemma_sizes(fields: Fields, defaults: Sizes) -> Sizes:
-    """Sizes; takes what else Gemma 2 and 3 have in common.
+    """The sizes; also checks the other fields that Gemma 2 and 3 have in common.
 
     Raises:
-        UserError: two fields name different activations, or attention is to look ahead.
+        UserError: two fields name different activations, or attention is bidirectional.
     """
     sizes = sizes_from(fields, defaults, activation="hidden_activation")
     fields.expect("use_bidirectional_attention", False)

@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with norms of queries and keys instead of bounds, five layers with a window to one without,
+"""Gemma 3, text: Gemma 2 with norms of queries and keys instead of soft caps, five layers with a window to one without,
 and rotary positions of two kinds. Gemma team 2025, arXiv:2503.19786, section 2.
 """
 
@@ -35,7 +35,7 @@ def gemma3(
     logit_cap: float | None = None,
     attention_bias: bool = False,
 ) -> Decoder:
-    """`windows`: of each layer. Positions are `local` in layers that have one, `everywhere` in the others."""
+    """`windows`: one for each layer. Positions are `local` in layers that have one, `everywhere` in the others."""
     qk_norm = QKNorm(norm=gemma2.gemma_norm(sizes))
     ropes = [everywhere if window is None else local for window in windows]
     blocks = [
@@ -64,7 +64,7 @@ def gemma3_1b() -> Decoder:
 
 
 def _sixth(window: int, layers: int) -> list[int | None]:
-    """No window in each sixth layer."""
+    """No window in every sixth layer."""
     return [window if (i + 1) % 6 else None for i in range(layers)]
 
 
@@ -96,18 +96,18 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Gemma3TextConfig -> decoder. Absent fields have the defaults of Gemma3TextConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = gemma2.gemma_sizes(fields, DEFAULTS)
-    fields.expect("attn_logit_softcapping", None)  # which transformers reads and does not apply
+    fields.expect("attn_logit_softcapping", None)  # transformers reads this field but does not apply it
     local, everywhere = _ropes_from(fields, sizes.context)
     length = fields.nullable("sliding_window", int, 4096)
     interval = fields.take("sliding_window_pattern", int, None)
     slides = [bool((i + 1) % (interval or 6)) for i in range(sizes.layers)]
     windows = layer_windows(fields, length, slides)
     if interval and [window is not None for window in windows] != slides:
-        raise UserError(f"config.json: layer_types is not what sliding_window_pattern = {interval} says; remove one")
+        raise UserError(f"config.json: layer_types contradicts sliding_window_pattern = {interval}; remove one")
     decoder = gemma3(
         sizes,
         windows=windows,
@@ -121,7 +121,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 
 def _ropes_from(fields: Fields, context: int) -> tuple[Rope, Rope]:
-    """Local and global positions: nested in `rope_parameters` (transformers 5), or under names of their own (4)."""
+    """Local and global positions: nested in `rope_parameters` (transformers 5), or separate fields (4)."""
     nested = dict(fields.take("rope_parameters", Mapping, {}))
     local: dict[str, Any] = {"rope_parameters": nested.pop("sliding_attention", None)}
     everywhere: dict[str, Any] = {"rope_parameters": nested.pop("full_attention", None)}

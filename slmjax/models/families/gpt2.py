@@ -28,7 +28,7 @@ def gpt2(
     activation: Callable = gelu_tanh,
     scale: float | None = None,
 ) -> Decoder:
-    """Pre-norm LayerNorm, multi-head attention, learned positions, a GELU MLP of 4 widths, biases everywhere."""
+    """Pre-norm LayerNorm, multi-head attention, learned positions, a GELU MLP (4 * width), biases everywhere."""
     block = gpt_block(
         width=width, heads=heads, hidden=hidden, norm=LayerNorm(eps=eps), activation=activation, scale=scale
     )
@@ -72,7 +72,7 @@ def lamini_gpt_1_5b() -> Decoder:
 
 LAMINI_VOCAB = 50258
 """`vocab_size` in the config.json of LaMini-GPT-124M: the 50,257 tokens of GPT-2, and the [PAD] of its
-added_tokens.json, which 774M has too. 1.5B is taken to have the same, since all were trained alike."""
+added_tokens.json, which 774M has too. 1.5B is assumed to have the same, since all were trained alike."""
 
 _LAYER = "transformer.h.{}"
 HF = (
@@ -88,7 +88,7 @@ HF = (
     *norm_rows("final_norm", "transformer.ln_f"),
     Row("unembed/table", "lm_head.weight", "v d -> v d"),
 )
-"""Parameters as GPT2LMHeadModel saves them: Conv1D weights lie [in, out], and c_attn is q, k, v side by side"""
+"""Parameters as GPT2LMHeadModel saves them: Conv1D weights are [in, out], and c_attn is q, k and v concatenated"""
 
 
 NAMES = Names(
@@ -124,7 +124,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """GPT2Config -> decoder. Absent fields have the defaults of GPT2Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     fields.expect("scale_attn_by_inverse_layer_idx", False)

@@ -32,7 +32,7 @@ def gpt_neox(
     attention_bias: bool = True,
     wiring: type[AnyBlock] = Parallel,
 ) -> Decoder:
-    """LayerNorm, rotary positions on a quarter of each head, attention and MLP side by side, each with its own norm."""
+    """LayerNorm, rotary positions on a quarter of each head, attention and MLP in parallel, each with its own norm."""
     block = gpt_block(
         width=width,
         heads=heads,
@@ -111,7 +111,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "rotary_pct": position.fraction,
         "rotary_emb_base": position.theta,
         **({} if position.scaling is None else {"rope_scaling": both_versions(position)["rope_scaling"]}),
-        # its default is 0.25, not 1
+        # the default of the class is 0.25, not 1
         "rope_parameters": {**rope_to_config(position), "partial_rotary_factor": position.fraction},
         "use_cache": True,
     }
@@ -122,7 +122,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """GPTNeoXConfig -> decoder. Absent fields have the defaults of GPTNeoXConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     common = NAMES.read(

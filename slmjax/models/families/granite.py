@@ -1,4 +1,4 @@
-"""Granite, and MiniCPM, which computes the same: Llama with four scalars in the manner of muP.
+"""Granite, and MiniCPM, which computes the same function: Llama with four scalars as in muP.
 
 Token vectors, scores, branches and logits each have a factor. Granite 3.0 (IBM 2024); MiniCPM (Hu et al. 2024,
 arXiv:2404.06395, section 3, "Tensor Program"); Yang et al. 2022, arXiv:2203.03466.
@@ -58,17 +58,18 @@ def minicpm(*, layers: int, width: int, heads: int, kv_heads: int, hidden: int, 
 
 
 def minicpm_1b() -> Decoder:
-    """1,360,246,272 parameters. 1,247,442,432 of them are not in the table, as the paper's table 2 says."""
+    """1,360,246,272 parameters. 1,247,442,432 of them are not in the embedding table, as in table 2 of the paper."""
     return minicpm(layers=52, width=1536, heads=24, kv_heads=8, hidden=3840, vocab=73440, context=4096)
 
 
 def minicpm_2b() -> Decoder:
-    """2,724,880,896 parameters. 2,442,057,984 of them are not in the table, as the paper's table 2 says."""
+    """2,724,880,896 parameters. 2,442,057,984 of them are not in the embedding table, as in table 2 of the paper."""
     return minicpm(layers=40, width=2304, heads=36, kv_heads=36, hidden=5760, vocab=122753, context=4096)
 
 
 def to_config(decoder: Decoder) -> dict[str, Any] | None:
-    """The GraniteConfig of this decoder: what LlamaConfig says of it without its factors, and they. None if neither."""
+    """The GraniteConfig of this decoder: the LlamaConfig of the decoder without its four factors, and the factors. None
+    if there is none."""
     block = decoder.pattern[0]
     if not (isinstance(block, Block) and isinstance(block.mixer, Attention)):
         return None
@@ -90,7 +91,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def _inverse(x: float) -> float:
-    """The y whose 1/y is x, which need not be what 1/x rounds to."""
+    """A y with 1/y == x exactly, which 1/x rounded need not be."""
     y = 1 / x
     near = (round(y, 9), y, math.nextafter(y, 0), math.nextafter(y, math.inf))
     return next((z for z in near if z and 1 / z == x), y)
@@ -100,7 +101,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """GraniteConfig -> decoder. Absent fields have the defaults of GraniteConfig, which are those of LlamaConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields({key: config.get(key) for key in MULTIPLIERS})
     embed, scores, branch, logits = (float(fields.take(key, NUMBER, 1.0)) for key in MULTIPLIERS)
@@ -113,7 +114,7 @@ def from_minicpm_config(config: Mapping[str, Any]) -> Decoder:
     """MiniCPMConfig of MiniCPM 1 and 2 -> decoder. Absent fields have the defaults of that class.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     own = ("scale_emb", "scale_depth", "dim_model_base", "rope_scaling")
     fields = Fields({key: config.get(key) for key in own})
@@ -145,7 +146,7 @@ MINICPM = Family(
     name="MiniCPM",
     model_type="minicpm",
     rows=llama.FAMILY.rows,
-    to_config=lambda decoder: None,  # its class is remote code; Granite computes the same
+    to_config=lambda decoder: None,  # its class is remote code; Granite, which computes the same, is exported instead
     from_config=from_minicpm_config,
     sizes={"minicpm/1b": minicpm_1b, "minicpm/2b": minicpm_2b},
 )

@@ -36,10 +36,10 @@ def lfm2(
     conv_bias: bool = False,
     eps: float = 1e-5,
 ) -> Decoder:
-    """Pre-norm RMSNorm and SwiGLU; layer i attends (norm a head of queries and keys, RoPE) or convolves.
+    """Pre-norm RMSNorm and SwiGLU; each layer is attention (RoPE, queries and keys normed) or a convolution.
 
     Args:
-        attends: whether it attends, for each layer.
+        attends: for each layer, whether it is attention.
     """
     norm = RMSNorm(eps=eps)
     attention = Attention(
@@ -110,7 +110,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     conv = next((m for m in mixers if isinstance(m, ShortConv)), None)
     mlp, norm = decoder.pattern[0].mlp, decoder.final_norm
     if attention is None or conv is None or not isinstance(attention.position, Rope):
-        return None  # with attention alone it is a Qwen 3 rather
+        return None  # with attention in every layer it is exported as Qwen 3
     config = {
         "architectures": ["Lfm2ForCausalLM"],
         "model_type": "lfm2",
@@ -136,10 +136,10 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def from_config(config: Mapping[str, Any]) -> Decoder:
-    """Lfm2Config -> decoder. Absent fields have the defaults of Lfm2Config; its older names are understood.
+    """Lfm2Config -> decoder. Absent fields have the defaults of Lfm2Config; older names of its fields are read too.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     width = fields.take("hidden_size", int, 2560)
@@ -165,9 +165,15 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         conv_bias=fields.take("conv_bias", bool, False),
         eps=eps,
     )
-    # What the first release wrote besides, and the class does not read: it may say nothing else.
-    said = {"block_dim": width, "conv_dim": width, "conv_dim_out": width, "num_heads": heads, "block_norm_eps": eps}
-    for key, value in {**said, "theta": position.theta, "block_use_swiglu": True, "use_pos_enc": True}.items():
+    # Fields that the first release wrote and the class does not read: they must agree with the others.
+    repeated = {
+        "block_dim": width,
+        "conv_dim": width,
+        "conv_dim_out": width,
+        "num_heads": heads,
+        "block_norm_eps": eps,
+    }
+    for key, value in {**repeated, "theta": position.theta, "block_use_swiglu": True, "use_pos_enc": True}.items():
         fields.expect(key, value)
     for key in ("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init"):
         fields.take(key, (float, int, bool), None)  # initial values only
@@ -177,7 +183,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 
 def _attends(fields: Fields) -> list[bool]:
-    """Whether each layer attends: `layer_types`, or the indices in `full_attn_idxs`."""
+    """Whether each layer is attention: by `layer_types`, or by the indices in `full_attn_idxs`."""
     layers = fields.take("num_hidden_layers", int, 32)
     types = fields.take("layer_types", (list, tuple), None)
     indices = fields.take("full_attn_idxs", (list, tuple), None)
@@ -193,7 +199,7 @@ def _attends(fields: Fields) -> list[bool]:
 
 
 def _hidden(fields: Fields) -> int:
-    """Width of the feed-forward layers: two thirds of what the config says, times a factor, rounded up."""
+    """Width of the feed-forward layers: two thirds of the config's value, times a factor, rounded up."""
     size = fields.take("intermediate_size", int, None)
     older = fields.take("block_ff_dim", int, size)
     if size not in (None, older):

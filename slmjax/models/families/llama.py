@@ -1,4 +1,4 @@
-"""Llama, and the small models of its shape. Touvron et al. 2023, arXiv:2302.13971.
+"""Llama, and small models of the same architecture. Touvron et al. 2023, arXiv:2302.13971.
 
 Sizes: SmolLM2 (Allal et al. 2025, arXiv:2502.02737), TinyLlama (Zhang et al. 2024, arXiv:2401.02385), Llama 3.1 and 3.2
 (Meta 2024, arXiv:2407.21783), MobileLLaMA (Chu et al. 2023, arXiv:2312.16886), MobileLLM (Liu et al. 2024,
@@ -39,7 +39,7 @@ def llama(
     attention_bias: bool = False,
     mlp_bias: bool = False,
 ) -> Decoder:
-    """Pre-norm RMSNorm, grouped-query attention, rotary positions, SwiGLU; no biases unless asked for."""
+    """Pre-norm RMSNorm, grouped-query attention, rotary positions, SwiGLU; no biases by default."""
     sizes = Sizes(
         layers=layers,
         width=width,
@@ -138,7 +138,7 @@ def mobilellm_350m() -> Decoder:
 
 
 def fox_1_1_6b() -> Decoder:
-    """1,665,271,808 parameters. Fox-1, Hu et al. 2024, arXiv:2411.05281; its file is a plain Llama's."""
+    """1,665,271,808 parameters. Fox-1, Hu et al. 2024, arXiv:2411.05281; its config.json is a plain Llama's."""
     return llama(
         layers=32, width=2048, heads=16, kv_heads=4, hidden=4096, vocab=256000, context=8192, tied=True, theta=1e4
     )
@@ -166,7 +166,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """LlamaConfig -> decoder. Absent fields have the defaults of LlamaConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)

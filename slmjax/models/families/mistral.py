@@ -15,7 +15,7 @@ from slmjax.nn.position import Rope
 
 
 def mistral(sizes: Sizes, *, position: Rope, window: int | None = None) -> Decoder:
-    """A token sees itself and `window` - 1 tokens before it; None: all before it. No biases."""
+    """A token sees itself and `window` - 1 tokens before it; None: all tokens before it. No biases."""
     return sizes.decoder([sizes.block(position, RMSNorm(eps=sizes.eps), window=window)] * sizes.layers)
 
 
@@ -55,7 +55,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """MistralConfig -> decoder. Absent fields have the defaults of MistralConfig: a window of 4096, too.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)

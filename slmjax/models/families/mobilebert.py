@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slmjax.models.encoder import Encoder
-from slmjax.models.families.common.bert_like import GREEK, asked, bert_config, bert_fields, bert_rows, kind_of, kinds
+from slmjax.models.families.common.bert_like import GREEK, bert_config, bert_fields, bert_rows, kind_of, kinds, stock
 from slmjax.models.families.common.config_fields import Fields, activation_name, exact, finished
 from slmjax.models.families.common.rows import Family, Row, dense_rows, norm_rows
 from slmjax.nn.bottleneck import Affine, Bottleneck, SplitAttention
@@ -36,8 +36,8 @@ def mobilebert(
     table of `embedding` columns read three tokens at a time.
 
     Args:
-        eps: of the LayerNorm in the head for masked words, the only one.
-        head: None for masked words.
+        eps: of the LayerNorm in the masked-token head, the only LayerNorm.
+        head: None for `MaskedWords`.
     """
     mixer = SplitAttention(
         heads=heads,
@@ -64,14 +64,14 @@ def mobilebert(
 
 
 def mobilebert_base() -> Encoder:
-    """36,596,538 parameters: 24,581,888 of the encoder, and the head with columns of its own for each word."""
+    """36,596,538 parameters: 24,581,888 of the encoder, the rest of the masked-token head."""
     return mobilebert(layers=24, width=512, inner=128, heads=4, hidden=512, embedding=128)
 
 
 KINDS = kinds("MobileBert", "mobilebert.", pooler=True)
 
 
-def _fed(layer: str, encoder: Encoder) -> tuple[Row, ...]:
+def _feed_forward(layer: str, encoder: Encoder) -> tuple[Row, ...]:
     return (
         *_narrow("narrow", f"{layer}.bottleneck.input"),
         *_narrow("read", f"{layer}.bottleneck.attention"),
@@ -94,7 +94,7 @@ def _feed(i: int, up: str, down: str) -> tuple[Row, ...]:
 
 
 def _feeds(encoder: Encoder, layer: str) -> tuple[Row, ...]:
-    """The last feed-forward layer of a block has names of its own."""
+    """Rows of all feed-forward layers of a block; the last one is named differently."""
     block = encoder.pattern[0]
     last = block.feeds - 1 if isinstance(block, Bottleneck) else 0
     names = [(f"{layer}.ffn.{i}.intermediate", f"{layer}.ffn.{i}.output") for i in range(last)]
@@ -133,14 +133,14 @@ PUBLISHED = {
     "normalization_type": "no_norm",
     "classifier_activation": True,
 }
-"""Switches of the configuration in the position of the published model; no other is supported"""
+"""Fields of the configuration that are supported only with the value of the published model"""
 
 
 def from_config(config: Mapping[str, Any]) -> Encoder:
     """MobileBertConfig -> encoder. Absent fields have the defaults of MobileBertConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     for name, value in PUBLISHED.items():
@@ -160,10 +160,10 @@ FAMILY = Family(
     name="MobileBERT",
     model_type="mobilebert",
     kind=Encoder,
-    rows=bert_rows(KINDS, _fed),
+    rows=bert_rows(KINDS, _feed_forward),
     to_config=to_config,
     from_config=from_config,
-    asked=asked(KINDS),
+    stock=stock(KINDS),
     renamed=GREEK,
     repeats={
         "cls.predictions.decoder.weight": "mobilebert.embeddings.word_embeddings.weight",

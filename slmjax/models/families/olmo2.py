@@ -55,7 +55,7 @@ def olmo2_7b() -> Decoder:
     return olmo2(sizes, position=Rope(theta=5e5))
 
 
-# The gains of queries and keys are [H, K] here, one vector there.
+# The gains of queries and keys are [H, K] in slmjax, one vector in transformers.
 _QK_NORMS = tuple(row._replace(pattern="(h k) -> h k") for row in QK_NORMS)
 HF = (*TABLES, *SANDWICH_NORMS, *ATTENTION, *_QK_NORMS, *MLP)
 """Parameters as Olmo2ForCausalLM saves them"""
@@ -77,7 +77,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Olmo2Config -> decoder. Absent fields have the defaults of Olmo2Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)

@@ -1,7 +1,7 @@
 """OpenLM, of which DCLM is the best known: Llama with LayerNorm, and queries and keys normed over all heads together.
 
 Li et al. 2024 (DataComp-LM), arXiv:2406.11794; the norm: Dehghani et al. 2023, arXiv:2302.05442. Its class is remote
-code, which is never run: weights are read from its files, and not exported.
+code, which is never run: weights can be imported but not exported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def open_lm(
     qk_norm: bool = True,
     embed_norm: bool = False,
 ) -> Decoder:
-    """Pre-norm, RoPE, SwiGLU of 8/3 widths in multiples of 256, one norm everywhere."""
+    """Pre-norm, RoPE, SwiGLU (8/3 * width, rounded up to a multiple of 256), the same norm everywhere."""
     mixer = Attention(
         heads=heads,
         kv_heads=heads,
@@ -78,7 +78,7 @@ HF = (
 
 
 def norms(eps: float) -> dict[str, Norm]:
-    """By the names of open_lm; `lp` is about the precision of training."""
+    """Norms by their names in open_lm; `lp` concerns only the precision of training."""
     gain, none = LayerNorm(eps=eps, bias=False), LayerNorm(eps=eps, bias=False, gain=False)
     return {
         "default_layer_norm": LayerNorm(eps=eps),
@@ -94,13 +94,13 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """OpenLMConfig, whose fields are those of open_lm's `Params` -> decoder. Absent fields have its defaults.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     known = norms(float(fields.take("norm_eps", NUMBER, 1e-5)))
     kind = fields.take("norm_type", str, "default_layer_norm")
     if kind not in known:
-        raise UserError(f"config.json: norm_type = {kind!r} is not supported; there are {', '.join(known)}")
+        raise UserError(f"config.json: norm_type = {kind!r} is not supported; expected one of {', '.join(known)}")
     decoder = open_lm(
         layers=fields.take("n_layers", int, 8),
         width=fields.take("dim", int, 512),
@@ -115,13 +115,13 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     if fields.take("ffn_type", str, "swiglu") not in ("swiglu", "swiglu_torch"):
         raise UserError(f"config.json: ffn_type = {config['ffn_type']!r} is not supported; only swiglu is")
     fields.expect("positional_embedding_type", "rotary")
-    fields.expect("moe_freq", 0)  # without experts, what else is said of them says nothing
+    fields.expect("moe_freq", 0)  # without experts, the other fields about experts have no effect
     for key in ("loss_weight", "capacity_factor", "num_experts", "top_k"):
         fields.take(f"moe_{key}", NUMBER, None)
     for key in ("moe_expert_model_parallelism", "moe_weight_parallelism"):
         fields.take(key, bool, None)
-    fields.take("attn_name", str, None)  # which kernel
-    fields.take("tie_word_embeddings", bool, None)  # every config has it; this class reads weight_tying
+    fields.take("attn_name", str, None)  # the kernel used
+    fields.take("tie_word_embeddings", bool, None)  # every config has this field, but the class reads weight_tying
     fields.close()
     return decoder
 
@@ -132,7 +132,7 @@ def refusal(decoder: Decoder) -> str | None:
     if not any(n is not None and n.whole and isinstance(n.norm, LayerNorm) for n in norms):
         return None
     return (
-        "queries and keys are under a LayerNorm over all heads together, as in DCLM: no class of stock transformers "
+        "queries and keys pass a LayerNorm over all heads together, as in DCLM: no class of stock transformers "
         "has that (open_lm's own is not part of it)"
     )
 

@@ -1,6 +1,6 @@
 """OpenELM: layers that widen with depth. Mehta et al. 2024, arXiv:2404.14619, section 2.1.
 
-Its class is remote code, which is never run: weights are read from its files, and not exported.
+Its class is remote code, which is never run: weights can be imported but not exported.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def openelm(
     theta: float = 1e4,
     qk_norm: bool = True,
 ) -> Decoder:
-    """Pre-norm RMSNorm, RoPE, SwiGLU; a norm a head of queries and keys.
+    """Pre-norm RMSNorm, RoPE, SwiGLU; queries and keys normed per head.
 
     Args:
-        heads, hidden: of each layer.
-        groups: query heads that share a key head.
+        heads, hidden: number of heads and width of the MLP, for each layer.
+        groups: number of query heads that share a key head.
     """
     blocks = [
         Block(
@@ -60,13 +60,14 @@ def openelm(
 
 
 def widths(width: int, multipliers: Sequence[float], multiple: int) -> list[int]:
-    """width * multiplier of each layer, to the nearest `multiple`, and up where down would lose more than a tenth."""
-    found = []
+    """width * multiplier of each layer, rounded to the nearest multiple of `multiple`, but up if rounding down would
+    lose more than a tenth."""
+    rounded = []
     for m in multipliers:
         wanted = width * m
         near = max(multiple, int(wanted + multiple / 2) // multiple * multiple)
-        found.append(near + multiple if near < 0.9 * wanted else near)
-    return found
+        rounded.append(near + multiple if near < 0.9 * wanted else near)
+    return rounded
 
 
 def between(low: float, high: float, layers: int) -> list[float]:
@@ -126,7 +127,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """OpenELMConfig -> decoder. Absent fields have the defaults of that class.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     layers = fields.take("num_transformer_layers", int, 12)
@@ -136,11 +137,11 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     queries = widths(width, _multipliers(fields, "qkv_multipliers", 1.0, layers), head_dim * groups)
     hidden = _multipliers(fields, "ffn_multipliers", 4.0, layers)
     heads = [q // head_dim for q in queries]
-    # What a saved config repeats; the class computes both anew.
+    # Fields that a saved config repeats although the class computes them.
     for key, computed in (("num_query_heads", heads), ("num_kv_heads", [h // groups for h in heads])):
-        said = fields.take(key, (int, list, tuple), None)
-        if isinstance(said, list | tuple) and list(said) != computed:
-            raise UserError(f"config.json: {key} = {said} is not what the multipliers give, {computed}")
+        stated = fields.take(key, (int, list, tuple), None)
+        if isinstance(stated, list | tuple) and list(stated) != computed:
+            raise UserError(f"config.json: {key} = {stated} is not what the multipliers give, {computed}")
     decoder = openelm(
         heads=heads,
         hidden=widths(width, hidden, fields.take("ffn_dim_divisor", int, 256)),
@@ -153,7 +154,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         theta=float(fields.take("rope_freq_constant", NUMBER, 1e4)),
         qk_norm=fields.take("normalize_qk_projections", bool, False),
     )
-    fields.take("rope_max_length", int, None)  # how long a table its code keeps
+    fields.take("rope_max_length", int, None)  # length of the table of rotations in its code
     fields.expect("ffn_with_glu", True)
     fields.expect("activation_fn_name", "swish")
     fields.expect("normalization_layer_name", "rms_norm")
@@ -161,7 +162,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 
 def _multipliers(fields: Fields, key: str, default: float, layers: int) -> list[float]:
-    """A number for all layers, the first and the last, or one a layer."""
+    """One multiplier for each layer. The field holds one number, the first and the last, or one for each layer."""
     given = fields.take(key, (float, int, list, tuple), default)
     if isinstance(given, float | int):
         return [given] * layers

@@ -35,7 +35,7 @@ def opt(
     """Pre-norm LayerNorm, multi-head attention, learned positions from row 2 on, a ReLU MLP, biases everywhere.
 
     Args:
-        table_width: of the tables, where it is not `width` (350m).
+        table_width: width of the embedding tables if it is not `width` (350m).
         affine: whether norms have a gain and a bias.
         wiring: `PostNorm` for 350m, which has no final norm.
     """
@@ -134,13 +134,13 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """OPTConfig -> decoder. Absent fields have the defaults of OPTConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
-    # `Fields` passes over keys with an underscore, which are private elsewhere; this one changes the model.
+    # `Fields` ignores keys that begin with an underscore; this one changes the model.
     fields = Fields({**config, "remove_final_layer_norm": config.get("_remove_final_layer_norm")})
     before = fields.take("do_layer_norm_before", bool, True)
     removed = fields.take("remove_final_layer_norm", bool, False)
-    # Galactica's files speak of two features that it does not use differently from OPT.
+    # Galactica's files have two more fields, with values that mean the same as OPT.
     fields.expect("learned_embeddings", True)
     fields.expect("scale_embeddings", False)
     common = NAMES.read(

@@ -24,7 +24,7 @@ ORIGINAL = 4096
 
 
 def phi3(sizes: Sizes, *, position: Rope, window: int | None = None) -> Decoder:
-    """No biases; `window` may be longer than the context, as in the published files, and then hides nothing."""
+    """No biases. `window` may be longer than the context, as in the published files, and then has no effect."""
     return sizes.decoder([sizes.block(position, RMSNorm(eps=sizes.eps), window=window)] * sizes.layers)
 
 
@@ -74,8 +74,8 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def _rope_to_config(rope: Rope, context: int) -> dict[str, Any]:
-    """Transformers 4 wants three fields in `rope_scaling` and computes the others; 5 reads them in place of
-    `rope_parameters`. With more fields, which 5 reads as well, 4 refuses a file that it would compute otherwise."""
+    """transformers 4 accepts exactly three fields in `rope_scaling` and computes the others. Where they are not what it
+    computes, all fields are written, so that 4 refuses the file. transformers 5 reads both forms."""
     versions, scaling = both_versions(rope), rope.scaling
     if not isinstance(scaling, LongRope):
         return versions
@@ -95,13 +95,13 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Phi3Config -> decoder. Absent fields have the defaults of Phi3Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = divided(sizes_from(fields, DEFAULTS))
     rope = rope_from_config(fields, context=sizes.context, original=ORIGINAL)
     if not (rope.scaling is None or isinstance(rope.scaling, LongRope)):
-        raise UserError("config.json: rope_type: Phi3Config knows default and longrope only")
+        raise UserError("config.json: rope_type: Phi3Config supports only default and longrope")
     for key in ("full_attn_mod", "interpolate_factor"):  # in the file of Phi-4-mini
         fields.expect(key, 1)
     window = fields.nullable("sliding_window", int, None)

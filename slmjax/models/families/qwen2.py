@@ -28,7 +28,7 @@ from slmjax.nn.position import Rope
 
 
 def qwen2(sizes: Sizes, *, position: Rope, windows: Sequence[int | None] = (None,)) -> Decoder:
-    """`windows`: of each layer, or one for all."""
+    """`windows`: one for each layer, or a single one for all."""
     norm = RMSNorm(eps=sizes.eps)
     return sizes.decoder([sizes.block(position, norm, qkv_bias=True, window=window) for window in sizes.each(windows)])
 
@@ -90,7 +90,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
 
 
 def some_windows(mixers: Sequence[Attention]) -> dict[str, Any]:
-    """The fields that `windows_from` reads, for the first window among these layers."""
+    """The fields that `windows_from` reads; all windows are assumed to equal the first."""
     windowed = [i for i, mixer in enumerate(mixers) if mixer.window is not None]
     return {**windows_to_config(mixers), "max_window_layers": windowed[0] if windowed else len(mixers)}
 
@@ -99,7 +99,7 @@ def windows_from(fields: Fields, layers: int) -> tuple[int | None, ...]:
     """The window of each layer: by `layer_types`, or of those from `max_window_layers` on.
 
     Raises:
-        UserError: layers are to have a window whose length is not given.
+        UserError: some layers have a window but its length is not given.
     """
     length = window_in_use(fields, 4096)
     first = fields.take("max_window_layers", int, 28)
@@ -115,7 +115,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Qwen2Config -> decoder. Absent fields have the defaults of Qwen2Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)

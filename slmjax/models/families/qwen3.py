@@ -19,7 +19,7 @@ from slmjax.nn.position import Rope
 def qwen3(
     sizes: Sizes, *, position: Rope, windows: Sequence[int | None] = (None,), attention_bias: bool = False
 ) -> Decoder:
-    """`windows`: of each layer, or one for all."""
+    """`windows`: one for each layer, or a single one for all."""
     norm = RMSNorm(eps=sizes.eps)
     mixer = {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": QKNorm(norm=norm)}
     return sizes.decoder([sizes.block(position, norm, window=window, **mixer) for window in sizes.each(windows)])
@@ -93,7 +93,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """Qwen3Config -> decoder. Absent fields have the defaults of Qwen3Config: heads of 128 channels, too.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)

@@ -33,7 +33,7 @@ def smollm3(
     attention_bias: bool = False,
     mlp_bias: bool = False,
 ) -> Decoder:
-    """`rotary`: for each layer, whether it has positions. `windows`: of each layer, or one for all."""
+    """`rotary`: for each layer, whether it has positions. `windows`: one for each layer, or a single one for all."""
     norm = RMSNorm(eps=sizes.eps)
     biases: dict[str, Any] = {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
     blocks = [
@@ -44,7 +44,7 @@ def smollm3(
 
 
 def every(interval: int, layers: int) -> list[bool]:
-    """Whether each layer has positions, if each `interval`-th has none."""
+    """For each layer, whether it has positions; every `interval`-th has none."""
     return [bool((i + 1) % interval) for i in range(layers)]
 
 
@@ -81,7 +81,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """SmolLM3Config -> decoder. Absent fields have the defaults of SmolLM3Config.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = sizes_from(fields, DEFAULTS)
@@ -99,7 +99,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 
 def _rotary_from(fields: Fields, layers: int) -> list[bool]:
-    """`no_rope_layers` holds 1 where there are positions, its name notwithstanding."""
+    """`no_rope_layers`, which despite its name holds 1 for layers with positions."""
     interval = fields.take("no_rope_layer_interval", int, 4)
     given = fields.take("no_rope_layers", (list, tuple), None)
     if given is None:

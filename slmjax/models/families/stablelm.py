@@ -19,13 +19,14 @@ from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import Rope
 
 FRACTION = 0.25
-"""Share of each head that turns, unless a configuration says otherwise"""
+"""Default fraction of each head's channels that is rotated"""
 
 
 def stablelm(
     sizes: Sizes, *, position: Rope, qkv_bias: bool = False, qk_norm: bool = False, parallel: bool = False
 ) -> Decoder:
-    """`qk_norm`: a LayerNorm without bias, its gain another for each head. `parallel`: one norm for both branches."""
+    """`qk_norm`: a LayerNorm without bias, with a gain for each head. `parallel`: attention and MLP in parallel,
+    with one norm for both."""
     block = sizes.block(
         position,
         LayerNorm(eps=sizes.eps),
@@ -68,7 +69,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
     common = common_config(decoder, "StableLmForCausalLM", "stablelm", eps="layer_norm_eps", head_dim=False)
     if common is None:
         return None
-    fraction = {"partial_rotary_factor": common.rope.fraction}  # absent it is a quarter
+    fraction = {"partial_rotary_factor": common.rope.fraction}  # the default of the class is a quarter
     versions = both_versions(common.rope)
     config = {
         **common.config,
@@ -92,7 +93,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
     """StableLmConfig -> decoder. Absent fields have the defaults of StableLmConfig.
 
     Raises:
-        UserError: a field that has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
     sizes = divided(sizes_from(fields, DEFAULTS, eps="layer_norm_eps"))

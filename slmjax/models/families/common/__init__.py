@@ -1,1 +1,1 @@
-"""What the files of the families share: tables of tensor names, and reading and writing of config.json."""
+"""Code that the families share: tables of tensor names, and reading and writing of config.json."""

@@ -1,4 +1,4 @@
-"""What the families of encoders have in common: their classes in `transformers`, one for each head, rows and fields."""
+"""What the encoder families have in common: a class of `transformers` for each head, rows and config fields."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from slmjax.models.families.common.config_fields import (
     labels_from_config,
     labels_to_config,
 )
-from slmjax.models.families.common.rows import Asked, Row, attention_rows, dense_rows, norm_rows, present
+from slmjax.models.families.common.rows import Row, StockModel, attention_rows, dense_rows, norm_rows, present
 from slmjax.nn.heads import Bare, Classifier, Head, MaskedWords, Pooler
 from slmjax.nn.mlp import MLP, tanh
 
 GREEK = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-"""Names in files older than 2019, as `transformers` renames them"""
+"""Names in files from before 2019 -> current names, as `transformers` renames them"""
 
 
 class Kind(NamedTuple):
-    """A class of `transformers`, for a kind of head."""
+    """A class of `transformers`, and the head that it has."""
 
     architecture: str
     prefix: str
-    """Of the keys of the encoder inside it"""
+    """Prefix of the encoder's keys in this class"""
     head: type[Head]
     output: str
-    """The field of its answer that `unembed` gives"""
+    """Field of its output that equals the result of `Model.unembed`"""
     first: bool
-    """Whether it tells of the first token of each sequence alone"""
+    """Whether that field is computed for the first token of each sequence only"""
 
 
 def kinds(name: str, prefix: str, *, pooler: bool) -> tuple[Kind, ...]:
@@ -47,24 +47,24 @@ def kinds(name: str, prefix: str, *, pooler: bool) -> tuple[Kind, ...]:
 
 
 def kind_of(known: tuple[Kind, ...], model: Any) -> Kind | None:
-    """The class that has the head of this encoder; None if none has, or it is no encoder."""
+    """The class with the head of this encoder; None if there is none, or `model` is not an encoder."""
     head = type(getattr(model, "head", None))
     return next((kind for kind in known if kind.head is head), None)
 
 
 def prefix_of(known: tuple[Kind, ...], encoder: Encoder) -> str:
-    """Of the keys of the encoder inside the class that has its head."""
+    """Prefix of the encoder's keys in the class that has its head."""
     kind = kind_of(known, encoder)
     return "" if kind is None else kind.prefix
 
 
-def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
-    """How stock transformers is asked for what an encoder tells."""
+def stock(known: tuple[Kind, ...]) -> Callable[[Encoder], StockModel]:
+    """`Family.stock` of encoders: how stock `transformers` loads and runs one."""
 
-    def of(encoder: Encoder) -> Asked:
+    def of(encoder: Encoder) -> StockModel:
         kind = kind_of(known, encoder)
         assert kind is not None
-        return Asked(
+        return StockModel(
             loader=kind.architecture, output=kind.output, first=kind.first, generates=False, pads="right", closes=True
         )
 
@@ -72,36 +72,36 @@ def asked(known: tuple[Kind, ...]) -> Callable[[Encoder], Asked]:
 
 
 def head_of(known: tuple[Kind, ...], config: Mapping[str, Any], *, activation: Callable = tanh) -> Head | None:
-    """The head of the class that a config.json names; None if that is the one for masked words, as families' functions
-    take it.
+    """The head of the class that a config.json names. None stands for the masked-token head, which is the default of
+    the families' functions.
 
     Args:
-        activation: of the one for labels.
+        activation: of a classifier's head.
 
     Raises:
-        UserError: it names none, or another.
+        UserError: it names no class, or one that is not supported.
     """
     names = config.get("architectures") or [None]
-    found = next((kind for kind in known if kind.architecture == names[0]), None)
-    if found is None:
+    kind = next((kind for kind in known if kind.architecture == names[0]), None)
+    if kind is None:
         raise UserError(
-            f"config.json: architectures = {names[0]!r} is not supported; there are "
-            f"{', '.join(kind.architecture for kind in known)}"
+            f"config.json: architectures = {names[0]!r} is not supported; expected one of "
+            f"{', '.join(each.architecture for each in known)}"
         )
     if config.get("is_decoder"):
         raise UserError("config.json: is_decoder = True is not supported; only False is")
-    if found.head is Classifier:
+    if kind.head is Classifier:
         return Classifier(labels=labels_from_config(config), activation=activation)
-    return None if found.head is MaskedWords else found.head()
+    return None if kind.head is MaskedWords else kind.head()
 
 
 def head_fields(encoder: Encoder) -> dict[str, Any]:
-    """What config.json says of the head."""
+    """The fields of config.json that describe the head."""
     return labels_to_config(encoder.labels) if encoder.labels else {}
 
 
 def ignore_dropout(fields: Fields, *names: str) -> None:
-    """Takes probabilities that matter in training with `transformers` alone."""
+    """Takes dropout probabilities, which affect only training with `transformers`."""
     for name in names:
         fields.take(name, NUMBER, 0.0)
 
@@ -110,7 +110,7 @@ NAMES = Names()
 
 
 def bert_config(encoder: Encoder, kind: Kind, model_type: str, heads: int, mlp: MLP, eps: float) -> dict[str, Any]:
-    """What `bert_fields` reads."""
+    """The fields of config.json that `bert_fields` reads."""
     return {
         **NAMES.written(encoder, kind.architecture, model_type, heads, mlp),
         "type_vocab_size": encoder.types,
@@ -126,7 +126,7 @@ def bert_fields(fields: Fields, config: Mapping[str, Any], known: tuple[Kind, ..
     """The arguments of BERT's function that it shares with MobileBERT's; `defaults` are those of `Names.read`.
 
     Raises:
-        UserError: a field has no counterpart here, by name.
+        UserError: a field is not supported; the message names it.
     """
     ignore_dropout(fields, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     fields.expect("tie_word_embeddings", True)
@@ -139,7 +139,7 @@ def bert_fields(fields: Fields, config: Mapping[str, Any], known: tuple[Kind, ..
 
 
 def embedding_rows(prefix: str) -> tuple[Row, ...]:
-    """Rows of tables and their norm."""
+    """Rows of the embedding tables and their norm."""
     return (
         Row("embed/table", f"{prefix}embeddings.word_embeddings.weight", "v d -> v d"),
         Row("embed/positions", f"{prefix}embeddings.position_embeddings.weight", "c d -> c d"),
@@ -150,18 +150,19 @@ def embedding_rows(prefix: str) -> tuple[Row, ...]:
 
 
 def bert_rows(
-    known: tuple[Kind, ...], fed: Callable[[str, Encoder], tuple[Row, ...]]
+    known: tuple[Kind, ...], feed_forward: Callable[[str, Encoder], tuple[Row, ...]]
 ) -> Callable[[Encoder], tuple[Row, ...]]:
-    """`Family.rows` of BERT and MobileBERT; `fed` gives, for a layer's prefix, what comes after attention and norm."""
+    """`Family.rows` of BERT and MobileBERT. `feed_forward`: (prefix of a layer, encoder) -> the rows of the layer that
+    follow attention and its norm."""
 
     def rows(encoder: Encoder) -> tuple[Row, ...]:
         prefix = prefix_of(known, encoder)
         layer = f"{prefix}encoder.layer.{{}}"
-        found = (
+        possible = (
             *embedding_rows(prefix),
             *attention_rows(f"{layer}.attention", "self.query", "self.key", "self.value", "output.dense"),
             *norm_rows("layers/attn_norm", f"{layer}.attention.output.LayerNorm"),
-            *fed(layer, encoder),
+            *feed_forward(layer, encoder),
             *dense_rows("head/pool", f"{prefix}pooler.dense"),
             *dense_rows("head/classify", "classifier"),
             *dense_rows("head/transform", "cls.predictions.transform.dense"),
@@ -169,6 +170,6 @@ def bert_rows(
             Row("head/rest", "cls.predictions.dense.weight", "e v -> v e"),
             Row("head/bias", "cls.predictions.bias", "v -> v"),
         )
-        return present(found, encoder)
+        return present(possible, encoder)
 
     return rows

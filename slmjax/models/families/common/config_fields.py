@@ -1,4 +1,4 @@
-"""Another library's config.json: read without overlooking anything in it, and written."""
+"""Reads and writes the config.json of transformers, and refuses fields that nothing has read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS: Mapping[str, Callable] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
 }
-"""Names of transformers; of several names for one function the first is written"""
+"""Activation functions by their names in transformers; of several names for a function, export writes the first"""
 
 HARMLESS = frozenset(
     (
@@ -77,12 +77,13 @@ HARMLESS = frozenset(
 
 
 def activation_name(function: Callable) -> str | None:
-    """The name transformers gives an activation, or None."""
+    """The name of an activation function in transformers, or None."""
     return next((name for name, f in ACTIVATIONS.items() if f is function), None)
 
 
 class Fields:
-    """The fields of a config.json. Each is taken once; `close` refuses what was left and could change the model."""
+    """The fields of a config.json. Each is taken once; `close` refuses those that were not taken and may change the
+    model."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
@@ -92,7 +93,7 @@ class Fields:
         """The value of a field, removed from those left; null counts as absent.
 
         Raises:
-            UserError: it is absent and has no default, or is of another kind.
+            UserError: it is absent and has no default, or is of another type.
         """
         value = self._left.pop(key, None)
         value = default if value is None else value
@@ -104,7 +105,7 @@ class Fields:
         return value
 
     def nullable(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """`take` where null is a value of its own, None: no window, no bound."""
+        """`take` for fields where null differs from absent: it means None (no window, no limit)."""
         if key in self._left and self._left[key] is None:
             return self._left.pop(key)
         return self.take(key, kind, default)
@@ -113,27 +114,27 @@ class Fields:
         """The value of a field that has several names.
 
         Raises:
-            UserError: two of them have different values, or a value is of another kind.
+            UserError: two of them have different values, or a value is of another type.
         """
-        found = {key: self.take(key, kind, None) for key in keys}
-        given = {key: value for key, value in found.items() if value is not None}
+        values = {key: self.take(key, kind, None) for key in keys}
+        given = {key: value for key, value in values.items() if value is not None}
         if len(set(given.values())) > 1:
-            said = " but ".join(f"{key} = {value!r}" for key, value in given.items())
-            raise UserError(f"config.json: {said}; remove one of them")
+            conflict = " but ".join(f"{key} = {value!r}" for key, value in given.items())
+            raise UserError(f"config.json: {conflict}; remove one of them")
         return next(iter(given.values()), default)
 
     def expect(self, key: str, value: Any) -> None:
-        """Refuse any value of a field but this one (or its absence).
+        """Take a field that has to be absent, null or equal to `value`.
 
         Raises:
             UserError: it has another value.
         """
-        found = self._left.pop(key, None)
-        if found is not None and found != value:
-            raise UserError(f"config.json: {key} = {found!r} is not supported; only {value!r} is")
+        actual = self._left.pop(key, None)
+        if actual is not None and actual != value:
+            raise UserError(f"config.json: {key} = {actual!r} is not supported; only {value!r} is")
 
     def ignore(self, *keys: str) -> None:
-        """Drop fields of which this class makes no use, though its published files hold them."""
+        """Drop fields that published files hold but this class does not use."""
         for key in keys:
             self._left.pop(key, None)
 
@@ -141,15 +142,15 @@ class Fields:
         """The activation function that a field names.
 
         Raises:
-            UserError: there is none of this name here.
+            UserError: no function of this name is supported.
         """
         name = self.take(key, str, default)
         if name not in ACTIVATIONS:
-            raise UserError(f"config.json: {key} = {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+            raise UserError(f"config.json: {key} = {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
     def close(self) -> None:
-        """Refuse fields that nobody took, unless they are null, false or empty.
+        """Refuse fields that were not taken, unless they are null, false or empty.
 
         Raises:
             UserError: the first such field.
@@ -157,14 +158,14 @@ class Fields:
         for key, value in self._left.items():
             if value:
                 raise UserError(
-                    f"config.json: {key} = {str(value)[:60]!s} is not known for this model and may change what it "
+                    f"config.json: {key} = {str(value)[:60]!s} is not supported for this model and may change what it "
                     "computes; remove the field if it does not"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a class of transformers calls the fields that each of them has."""
+    """Names, in a class of transformers, of the fields that all classes have."""
 
     layers: str = "num_hidden_layers"
     width: str = "hidden_size"
@@ -178,7 +179,7 @@ class Names:
     def written(
         self, model: Assembly, architecture: str, model_type: str, heads: int, mlp: MLP | GatedMLP
     ) -> dict[str, Any]:
-        """These fields of a model whose layers are like this."""
+        """These fields for a model with layers of `heads` heads and this `mlp`."""
         return {
             "architectures": [architecture],
             "model_type": model_type,
@@ -196,10 +197,10 @@ class Names:
         self, fields: Fields, *, layers: int, width: int, heads: int, hidden: int | None, vocab: int, context: int,
         activation: str,
     ) -> dict[str, Any]:  # fmt: skip
-        """The arguments of these names; absent fields have these defaults, which are those of the class.
+        """The values of these fields as keyword arguments; the arguments are the defaults of the class.
 
         Raises:
-            UserError: a field is of another kind, or the activation is not known here.
+            UserError: a field is of another type, or the activation is not supported.
         """
         return {
             "layers": fields.take(self.layers, int, layers),
@@ -213,10 +214,11 @@ class Names:
 
 
 def finished(fields: Fields, model: AnyModel, std: str = Names.std) -> AnyModel:
-    """The model with its initial values, whose deviation is the field `std`, when every field has been taken.
+    """The model with its initial distribution, whose standard deviation is the field `std`. Checks that every field was
+    taken.
 
     Raises:
-        UserError: a field is left that may change what the model computes.
+        UserError: a field was not taken that may change what the model computes.
     """
     initial = Normal(std=fields.take(std, NUMBER, 0.02))
     fields.close()
@@ -226,7 +228,7 @@ def finished(fields: Fields, model: AnyModel, std: str = Names.std) -> AnyModel:
 def exact(
     config: dict[str, Any], from_config: Callable[[Mapping[str, Any]], Assembly], model: Assembly
 ) -> dict[str, Any] | None:
-    """`config` if it is read as this very model, initial values aside; None if as another one, or not at all."""
+    """`config` if reading it gives exactly this model (initial values aside), else None."""
     try:
         read = from_config(config)
     except UserError:
@@ -244,7 +246,7 @@ def labels_from_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The labels of a classifier; two where a config.json names none, as in `transformers`.
 
     Raises:
-        UserError: they are not numbered from 0 on.
+        UserError: they are not numbered from 0.
     """
     names = config.get("id2label")
     if names is None:

@@ -1,6 +1,6 @@
-"""What GPT-2 and the families of its shape have in common, BERT's among them: a layer, and its parts and rows.
+"""What GPT-2 and families like it, BERT included, have in common: a layer, its parts and its rows.
 
-As many keys as queries, a plain MLP, LayerNorm, biases. The file of a family says where it differs.
+Multi-head attention, a plain MLP, LayerNorm, biases. The file of a family says where it differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gpt_block(
     mlp_bias: bool = True,
     **attention: Any,
 ) -> AnyBlock:
-    """One layer; `hidden` None: 4 widths. `attention` are further fields of `Attention`."""
+    """One layer. `hidden` None: 4 * `width`. `attention`: further fields of `Attention`."""
     mixer = Attention(
         heads=heads,
         kv_heads=heads,
@@ -46,7 +46,7 @@ def gpt_block(
 
 
 class Parts(NamedTuple):
-    """Of the first layer."""
+    """The parts of the first layer."""
 
     mixer: Attention
     mlp: MLP
@@ -54,7 +54,8 @@ class Parts(NamedTuple):
 
 
 def parts(model: Assembly) -> Parts | None:
-    """None if they are of other kinds, the heads do not divide the width or transformers cannot name the activation."""
+    """The parts of the first layer; None if they are of other classes, the heads do not divide the width, or
+    transformers has no name for the activation."""
     block = model.pattern[0]
     mixer, mlp, norm = block.mixer, block.mlp, block.norm
     if not (isinstance(mixer, Attention) and isinstance(mlp, MLP) and isinstance(norm, LayerNorm)):
@@ -65,10 +66,11 @@ def parts(model: Assembly) -> Parts | None:
 
 
 def megatron_rows(layer: str, attention: str) -> tuple[Row, ...]:
-    """A layer as Megatron names it: queries, keys and values lie side by side in each head of one tensor.
+    """Rows of a layer as Megatron stores it: one tensor holds queries, keys and values, side by side for each head.
 
     Args:
-        layer, attention: the prefix of its keys, and what the attention is called below it.
+        layer: prefix of the layer's keys.
+        attention: name of the attention below that prefix.
     """
     fused = f"{layer}.{attention}.query_key_value"
     return (

@@ -1,7 +1,7 @@
-"""What Llama and the families of its shape have in common: sizes, a layer, rows, fields of config.json.
+"""What Llama and families like it have in common: sizes, a layer, rows, fields of config.json.
 
-Pre-norm or another wiring, grouped-query attention, rotary positions and a gated MLP. The file of a family says where
-it differs.
+Grouped-query attention, rotary positions, a gated MLP, and norms in some order. The file of a family says where it
+differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from slmjax.nn.position import Position, Rope
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large a model of Llama's shape is."""
+    """Sizes of a model like Llama."""
 
     layers: int
     width: int
@@ -49,15 +49,15 @@ class Sizes:
     head_dim: int | None = None
     """None: width / heads"""
     eps: float = 1e-5
-    """Of all norms"""
+    """Epsilon of all norms"""
     activation: Callable = silu
     head: Head | None = None
-    """In place of the logits of words"""
+    """Replaces the output table, for a classifier; None: a language model"""
 
     def block(
         self, position: Position, norm: Norm, *, kind: type[AnyBlock] = Block, mlp_bias: bool = False, **attention: Any
     ) -> AnyBlock:
-        """One layer; `attention` are further fields of `Attention`."""
+        """One layer. `attention`: further fields of `Attention`."""
         mixer = Attention(
             heads=self.heads,
             kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
@@ -69,11 +69,11 @@ class Sizes:
         return kind(mixer=mixer, mlp=mlp, norm=norm)
 
     def each(self, windows: Sequence[int | None]) -> Sequence[int | None]:
-        """The window of each layer, where one stands for all."""
+        """The window of each layer, if `windows` has one for each layer or a single one for all."""
         return list(windows) * (self.layers if len(windows) == 1 else 1)
 
     def decoder(self, blocks: Sequence[AnyBlock], **options: Any) -> Decoder:
-        """These layers, and the norm of the first of them at the end; `options` are further fields of `Decoder`."""
+        """A decoder of these layers; its final norm is the first layer's. `options`: further fields of `Decoder`."""
         laid_out = layers_of(blocks)
         return Decoder(
             vocab=self.vocab,
@@ -106,7 +106,7 @@ SANDWICH_NORMS = (
     *norm_rows("layers/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
     *norm_rows("layers/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
 )
-"""Of which a block that norms only after its branches has the second and the fourth"""
+"""A block with norms only after its branches has the second and the fourth"""
 ATTENTION = attention_rows(_ATTENTION, "q_proj", "k_proj", "v_proj", "o_proj")
 QK_NORMS = (
     *norm_rows("layers/attn/q_norm", f"{_ATTENTION}.q_norm"),
@@ -124,19 +124,19 @@ LLAMA = (*TABLES, *PRE_NORMS, *ATTENTION, *MLP)
 
 WORDS, LABELS = "ForCausalLM", "ForSequenceClassification"
 SCORED = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "StableLm", "SmolLM3")
-"""Names of the classes that `transformers` has with a head for labels, too"""
+"""Prefixes of classes that `transformers` also has as sequence classifiers"""
 
 
 class Common(NamedTuple):
-    """A decoder of Llama's shape in the words of transformers, as far as all these families use the same."""
+    """The config.json fields of a decoder that all these families have in common, and the parts they describe."""
 
     config: dict[str, Any]
     mixers: tuple[Attention, ...]
-    """Of each layer"""
+    """Attention of each layer"""
     mlp: GatedMLP
-    """Of the first layer"""
+    """MLP of the first layer"""
     rope: Rope
-    """Of the first layer that has rotary positions"""
+    """Positions of the first layer that has rotary positions"""
 
 
 def common_config(
@@ -148,11 +148,11 @@ def common_config(
     activation: str = "hidden_act",
     head_dim: bool = True,
 ) -> Common | None:
-    """What `sizes_from` reads, or None if a layer has another kind of part. Whether the decoder is then exactly the one
-    that these fields describe, `exact` says.
+    """The fields that `sizes_from` reads; None if a part of a layer is of another class. `exact` checks whether these
+    fields describe the decoder exactly.
 
     Args:
-        architecture: the class for words; of a classifier its sister for labels is written, where there is one.
+        architecture: the language-model class; for a classifier the corresponding classifier class is written.
         eps, activation: the names of these fields.
         head_dim: whether the class has that field.
     """
@@ -182,7 +182,7 @@ def common_config(
 
 
 def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", activation: str = "hidden_act") -> Sizes:
-    """The fields that `common_config` writes; absent ones have the defaults of the class."""
+    """Sizes from the fields that `common_config` writes; `defaults` are those of the class."""
     common = Names(activation=activation).read(
         fields,
         layers=defaults.layers,
@@ -204,17 +204,17 @@ def sizes_from(fields: Fields, defaults: Sizes, *, eps: str = "rms_norm_eps", ac
 
 
 def _head(config: Mapping[str, Any]) -> Head | None:
-    """The head of the class that a config.json names; None for words."""
+    """The head of the class that a config.json names; None for a language model."""
     name = str((config.get("architectures") or [""])[0])
     known = name.removesuffix(LABELS) in SCORED and name.endswith(LABELS)
     return LastTokenScore(labels=labels_from_config(config)) if known else None
 
 
 def divided(sizes: Sizes) -> Sizes:
-    """For classes whose heads share the width.
+    """Checks sizes of classes whose head_dim is always width / heads.
 
     Raises:
-        UserError: head_dim is another number than width / heads.
+        UserError: head_dim is another number.
     """
     if sizes.width % sizes.heads or sizes.head_dim not in (None, sizes.width // sizes.heads):
         raise UserError(
@@ -225,10 +225,10 @@ def divided(sizes: Sizes) -> Sizes:
 
 
 def whole_rope(fields: Fields, context: int, theta: float = 1e4) -> Rope:
-    """Rotary positions of whole heads.
+    """Rotary positions that rotate all channels of a head.
 
     Raises:
-        UserError: a part of each head only, or as `rope_from_config`.
+        UserError: they rotate a part of each head, or as `rope_from_config`.
     """
     rope = rope_from_config(fields, theta=theta, context=context)
     if rope.fraction != 1.0:
@@ -237,22 +237,22 @@ def whole_rope(fields: Fields, context: int, theta: float = 1e4) -> Rope:
 
 
 def layer_windows(fields: Fields, length: int | None, default: Sequence[bool]) -> tuple[int | None, ...]:
-    """The window of each layer by `layer_types`: `length`, or None where it attends to all.
+    """The window of each layer by `layer_types`: `length`, or None for full attention.
 
     Args:
         default: whether each layer has a window if the field is absent.
 
     Raises:
-        UserError: the field does not name each layer, names an unknown kind, or a window without `length`.
+        UserError: the field does not list every layer, has an unknown type, or has a window although `length` is None.
     """
     given = fields.take("layer_types", (list, tuple), None)
     names = [_kind(slides) for slides in default] if given is None else given
     if len(names) != len(default):
         raise UserError(f"config.json: layer_types names {len(names)} layers; num_hidden_layers = {len(default)}")
     if unknown := [x for x in names if x not in (_kind(True), _kind(False))]:
-        raise UserError(f"config.json: layer_types has {unknown[0]!r}; there are {_kind(True)} and {_kind(False)}")
+        raise UserError(f"config.json: layer_types has {unknown[0]!r}; expected {_kind(True)} or {_kind(False)}")
     if _kind(True) in names and length is None:
-        raise UserError(f"config.json: some layers are {_kind(True)!r}, but no sliding_window is in use")
+        raise UserError(f"config.json: some layers are {_kind(True)!r}, but sliding_window is not set")
     return tuple(length if name == _kind(True) else None for name in names)
 
 
@@ -261,13 +261,13 @@ def _kind(slides: bool) -> str:
 
 
 def window_in_use(fields: Fields, default: int | None) -> int | None:
-    """`sliding_window` where `use_sliding_window` says that layers have one."""
+    """`sliding_window` if `use_sliding_window` is true, else None."""
     used, length = fields.take("use_sliding_window", bool, False), fields.nullable("sliding_window", int, default)
     return length if used else None
 
 
 def windows_to_config(mixers: Sequence[Attention]) -> dict[str, Any]:
-    """The fields that `window_in_use` and `layer_windows` read, for the first window among these layers."""
+    """The fields that `window_in_use` and `layer_windows` read; all windows are assumed to equal the first."""
     lengths = [mixer.window for mixer in mixers if mixer.window is not None]
     return {
         "use_sliding_window": bool(lengths),
@@ -277,5 +277,5 @@ def windows_to_config(mixers: Sequence[Attention]) -> dict[str, Any]:
 
 
 def layer_type_names(mixers: Sequence[Attention]) -> list[str]:
-    """`layer_types` of these layers."""
+    """The field `layer_types` for these layers."""
     return [_kind(mixer.window is not None) for mixer in mixers]

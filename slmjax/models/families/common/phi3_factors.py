@@ -1,4 +1,4 @@
-"""The LongRoPE factors of Phi-3.5-mini and Phi-4-mini, as their config.json files give them: one a pair of channels."""
+"""The LongRoPE factors of Phi-3.5-mini and Phi-4-mini from their config.json: one for each pair of channels."""
 
 from slmjax.nn.rope_scaling import LongRope
 

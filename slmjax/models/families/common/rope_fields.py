@@ -21,17 +21,17 @@ def rope_from_config(
     context: int = 0,
     original: int | None = None,
 ) -> Rope:
-    """The rotary positions that a config describes; takes every field that speaks of them.
+    """The rotary positions that a config describes. Takes every field about them.
 
     Args:
         theta, fraction: defaults of the class.
-        fraction_keys, theta_keys: what it calls the rotated share of a head, and theta, at the top level.
-        context: longest sequence, for scalings that leave out their own factor.
-        original: default of the class for `original_max_position_embeddings` at the top level, which transformers puts
-            above that of the scaling.
+        fraction_keys, theta_keys: names of the rotated fraction of a head, and of theta, at the top level.
+        context: longest sequence, for scalings without a factor of their own.
+        original: default of the class for `original_max_position_embeddings` at the top level, which transformers
+            prefers to that of the scaling.
 
     Raises:
-        UserError: the keys of versions 4 and 5 contradict each other, or a kind of scaling is not known.
+        UserError: the keys of versions 4 and 5 contradict each other, or a kind of scaling is not supported.
     """
     old = {
         "rope_theta": fields.either(*theta_keys, kind=NUMBER, default=None),
@@ -76,11 +76,11 @@ def _rope(given: dict[str, Any], theta: float, fraction: float, original: int | 
             high=float(rope.take("high_freq_factor", NUMBER)),
             original_context=rope.take("original_max_position_embeddings", int),
         )
-    elif kind in ("longrope", "su"):  # its first name
+    elif kind in ("longrope", "su"):  # "su" is its older name
         scaling = _longrope(rope, original, context)
     else:
         raise UserError(
-            f"config.json: rope_type = {kind!r} is not supported; there are default, linear, llama3, longrope"
+            f"config.json: rope_type = {kind!r} is not supported; expected one of default, linear, llama3, longrope"
         )
     rope.close()
     return Rope(theta=theta, scaling=scaling, fraction=fraction)
@@ -108,10 +108,10 @@ def _longrope(rope: Fields, original: int | None, context: int) -> LongRope:
 
 
 def _numbers(rope: Fields, key: str) -> tuple[float, ...]:
-    found = rope.take(key, (list, tuple))
-    if not all(isinstance(x, NUMBER) for x in found):
-        raise UserError(f"config.json: {key} = {str(found)[:60]} is not a list of numbers")
-    return tuple(float(x) for x in found)
+    numbers = rope.take(key, (list, tuple))
+    if not all(isinstance(x, NUMBER) for x in numbers):
+        raise UserError(f"config.json: {key} = {str(numbers)[:60]} is not a list of numbers")
+    return tuple(float(x) for x in numbers)
 
 
 def rope_to_config(rope: Rope) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def rope_to_config(rope: Rope) -> dict[str, Any]:
 
 
 def both_versions(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters`, with the keys of transformers 4 beside them."""
+    """The fields for these positions of transformers 5 (`rope_parameters`) and of transformers 4."""
     kind = _kind(rope.scaling)
     old = {"rope_theta": rope.theta, "rope_scaling": None if rope.scaling is None else kind}
     partial = {} if rope.fraction == 1.0 else {"partial_rotary_factor": rope.fraction}
