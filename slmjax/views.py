@@ -150,20 +150,20 @@ def chain(*views: ParamView) -> ParamView:
         return added, tuple(states)
 
     def apply(params, own, states):
-        for view, mine, state in each(own, states):
-            params = view.apply(params, mine, state)
+        for view, view_own, state in each(own, states):
+            params = view.apply(params, view_own, state)
         return params
 
     def update(states, params, own, step):
         new = []
-        for view, mine, state in each(own, states):
-            new.append(view.update(state, params, mine, step))
-            params = view.apply(params, mine, new[-1])
+        for view, view_own, state in each(own, states):
+            new.append(view.update(state, params, view_own, step))
+            params = view.apply(params, view_own, new[-1])
         return tuple(new)
 
     def evaluate(params, own, states):
-        for view, mine, state in each(own, states):
-            params = view.evaluate(params, mine, state)
+        for view, view_own, state in each(own, states):
+            params = view.evaluate(params, view_own, state)
         return params
 
     return ParamView(
