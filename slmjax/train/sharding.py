@@ -152,8 +152,8 @@ class Layout:
         here = {str(index) for index in by_row.addressable_devices_indices_map((rows,)).values()}
         if len(here) * jax.process_count() != split:  # two processes would give the same rows, each with its own data
             raise UserError(
-                f"mesh {sizes} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; keep "
-                f"{' and '.join(name for name in mesh.shape if name not in self.rows)} within a process"
+                f"mesh {sizes} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; "
+                f"keep {' and '.join(name for name in mesh.shape if name not in self.rows)} within a process"
             )
         return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, placed)
 
