@@ -1,4 +1,4 @@
-"""Experiment: what is computed. Runtime: where. Both are frozen dataclasses, written to a run's config.json."""
+"""Experiment: what is computed. Runtime: where and how. Both are frozen dataclasses, written to a run's config.json."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that decides which numbers come out. Its fingerprint is the run's identity."""
+    """Everything that decides the results of a run. Its fingerprint is the run's identity."""
 
     name: str
-    """For people: run names, the model card"""
+    """Names the run and the model card; not part of the fingerprint"""
     model: Assembly
     data: Data
     schedule: Schedule
@@ -74,15 +74,15 @@ class Experiment:
     """The parameters that training begins with: drawn from `seed`, or those of another model"""
     view: View = field(default_factory=Identity)
     numerics: Numerics = field(default_factory=Numerics)
-    """How products with parameters and the key-value cache are rounded; default: as the compute dtype does"""
+    """How products with parameters and the key-value cache are rounded; default: to the compute dtype"""
     guard: Guard = field(default_factory=Skip)
-    """What is done about NaN and loss spikes"""
+    """What happens after a step with NaN or a loss spike"""
     evaluation: Evaluation = field(default_factory=Evaluation)
     accumulate: int = 1
     """Micro-batches a step, at least: divides the memory of activations, changes no gradient. `Compute.micro_size`
-    asks for more where a platform is the faster for it"""
+    makes more of them on platforms where that is faster"""
     seed: int = 0
-    """Of the parameters and the steps' randomness; the order of the data has `data.seed`"""
+    """Seed of the initial parameters and of the randomness of the steps; `data.seed` orders the data"""
 
     def __post_init__(self) -> None:
         _at_least("", self, steps=1, accumulate=1)
@@ -101,7 +101,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """Where a run is recorded besides its folder."""
+    """Where a run is recorded in addition to its folder."""
 
     wandb: typing.Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with an API key, else offline"""
@@ -112,13 +112,14 @@ class Tracking:
     artifacts: bool = False
     """Also record checkpoints and exports in W&B, as references to where they lie"""
     pue: float = 1.0
-    """Power usage effectiveness: kWh that the building takes for each kWh of its computers"""
+    """Power usage effectiveness: kWh that the data centre uses for each kWh of its computers"""
     country: str = ""
-    """Whose grid the emissions are estimated with: three letters, ISO 3166 (FRA); empty: the world's average"""
+    """Country whose electricity grid the emissions are estimated with: three letters, ISO 3166 (FRA); empty: the
+    world's average"""
 
     def __post_init__(self) -> None:
         if self.pue < 1:
-            raise UserError(f"runtime.tracking.pue is {self.pue}; expected at least 1, what the computers take alone")
+            raise UserError(f"runtime.tracking.pue is {self.pue}; expected at least 1 (computers alone)")
         if self.country and not (len(self.country) == 3 and self.country.isalpha()):
             raise UserError(f"runtime.tracking.country is {self.country!r}; expected three letters, such as FRA")
 
@@ -130,15 +131,15 @@ class Runtime:
     workdir: str = ""
     """The run folder; default: runs/ and the experiment's name"""
     data_dir: str = "runs/data"
-    """Where data are made ready, once: token stores of recipes, tokenised labelled text"""
+    """Where prepared data are stored and reused: token stores of recipes, tokenised labelled text"""
     dtype: typing.Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of activations and matrix products; auto: what `compute` says"""
+    """Type of activations and matrix products; auto: that of `compute`"""
     compute: Compute | None = None
-    """Precision and kernels; None: the fastest known ones of this platform"""
+    """Precision and kernels; None: the fastest known ones for this platform"""
     distributed: Distributed = field(default_factory=Local)
     """Which processes train together: local (this one), cluster, or processes"""
     reader: ReadThreads | ReadProcesses = field(default_factory=ReadThreads)
-    """What reads batches ahead: threads, or (`--runtime.reader processes`) processes; the batches are the same"""
+    """Whether threads or processes (`--runtime.reader processes`) read batches ahead; the batches are the same"""
     mesh: Mesh = field(default_factory=Mesh)
     layout: Layout = field(default_factory=Layout)
     """Which arrays are split over which axes of the mesh"""
@@ -150,7 +151,7 @@ class Runtime:
     profile: bool = False
     """Write a trace of a few steps to RUN/profile (for TensorBoard or Perfetto)"""
     overwrite_changed: bool = False
-    """Continue a run although its experiment has changed; what differs is written to its ledger"""
+    """Continue a run although its experiment has changed; the differences are written to the run's ledger"""
 
     def __post_init__(self) -> None:
         _at_least("runtime", self, log_every=1)
@@ -159,16 +160,16 @@ class Runtime:
 def _at_least(where: str, value: Any, **least: float) -> None:
     for name, bound in least.items():
         if not getattr(value, name) >= bound:
-            said = f"{where}.{name}" if where else name
-            raise UserError(f"{said} is {getattr(value, name)}; expected at least {bound}")
+            path = f"{where}.{name}" if where else name
+            raise UserError(f"{path} is {getattr(value, name)}; expected at least {bound}")
 
 
 def identity(experiment: Experiment, stores: Sequence[str], start: str | None = None) -> dict[str, Any]:
-    """What decides the numbers, as JSON: the experiment without its name, with what its data and the model that it
-    starts from are in place of where they lie.
+    """Everything that decides the results, as JSON: the experiment without its name, with hashes of the contents of its
+    data and of the model that it starts from in place of their paths.
 
     Args:
-        stores: fingerprints of what the data are read from (`Opened.stores`).
+        stores: fingerprints of the files that the data are read from (`Opened.stores`).
         start: `start.content_hash` of the parameters that it starts from; None if they are drawn from the seed.
     """
     described = {k: v for k, v in to_json(experiment).items() if k != "name"}
@@ -178,7 +179,7 @@ def identity(experiment: Experiment, stores: Sequence[str], start: str | None = 
 
 
 def override(value: T, path: str, new: Any) -> T:
-    """A copy of a nest of frozen dataclasses and tuples with one field replaced.
+    """A copy of nested frozen dataclasses and tuples with one field replaced.
 
     Example: `override(base(), "schedule.peak_lr", 3e-3)`, `override(base(), "model.pattern.0.mixer.heads", 8)`.
 
@@ -197,11 +198,11 @@ def _override(value: Any, keys: list[str], new: Any, path: str) -> Any:
         inner = _override(value[i], rest, new, path) if rest else new
         return (*value[:i], inner, *value[i + 1 :])
     if not dataclasses.is_dataclass(value):
-        raise UserError(f"{path}: {key!r} goes into a {type(value).__name__}, which has no fields")
+        raise UserError(f"{path}: there is no field {key!r}, for a {type(value).__name__} has no fields")
     names = [f.name for f in dataclasses.fields(value) if f.init]
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(names)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"its fields are: {', '.join(names)}"
         raise UserError(f"{path}: {type(value).__name__} has no field {key!r}; {hint}")
     if rest:
         inner = _override(getattr(value, key), rest, new, path)

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, each with the exit code its process ends with.
+"""Errors that a user can fix, each with the exit code its process ends with.
 
 The command line prints `str(error)` as one line on stderr, without a traceback, and exits with `error.code`.
 A message names the field or file, the value, what was expected and the fix.
@@ -15,15 +15,15 @@ class UserError(Exception):
 
 
 def is_number(x: Any) -> TypeGuard[int | float]:
-    """Whether x is a plain number, such as a person gives: those are checked. Arrays may be traced, and cannot be."""
+    """Whether x is a plain Python number, whose value can be checked; an array may be traced, so its value cannot."""
     return isinstance(x, int | float)
 
 
 def positive(**values: float | None) -> None:
-    """Checks fields of a value; None stands for a field that is not used.
+    """Checks that each named value is a finite number above 0; None (an unused field) passes.
 
     Raises:
-        UserError: one is no finite number above 0; it is named.
+        UserError: one is not; the message names it.
     """
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
@@ -49,12 +49,12 @@ class StorageError(UserError):
 
 
 class Preempted(Exception):
-    """The process was told to stop (SIGTERM, SIGUSR1) and has saved: run the same command again."""
+    """The process received SIGTERM or SIGUSR1 and has saved a checkpoint: run the same command again to go on."""
 
     code = 75
 
 
 class Lost(UserError):
-    """Another process of the run is gone: start all of them again."""
+    """Another process of the run has died or hangs: start all of them again."""
 
     code = 75

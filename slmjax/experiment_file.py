@@ -17,20 +17,20 @@ from slmjax.user_code import find_beside, mistakes_in
 
 
 def load_module(file: str | Path) -> ModuleType:
-    """Runs a Python file as the module of its stem, once; modules beside it can be imported by it.
+    """Imports a Python file as the module named like the file without .py; it can import modules in its folder.
 
     Raises:
-        UserError: no such file, not a Python file, or its stem is the name of another module.
+        UserError: no such file, not a Python file, or another module has its name.
     """
     path = Path(file).resolve()
     if not path.is_file():
         raise UserError(f"{file}: no such file; expected a Python file")
     if path.suffix != ".py":
         raise UserError(f"{file}: expected a Python file (.py)")
-    known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) and Path(str(known.__file__)).resolve() == path:
-        return known
-    if known is not None or (importlib.util.find_spec(path.stem) is not None and not _beside(path)):
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) and Path(str(loaded.__file__)).resolve() == path:
+        return loaded
+    if loaded is not None or (importlib.util.find_spec(path.stem) is not None and not _beside(path)):
         raise UserError(f"{file}: there is already a Python module named {path.stem!r}; rename the file")
     find_beside(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -63,7 +63,7 @@ def load_value(ref: str, function: str) -> tuple[Any, Path | None]:
     module = load_module(place) if place.endswith(".py") or "/" in place else _import(ref, place)
     make = getattr(module, name, None)
     if not callable(make):
-        raise UserError(f"{ref}: it has no function {name}(); define `def {name}():` that returns the value")
+        raise UserError(f"{ref}: there is no function {name}() in it; define `def {name}():` that returns the value")
     file = Path(str(module.__file__))
     with mistakes_in(file, place if place.endswith(".py") else str(file)):
         value = make()
@@ -88,7 +88,7 @@ def load_config(path: Path) -> dict[str, Any]:
     """A run's config.json as JSON.
 
     Raises:
-        UserError: it cannot be read, or is not one of slmjax's.
+        UserError: it cannot be read, or slmjax did not write it.
     """
     try:
         data = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def load_experiment(ref: str) -> tuple[Any, Path | None]:
     """The `Experiment` a user names, and the Python file it was defined in (None for a config.json).
 
     Raises:
-        UserError: nothing there, or it is no Experiment.
+        UserError: there is nothing of this name, or it is not an Experiment.
     """
     from slmjax.config import Experiment
 

@@ -25,17 +25,17 @@ class ObjectiveSpec:
         raise TypeError(f"{type(self).__name__} does not define build(model) -> Objective")
 
     def fits(self, model: Assembly) -> None:
-        """Nothing, if this can be asked of a model.
+        """Checks that a model of this kind can be trained towards this objective.
 
         Raises:
-            UserError: it means nothing for this model, or tells it the answers.
+            UserError: the model lacks the outputs that the objective needs, or sees the tokens that it is to predict.
         """
 
     def reads(self, model: Assembly, data: Data) -> None:
-        """Nothing, if batches of these data hold what it asks of the model.
+        """Checks that batches of these data hold the targets of this objective.
 
         Raises:
-            UserError: they hold something else.
+            UserError: they hold other targets.
         """
 
     @property
@@ -44,10 +44,10 @@ class ObjectiveSpec:
         return 1.0
 
     unit: ClassVar[str] = "token"
-    """What its loss is the mean over, in words"""
+    """What the loss is a mean over, as a noun for messages"""
 
-    def bound(self, special: Special) -> ObjectiveSpec:
-        """The same, once the special tokens of the data's tokenizer are known."""
+    def with_special(self, special: Special) -> ObjectiveSpec:
+        """The same objective, with the special token ids of the data's tokenizer."""
         return self
 
 
@@ -79,57 +79,62 @@ class NextToken(ObjectiveSpec):
         def loss(params, frozen, batch, key):
             output = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
             targets, weights = batch.targets, batch.weights
-            found = next_token(
+            loss_and_metrics = next_token(
                 model.unembed, params, output.hidden, targets, weights, z_loss=self.z_loss, chunk=self.chunk
             )
-            return with_auxiliary(*found, output.auxiliary, weights)
+            return with_auxiliary(*loss_and_metrics, output.auxiliary, weights)
 
         return Objective(loss=loss)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM(ObjectiveSpec):
-    """Cross-entropy of hidden tokens from both sides, in nats a hidden token; see losses/masked_lm.py. For encoders.
+    """Cross-entropy of masked tokens, predicted from the tokens on both sides, in nats a masked token; see
+    losses/masked_lm.py. For encoders.
 
-    Which tokens are hidden follows from the key of the step: another choice in each step, the same when it is repeated.
+    Which tokens are masked follows from the key of the step: another choice in each step, the same when it is repeated.
     """
 
     masking: Masking = field(default_factory=Masking)
     z_loss: float = 0.0
     """Factor on the mean of (log Z)^2"""
     chunk: int | None = None
-    """Hidden tokens of each row whose logits exist at once; None: chosen by size"""
+    """Masked tokens of each row whose logits exist at once; None: chosen by size"""
     special: Special | None = None
-    """Ids of the mask and of the tokens never hidden; None: those of the data's tokenizer"""
-    unit: ClassVar[str] = "hidden token"
+    """Ids of the mask token and of the tokens that are never masked; None: those of the data's tokenizer"""
+    unit: ClassVar[str] = "masked token"
 
     def __post_init__(self):
         _check(self.z_loss, self.chunk)
 
     def fits(self, model: Assembly) -> None:
         if not model.predicts_tokens:
-            raise UserError("objective is MaskedLM, but model.head predicts no tokens; its head is to be MaskedWords")
+            raise UserError("objective is MaskedLM, but model.head predicts no tokens; set model.head to MaskedWords")
 
     @property
     def predicted(self) -> float:
         """`masking.rate`"""
         return self.masking.rate
 
-    def bound(self, special: Special) -> MaskedLM:
-        """With these special tokens, unless the experiment names its own."""
+    def with_special(self, special: Special) -> MaskedLM:
+        """The same objective, with these special token ids unless the experiment names its own."""
         return self if self.special is not None else replace(self, special=special)
 
     def build(self, model: Model) -> Objective:
         def prepare(batch, key):
             if self.special is None:
-                raise UserError("objective.special: unknown; name the ids of the tokenizer, or use bound(special)")
+                raise UserError(
+                    "objective.special is None; give the special token ids of the tokenizer, or call with_special"
+                )
             return self.masking(batch, key, vocab=model.vocab, special=self.special)
 
         def loss(params, frozen, batch, key):
             output = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
             most = self.masking.most(batch.tokens.shape[1])
-            found = masked_lm(model.unembed, params, output.hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk)
-            return with_auxiliary(*found, output.auxiliary, batch.weights)
+            loss_and_metrics = masked_lm(
+                model.unembed, params, output.hidden, batch, most, z_loss=self.z_loss, chunk=self.chunk
+            )
+            return with_auxiliary(*loss_and_metrics, output.auxiliary, batch.weights)
 
         return Objective(loss=loss, prepare=prepare)
 

@@ -1,9 +1,8 @@
 """Frozen dataclasses to JSON and back, with their types; differences; fingerprints.
 
 A dataclass becomes `{"$type": "module:Name", field: value, ...}`, a module-level function
-`{"$function": "module:name"}`, a tuple a list. Reading makes nothing but frozen dataclasses and functions of modules
-that are slmjax's own, come with jax or optax, or have been imported by the caller: a config.json cannot name code that
-would run on being read.
+`{"$function": "module:name"}`, a tuple a list. Reading creates only dataclasses and functions of modules of slmjax, jax
+and optax, or of modules that the caller has imported: a config.json cannot run other code when it is read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def to_json(value: Any) -> Any:
     """A value made of frozen dataclasses, tuples, functions, strings, numbers, bools and None, as JSON.
 
     Raises:
-        UserError: a value of another kind, named by its field.
+        UserError: a value of another kind; the message names its field.
     """
     return _to_json(value, "")
 
@@ -97,12 +96,12 @@ def _resolve(name: str) -> Any:
             "if you trust it, give the Python file that defines it with --code FILE"
         )
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in qualname.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError):
         raise UserError(f"config.json names {name}, which does not exist in this version of {package}") from None
-    return found
+    return value
 
 
 def canonical(data: Any) -> str:

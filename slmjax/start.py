@@ -1,4 +1,4 @@
-"""Which parameters a run begins with: drawn from its seed, or those of a model that is there already."""
+"""Which parameters a run begins with: drawn from its seed, or those of an existing model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Start(ABC):
     @property
     @abstractmethod
     def source(self) -> str | None:
-        """The MODEL that is read, as the command line takes it; None if none is."""
+        """The model that is read, written as the MODEL of a command; None if none is read."""
 
     @abstractmethod
     def parameters(self, drawn: Params, given: Params, axes: Any) -> Params:
         """The parameters of step 0.
 
         Args:
-            drawn: those that the seed gives: arrays, or ShapeDtypeStructs, to check without drawing; where values are
-                needed the result then has the ShapeDtypeStruct.
-            given: those of `source`, arrays.
+            drawn: parameters drawn from the seed: arrays, or ShapeDtypeStructs to check without drawing, in which case
+                the result holds them wherever a drawn value would be.
+            given: the parameters of `source`, arrays.
             axes: the logical axes of `drawn`.
 
         Raises:
-            UserError: a tensor of the two differs where no rule allows it; it is named.
+            UserError: a tensor is in one of the two alone, or differs in shape, and no rule allows it; it is named.
         """
 
 
@@ -53,47 +53,50 @@ class FromScratch(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class FromModel(Start):
-    """The parameters of another model. Each tensor must be there with the same shape, but for what the rules allow."""
+    """The parameters of another model. Both models must have the same tensors with the same shapes, except where the
+    fields allow a difference."""
 
     model: str
-    """A run folder, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder or a GGUF file. A change of its
-    parameters makes another experiment; where it lies does not matter"""
+    """A run folder, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder or a GGUF file. Other parameters make
+    another experiment; another path to the same parameters does not"""
     grow_vocabulary: bool = False
-    """Whether tables may have more rows than those of the model: these are drawn from the seed"""
+    """Whether tables may have more rows than in `model`: the additional rows are drawn from the seed"""
     new: tuple[str, ...] = ()
     """Path patterns of parameters that are drawn from the seed, such as `("head/*",)`"""
     dropped: tuple[str, ...] = ()
-    """Path patterns of parameters of the model that are left out, such as `("unembed/*",)`"""
+    """Path patterns of parameters of `model` that are not used, such as `("unembed/*",)`"""
 
     @property
     def source(self) -> str:
         return self.model
 
     def parameters(self, drawn: Params, given: Params, axes: Any) -> Params:
-        ours, theirs = tree.flatten(drawn), tree.flatten(given)
-        of = tree.flatten(axes, is_leaf=tree.is_axes)
-        for name, patterns, paths in (("new", self.new, ours), ("dropped", self.dropped, theirs)):
+        drawn_by_path, given_by_path = tree.flatten(drawn), tree.flatten(given)
+        axes_by_path = tree.flatten(axes, is_leaf=tree.is_axes)
+        for name, patterns, paths in (("new", self.new, drawn_by_path), ("dropped", self.dropped, given_by_path)):
             for pattern in patterns:
                 if not any(tree.matches(path, (pattern,)) for path in paths):
-                    raise UserError(f"start.{name}: {pattern!r} matches no parameter; there are: {', '.join(paths)}")
-        for path in theirs:
-            if path not in ours and not tree.matches(path, self.dropped):
+                    raise UserError(
+                        f"start.{name}: {pattern!r} matches no parameter; the parameters are: {', '.join(paths)}"
+                    )
+        for path in given_by_path:
+            if path not in drawn_by_path and not tree.matches(path, self.dropped):
                 raise UserError(
                     f"{self.model} has {path}, which this model lacks; make the model the same, or leave it out with "
                     f"start.dropped = ({path!r},)"
                 )
-        taken = {path: self._taken(path, x, theirs, of[path]) for path, x in ours.items()}
-        return tree.unflatten(taken)
+        result = {path: self._value(path, x, given_by_path, axes_by_path[path]) for path, x in drawn_by_path.items()}
+        return tree.unflatten(result)
 
-    def _taken(self, path: str, drawn: Any, theirs: Mapping[str, Any], axes: tuple[str | None, ...]) -> Any:
+    def _value(self, path: str, drawn: Any, given_by_path: Mapping[str, Any], axes: tuple[str | None, ...]) -> Any:
         if tree.matches(path, self.new):
             return drawn
-        if path not in theirs:
+        if path not in given_by_path:
             raise UserError(
-                f"{self.model} has no {path}, which this model has; make the model the same, or have it drawn anew "
-                f"with start.new = ({path!r},)"
+                f"{self.model} has no {path}, which this model has; make the model the same, or have it drawn from the "
+                f"seed with start.new = ({path!r},)"
             )
-        given = theirs[path]
+        given = given_by_path[path]
         if given.shape == drawn.shape:
             return given
         grown = tuple(n if a == "vocab" else m for a, n, m in zip(axes, given.shape, drawn.shape, strict=False))
@@ -101,7 +104,7 @@ class FromModel(Start):
         if rows is None or grown != given.shape or given.shape[rows] > drawn.shape[rows]:
             raise UserError(
                 f"{path} has shape {list(given.shape)} in {self.model} and {list(drawn.shape)} in this model; make the "
-                f"model the same, or have it drawn anew with start.new = ({path!r},)"
+                f"model the same, or have it drawn from the seed with start.new = ({path!r},)"
             )
         if not self.grow_vocabulary:
             raise UserError(

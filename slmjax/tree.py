@@ -53,7 +53,7 @@ def mask(tree: Any, patterns: Sequence[str]) -> Any:
     paths = list(flatten(tree))
     for p in patterns:
         if not any(fnmatch.fnmatchcase(path, p) for path in paths):
-            raise UserError(f"pattern {p!r} matches no parameter; there are: {', '.join(paths)}")
+            raise UserError(f"pattern {p!r} matches no parameter; the parameters are: {', '.join(paths)}")
     return map_with_path(lambda path, _: matches(path, patterns), tree)
 
 

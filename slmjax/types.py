@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Any
 """A nested dict with string keys whose leaves are arrays."""
 Frozen: TypeAlias = Any
-"""Arrays that no gradient reaches (a teacher's parameters), passed to the step and never donated."""
+"""Arrays without gradients (a teacher's parameters), passed to the step and never donated."""
 Key: TypeAlias = Any
 """A jax PRNG key."""
 Metrics: TypeAlias = Mapping[str, Any]
@@ -25,8 +25,8 @@ Metrics: TypeAlias = Mapping[str, Any]
 class Batch(NamedTuple):
     """What one step reads. Every array has the rows of the batch as its first dimension, B.
 
-    What handles a batch (cuts it into micro-batches, places it on devices, hashes it) works on its leaves. What must
-    stay together, such as the two answers of a preference pair, is one row.
+    Code that cuts a batch into micro-batches, places it on devices or hashes it works on each array by its rows. What
+    must stay together, such as the two answers of a preference pair, is therefore one row.
 
     A position whose weight is 0 (padding, or the last token of a document in a packed row) adds nothing to the loss.
     Attention stays inside a segment: token i sees token j iff j <= i and their segment ids are equal. Padding has
@@ -49,7 +49,7 @@ class BatchStream(Protocol):
     def __next__(self) -> Batch: ...
 
     def state(self) -> dict[str, Any]:
-        """JSON; restoring it makes `__next__` give what it would have given. May hold `epoch` (a number)."""
+        """The position, as JSON: after `restore(state)`, `__next__` goes on from there. May hold `epoch` (a number)."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
@@ -57,21 +57,21 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Special:
-    """Special token ids."""
+    """Special token ids of a tokenizer."""
 
     mask: int | None = None
-    """Stands for a hidden token"""
+    """Id of the mask token; None if there is none"""
     all: tuple[int, ...] = ()
-    """Every one: beginning, end, mask, padding and what else there is"""
+    """Every special token id: beginning, end, mask, padding and any others"""
 
 
 class Output(NamedTuple):
     """What a model returns for tokens [B, T]."""
 
-    hidden: Array  # [B, T, D]: after the final norm, what `unembed` reads
-    cache: Any = None  # the key-value cache after these tokens, where one was given
+    hidden: Array  # [B, T, D]: after the final norm, the input of `unembed`
+    cache: Any = None  # the key-value cache after these tokens, if `apply` was given one
     blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
-    auxiliary: Mapping[str, Array] = {}  # each [B, T]: terms of the loss that parts add, by name
+    auxiliary: Mapping[str, Array] = {}  # each [B, T]: terms that parts of the model add to the loss, by name
 
 
 def first_token(segment_ids: Any) -> Any:
@@ -80,7 +80,7 @@ def first_token(segment_ids: Any) -> Any:
 
 
 def last_token(segment_ids: Any) -> Any:
-    """[B, T] -> the last position of each row that is not padding; 0 where all is."""
+    """[B, T] -> the index of each row's last token that is not padding; 0 in rows of padding alone."""
     return ((segment_ids > 0).sum(axis=1) - 1).clip(0)
 
 
@@ -96,18 +96,18 @@ class Model(NamedTuple):
     apply: Callable[..., Output]
     """(params, tokens [B,T], positions [B,T], segment_ids [B,T], *, cache=None, collect=False) -> Output"""
     unembed: Callable[[Params, Any], Any]
-    """(params, hidden [..., D]) -> logits [..., V], float32; of an encoder, what its head tells of each token"""
+    """(params, hidden [..., D]) -> logits [..., V], float32; with a head, its output for each token"""
     axes: Any
     """The tree of `init`, each leaf a tuple with one logical axis name (or None) a dimension"""
     init_cache: Callable[[int, int], Any]
-    """(batch, length) -> an empty key-value cache. Raises UserError for a model that continues no text"""
+    """(batch, length) -> an empty key-value cache. Raises UserError for a model that cannot generate text"""
     context: int
     """The longest sequence, in tokens, that the positions of this model can represent"""
     vocab: int
     """V: rows of the embedding table"""
     read_at: Callable[[Any], Any] = first_token
-    """Segment ids [B, T] of texts, one a row and padded on the right -> int [B]: the token at which a head that
-    describes a whole text is read"""
+    """Segment ids [B, T] of texts, one a row and padded on the right -> int [B]: the token whose hidden vector a head
+    for a whole text reads"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +141,13 @@ class ParamView(NamedTuple):
     axes: Mapping[str, Any] = {}
     """Logical axes of the view's own parameters, a nested dict like the one that `init` returns"""
     groups: Mapping[str, Group] = {}
-    """How they are optimized, by path; those not named are treated as `Group()` says"""
+    """How each of the view's own parameters is optimized, by path; those not named: `Group()`"""
     frozen: frozenset[str] = frozenset()
     """Paths of the model's parameters that are not trained: no gradient, no optimizer state, no copy"""
 
 
 def unchanged(batch: Batch, key: Key) -> Batch:
-    """`Objective.prepare` where batches come with their targets: the next token of each position."""
+    """`Objective.prepare` for batches that hold their targets already: the next token of each position."""
     return batch
 
 
@@ -161,14 +161,14 @@ class Objective(NamedTuple):
     mean over: accumulation over micro-batches and over evaluation batches weighs by it, and so gives exactly the
     mean of the large batch."""
     frozen: Frozen = ()
-    """Passed to `loss` by every step, undonated"""
+    """Passed to `loss` in every step, never donated"""
     prepare: Callable[[Batch, Key], Batch] = unchanged
     """(the batch of a step, key) -> the batch that `loss` reads, such as one with tokens masked. Called inside the step
-    before it is cut into micro-batches, so that their number changes nothing of what is drawn"""
+    before it is cut into micro-batches, so that their number does not change what is drawn"""
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation with the parameters that it wants evaluated (they differ for schedule-free)."""
+    """An optax transformation, and which parameters to evaluate (schedule-free optimizers evaluate an average)."""
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Any, Any]]

@@ -1,4 +1,4 @@
-"""Python that the user wrote: what goes wrong in it is said in one line, with its place."""
+"""Python files of the user: an error in one becomes a one-line message with file and line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from slmjax.errors import UserError
 
 @contextlib.contextmanager
 def mistakes_in(file: Path, shown: str) -> Iterator[None]:
-    """Turns whatever is raised within into a UserError.
+    """Turns any exception raised inside the `with` block into a UserError.
 
     Args:
-        file: the user's file, whose innermost line on the way to the mistake is named.
-        shown: how the user calls it.
+        file: the user's file; the message names its innermost line in the traceback.
+        shown: the file's name in the message, as the user wrote it.
 
     Raises:
-        UserError: `shown:line: what is wrong`; one that was raised within is passed on as it is.
+        UserError: `shown:line: what is wrong`; a UserError raised inside is passed on unchanged.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def _line(error: BaseException, file: Path) -> str:
 
 
 def find_beside(file: Path) -> None:
-    """Modules in the file's folder can be imported, after all others."""
+    """Lets modules in the file's folder be imported; a module of the same name elsewhere takes precedence."""
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

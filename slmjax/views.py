@@ -29,7 +29,7 @@ IDENTITY = ParamView(
 
 @dataclass(frozen=True, kw_only=True)
 class View(ABC):
-    """How an experiment says which parameters the model computes with."""
+    """The field of an experiment that decides which parameters the model computes with."""
 
     @abstractmethod
     def build(self, axes: Any) -> ParamView:
@@ -129,8 +129,8 @@ class Chain(View):
 def chain(*views: ParamView) -> ParamView:
     """The composition: each view takes the effective parameters of the one before as its stored ones.
 
-    State: the tuple of theirs; of one view, its own; of none, `()`. Parameters of their own: those of view i under the
-    key i. What one of them freezes is frozen.
+    Its state is the tuple of the views' states (for a single view, that view's state; for none, `()`). Its own
+    parameters are those of view i under the key i. A parameter that any view freezes is frozen.
     """
     if not views:
         return IDENTITY
@@ -150,20 +150,20 @@ def chain(*views: ParamView) -> ParamView:
         return added, tuple(states)
 
     def apply(params, own, states):
-        for view, mine, state in each(own, states):
-            params = view.apply(params, mine, state)
+        for view, view_own, state in each(own, states):
+            params = view.apply(params, view_own, state)
         return params
 
     def update(states, params, own, step):
         new = []
-        for view, mine, state in each(own, states):
-            new.append(view.update(state, params, mine, step))
-            params = view.apply(params, mine, new[-1])
+        for view, view_own, state in each(own, states):
+            new.append(view.update(state, params, view_own, step))
+            params = view.apply(params, view_own, new[-1])
         return tuple(new)
 
     def evaluate(params, own, states):
-        for view, mine, state in each(own, states):
-            params = view.evaluate(params, mine, state)
+        for view, view_own, state in each(own, states):
+            params = view.evaluate(params, view_own, state)
         return params
 
     return ParamView(

@@ -4,8 +4,8 @@
     slmjax export runs/encoder --out exports/encoder
 
 2.5 million tokens, 0.78 epochs. Measured once, on 2 cores of an AMD EPYC that other programs kept busy: 11 minutes,
-5,400 tokens a second (median; 11,100 at best). Expected validation loss: 5.81 nats a hidden token. How often each token
-occurs, and nothing else, gives 6.43; masked words take longer to learn than next ones, and this run is short.
+5,400 tokens a second (median; 11,100 at best). Expected validation loss: 5.81 nats a masked token. How often each token
+occurs, and nothing else, gives 6.43; masked tokens take longer to learn than next ones, and this run is short.
 """
 
 from pathlib import Path

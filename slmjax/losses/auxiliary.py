@@ -17,8 +17,8 @@ def with_auxiliary(
 ) -> tuple[Any, Metrics]:
     """The loss plus the mean of each term over the tokens, and the metrics with these means.
 
-    A term is given for each token, so its mean, weighted like the loss itself, is that of the large batch however the
-    batch is cut or padded.
+    A term has a value for each token, so its mean, weighted like the loss itself, does not depend on how the batch is
+    cut into micro-batches or padded.
 
     Args:
         loss: a mean over tokens weighted by `weights`.

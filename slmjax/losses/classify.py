@@ -12,7 +12,7 @@ from slmjax.types import Batch, Metrics, Params
 
 
 class Scored(NamedTuple):
-    """What a classifier makes of each text."""
+    """Loss and accuracy of a classifier on each text."""
 
     nats: jax.Array  # float32 [B]: -log p(label); 0 in rows of padding
     correct: jax.Array  # float32 [B]: 1 where the label is the likeliest
@@ -26,11 +26,11 @@ def scored(
     batch: Batch,
     at: jax.Array,  # int [B]
 ) -> Scored:
-    """One text a row.
+    """The values of each text, one text a row.
 
     Args:
-        batch: with `extra["labels"]`, int32 [B]; the weight of a row is the sum of its weights.
-        at: the token at which each text is read (`Model.read_at`).
+        batch: with `extra["labels"]`, int32 [B]; the weight of a row is the sum of its tokens' weights.
+        at: the index of the token whose hidden vector the head reads (`Model.read_at`).
     """
     read = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
     logits = unembed(params, read)  # [B, labels]

@@ -20,16 +20,19 @@ from slmjax.types import Batch, Key, Metrics, Params, Special
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Which tokens of a row are to be predicted, and what the model sees in their place.
+    """Which tokens of a row are masked, and what the model sees in their place.
 
     Of the tokens that are neither special nor padding the share `rate` is drawn without repetition, rounded to a whole
     number of them and at least one. Each of these masked tokens is replaced by the mask token with probability `mask`,
-    by a random token with probability `random`, and otherwise left as it is.
+    by a random token with probability `random`, and otherwise left as it is; the model predicts all of them.
     """
 
     rate: float = 0.15
+    """Share of the tokens that are masked"""
     mask: float = 0.8
+    """Share of the masked tokens that the mask token replaces"""
     random: float = 0.1
+    """Share of the masked tokens that a random token replaces"""
 
     def __post_init__(self):
         if not 0 < self.rate <= 1:
@@ -41,8 +44,7 @@ class Masking:
             )
 
     def count(self, tokens: Any) -> Any:
-        """How many of `tokens` tokens are to be predicted: rate * tokens, rounded, and at least one unless there are
-        none."""
+        """How many of `tokens` tokens are masked: rate * tokens, rounded, and at least one if there is any token."""
         return jnp.maximum(jnp.floor(self.rate * tokens + 0.5), tokens > 0)
 
     def most(self, length: int) -> int:
@@ -50,7 +52,8 @@ class Masking:
         return max(1, math.floor(self.rate * length + 0.5))
 
     def __call__(self, batch: Batch, key: Key, *, vocab: int, special: Special) -> Batch:
-        """The batch with tokens masked; targets are the original tokens, weights 1 at the masked tokens and else 0.
+        """The batch with tokens masked; targets are the original tokens, weights are 1 at masked tokens and 0 at all
+        others.
 
         A function of the key and of the batch alone: the same step masks the same tokens, on any number of devices.
 
@@ -63,16 +66,17 @@ class Masking:
                 "that has one (MaskedBPE, or a tokenizer.json whose tokenizer_config.json names mask_token)"
             )
         tokens = batch.tokens
-        draw, choose, word = jax.random.split(key, 3)
-        free = batch.segment_ids > 0
+        draw_key, choice_key, random_key = jax.random.split(key, 3)
+        candidates = batch.segment_ids > 0
         for i in special.all:
-            free &= tokens != i
-        score = jnp.where(free, jax.random.uniform(draw, tokens.shape), -1.0)
+            candidates &= tokens != i
+        score = jnp.where(candidates, jax.random.uniform(draw_key, tokens.shape), -1.0)
         rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
-        masked = free & (rank < self.count(jnp.sum(free, axis=1, keepdims=True)))
-        share = jax.random.uniform(choose, tokens.shape)
-        words = jax.random.randint(word, tokens.shape, 0, vocab, tokens.dtype)
-        replaced = jnp.where(share < self.mask, special.mask, jnp.where(share < self.mask + self.random, words, tokens))
+        masked = candidates & (rank < self.count(jnp.sum(candidates, axis=1, keepdims=True)))
+        choice = jax.random.uniform(choice_key, tokens.shape)
+        drawn = jax.random.randint(random_key, tokens.shape, 0, vocab, tokens.dtype)
+        random_or_kept = jnp.where(choice < self.mask + self.random, drawn, tokens)
+        replaced = jnp.where(choice < self.mask, special.mask, random_or_kept)
         return batch._replace(
             tokens=jnp.where(masked, replaced, tokens).astype(tokens.dtype),
             targets=tokens,
@@ -94,7 +98,7 @@ def masked_lm(
 
     Args:
         batch: as `Masking` made it: its targets are the original tokens, its weights are 0 except at masked tokens.
-        most: at least the number of masked tokens of any row (`Masking.most`); a row with more loses some of them.
+        most: the largest number of masked tokens in a row (`Masking.most`); the loss leaves out any beyond it.
     """
     _, where = jax.lax.top_k(batch.weights, min(most, batch.weights.shape[1]))  # [B, most]
     picked = jnp.take_along_axis(hidden, where[..., None], axis=1)

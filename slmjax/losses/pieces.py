@@ -1,12 +1,12 @@
 """Functions of the logits, with the logits of only some positions in memory at once.
 
-The logits [B, T, V] are often the largest array of a step. A loss is a function of each token's logits; what is here
-applies it to one piece of positions after another:
+The logits [B, T, V] are often the largest array of a step. A loss is a function of each token's logits; these functions
+apply it to one piece of positions after another:
 
-- `weighted_means` (and `weighted_sums`): sums over tokens, with their gradient formed in the same pass. Cross-entropy,
-  distillation, fine-tuning.
-- `token_values`: a value for each token, whose gradient computes each piece again. For what is nonlinear in sums of
-  tokens, such as a preference loss.
+- `weighted_means` (and `weighted_sums`): sums over tokens, with their gradient computed in the same pass. For
+  cross-entropy, distillation, fine-tuning.
+- `token_values`: a value for each token, whose gradient computes each piece again. For losses that are nonlinear in
+  sums over tokens, such as a preference loss.
 
 Distillation, with the teacher's logits computed piece by piece as well and no gradient formed for the teacher:
 
@@ -37,9 +37,9 @@ from jax.custom_derivatives import SymbolicZero
 from slmjax.types import Metrics, Params
 
 MAX_LOGITS = 2**22
-"""Logits (16 MiB in float32) of one piece, where not all fit into one"""
+"""Logits of one piece (16 MiB in float32), unless `MIN_TOKENS` needs more"""
 MIN_TOKENS = 1024
-"""Tokens of one piece nevertheless, so that its matrix products are not thin"""
+"""Least tokens of one piece, so that its matrix products are large enough to be fast"""
 
 
 def weighted_means(
@@ -78,20 +78,21 @@ def weighted_sums(
 ) -> tuple[jax.Array, Metrics]:
     """Sums over tokens of weight * value, and the combination of them that is minimised.
 
-    Logits are computed once, a piece at a time. Where a gradient is wanted it is formed together with the value of each
-    piece (Hsu et al. 2024, arXiv:2410.10989, section 3.2). It reaches `hidden`, `inputs`, `factors`, and whatever else
-    `unembed` and `per_token` read, `params` included; nothing is computed or stored for those of them that are not
-    differentiated, such as a teacher's parameters. It does not reach `weights`. Reverse mode only, once.
+    Logits are computed once, a piece at a time. The gradient, if there is one, is computed together with the value of
+    each piece (Hsu et al. 2024, arXiv:2410.10989, section 3.2), with respect to `hidden`, `inputs`, `factors`, and
+    every other array that `unembed` and `per_token` use, including `params`; nothing is computed or stored for arrays
+    that are not differentiated, such as a teacher's parameters. There is no gradient of `weights`. First derivatives
+    in reverse mode only.
 
-    Where the weight is 0, `hidden` and `inputs` may hold anything, infinities and nan included: `per_token` sees 1 in
-    their place (integers as they are), and neither a sum nor a gradient depends on what it returns there.
+    Where the weight is 0, `hidden` and `inputs` may hold any value, infinities and nan included: `per_token` gets 1 in
+    their place (integers unchanged), and neither a sum nor a gradient depends on its result there.
 
     Args:
         per_token: (logits [B, n, V], inputs of the same tokens) -> {name: values [B, n]}. Any differentiable function
-            of each token by itself. It may compute a teacher's logits, of the teacher's hidden states in `inputs`.
+            of each token by itself. It may compute a teacher's logits from the teacher's hidden states in `inputs`.
         unembed: (params, hidden [B, n, D]) -> logits [B, n, V].
         inputs: arrays [B, T, ...] in any pytree: targets, a teacher's hidden states or probabilities.
-        factors: {name: factor}: the total is the sum of factor * sum. Names without a factor are only measured.
+        factors: {name: factor}: the total is the sum of factor * sum. Names without a factor are metrics only.
         chunk: positions of each row whose logits [B, chunk, V] exist at once. None: as many as make
             B * chunk * V <= `MAX_LOGITS`, or B * chunk <= `MIN_TOKENS` tokens, at least one; a value of T or more: all.
             Where T is split over devices: T.
@@ -125,9 +126,9 @@ def token_values(
 ) -> Any:
     """The values of `per_token` for each token, 0 where the weight is 0; they are not multiplied by the weights.
 
-    Any function of them can be differentiated. The backward pass computes the logits of one piece after another again,
-    with the memory of one piece (Chen et al. 2016, arXiv:1604.06174), since how much each token counts is not known
-    before. What `weighted_sums` can do, it does with a third fewer matrix products.
+    Any function of them can be differentiated. The backward pass computes the logits again, with the memory of one
+    piece (Chen et al. 2016, arXiv:1604.06174), since the factor of each token's gradient is not known in the forward
+    pass. Where `weighted_sums` suffices, it needs a third fewer matrix products.
 
     Args: as for `weighted_sums`, but `per_token` returns one array or any pytree of them.
 
@@ -144,14 +145,14 @@ def token_values(
     values = jax.checkpoint(_masked(per_token, unembed, params), prevent_cse=whole)
     if whole:
         return values(hidden, inputs, weights)
-    _, found = jax.lax.scan(lambda _, xs: (None, values(*xs)), None, _split((hidden, inputs, weights), size))
-    return _join(found, length)
+    _, by_piece = jax.lax.scan(lambda _, xs: (None, values(*xs)), None, _split((hidden, inputs, weights), size))
+    return _join(by_piece, length)
 
 
 def _masked(per_token, unembed, params, factors: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """(hidden, inputs, weights) -> the values of `per_token`, 0 where the weight is 0.
 
-    A mask of the values alone would not do: the gradient of a masked nan is 0 * nan. So what is read is masked too.
+    Masking the values alone is not enough: the gradient of a masked nan is 0 * nan. So the inputs are masked too.
     """
 
     def values(hidden, inputs, weights):
@@ -163,26 +164,26 @@ def _masked(per_token, unembed, params, factors: Mapping[str, Any] | None = None
             return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 2)), x, jnp.ones((), x.dtype))
 
         hidden, inputs = jax.tree.map(harmless, (hidden, inputs))
-        found = per_token(unembed(params, hidden), inputs)
-        for path, value in jax.tree.leaves_with_path(found):
+        result = per_token(unembed(params, hidden), inputs)
+        for path, value in jax.tree.leaves_with_path(result):
             if value.shape != live.shape:
                 raise ValueError(
                     f"per_token: the value{jax.tree_util.keystr(path)} has shape {value.shape} for tokens "
-                    f"{live.shape}; it is to be one number a token"
+                    f"{live.shape}; expected one number a token"
                 )
-        if factors is not None and ("weight" in found or not factors.keys() <= found.keys()):
+        if factors is not None and ("weight" in result or not factors.keys() <= result.keys()):
             raise ValueError(
-                f"per_token: returns {sorted(found)}; it is to return every name of factors, {sorted(factors)}, and "
+                f"per_token: returns {sorted(result)}; expected every name of factors, {sorted(factors)}, and "
                 "not `weight`, which is the name of the sum of the weights"
             )
-        return jax.tree.map(lambda v: jnp.where(live, v, jnp.zeros((), v.dtype)), found)
+        return jax.tree.map(lambda v: jnp.where(live, v, jnp.zeros((), v.dtype)), result)
 
     return values
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(values, size, tokens, read, factors) -> tuple[jax.Array, Metrics]:
-    """(total, sums) over all tokens. tokens: (hidden, inputs, weights). read: the other arrays that `values` takes."""
+    """(total, sums) over all tokens. tokens: (hidden, inputs, weights). read: the other arrays that `values` uses."""
 
     def piece(xs):
         return _sums_of_piece(values, xs, read, factors)
@@ -203,7 +204,8 @@ def _sums_of_piece(values, tokens, read, factors) -> tuple[jax.Array, Metrics]:
 
 
 def _forward(values, size, tokens, read, factors):
-    """(total, sums), and for the backward pass the gradients of the total by `factors`, `tokens` and `read`.
+    """(total, sums), and for the backward pass the gradients of the total with respect to `factors`, `tokens` and
+    `read`.
 
     The leaves of the arguments are pairs (value, whether it is differentiated): the gradient is None where it is not.
     """
@@ -227,24 +229,24 @@ def _forward(values, size, tokens, read, factors):
         return (total, sums), by_token, by_read
 
     if size == length:
-        found, by_token, by_read = piece(tokens)
-        return found, ({name: found[1][name] for name in factors}, by_token, by_read)
+        result, by_token, by_read = piece(tokens)
+        return result, ({name: result[1][name] for name in factors}, by_token, by_read)
 
     def body(carry, xs):
-        found, by_token, by_read = piece(xs)
-        # Many small terms: their sum is kept in float32 at least, whatever the parameters are stored in.
-        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (found, by_read)), by_token
+        result, by_token, by_read = piece(xs)
+        # The sum of many small terms: kept in float32 at least, whatever the dtype of the parameters.
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (result, by_read)), by_token
 
     pieces = _split(tokens, size)
-    found, _, by_read = jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), (found, by_read))
-    (found, by_read), by_token = jax.lax.scan(body, zero, pieces)
+    result, _, by_read = jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), (result, by_read))
+    (result, by_read), by_token = jax.lax.scan(body, zero, pieces)
     by_read = jax.tree.map(lambda x, g: None if g is None else g.astype(x.dtype), read, by_read)
-    return found, ({name: found[1][name] for name in factors}, _join(by_token, length), by_read)
+    return result, ({name: result[1][name] for name in factors}, _join(by_token, length), by_read)
 
 
 def _backward(values, size, kept, cotangents):
-    g = cotangents[0]  # the sums are only measured: nothing is differentiated through them
+    g = cotangents[0]  # of the total; the sums are metrics without gradients
     if isinstance(g, SymbolicZero):
         return None, None, None
     by_factor, by_token, by_read = jax.tree.map(lambda x: (g * x).astype(x.dtype), kept)
@@ -255,7 +257,7 @@ _sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _piece(unembed, params, hidden: jax.Array, chunk: int | None) -> int:
-    """Positions of one piece."""
+    """The number of positions in a piece."""
     batch, length, _ = hidden.shape
     if chunk is not None:
         return min(chunk, length)
@@ -265,7 +267,7 @@ def _piece(unembed, params, hidden: jax.Array, chunk: int | None) -> int:
 def _chunk(batch: int, length: int, vocab: int) -> int:
     tokens = max(MAX_LOGITS // vocab, MIN_TOKENS)
     pieces = math.ceil(length / max(1, tokens // batch))
-    return math.ceil(length / pieces)  # even pieces, so that little of the last is padding
+    return math.ceil(length / pieces)  # pieces of equal size, so that the last one has little padding
 
 
 def _split(tree: Any, size: int) -> Any:

@@ -1,1 +1,1 @@
-"""Decoders and encoders, assembled from values; what they cost; `families/` has the published ones."""
+"""Decoders and encoders, assembled from values, and their FLOPs; `families/` has published architectures."""

@@ -1,4 +1,4 @@
-"""Layers in order -> stages that a scan can repeat."""
+"""Groups a sequence of layers into stages, each of which is one scan over repeated blocks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from slmjax.nn.block import AnyBlock
 
 
 def arranged(blocks: Sequence[AnyBlock]) -> tuple[Stage, ...]:
-    """The stages of these layers that compile fastest: the compiler sees each block of a pattern once, however often
-    it is repeated.
+    """The division of these layers into stages that compiles fastest: each block of a pattern is compiled once, however
+    often it is repeated.
 
-    26 layers of which each sixth differs become a pattern of six, four times, and then one block, twice.
+    Example: 26 layers of which each sixth differs become a pattern of six blocks, repeated four times, and then one
+    block, repeated twice.
     """
     kinds = [blocks.index(block) for block in blocks]  # numbers compare faster than blocks
     best: list[tuple[int, tuple[tuple[int, int], ...]]] = [(0, ())]  # cost, (length of pattern, repeats) of each stage
     for first in reversed(range(len(kinds))):
         rest = kinds[first:]
-        found = []
+        candidates = []
         for n in range(1, len(rest) + 1):
             repeats = _repeats(rest, n)
             cost, stages = best[len(rest) - n * repeats]
-            found.append((cost + n + 1, ((n, repeats), *stages)))  # one more for the loop itself
-        best.append(min(found, key=lambda x: (x[0], len(x[1]), -x[1][0][0] * x[1][0][1])))
+            candidates.append((cost + n + 1, ((n, repeats), *stages)))  # 1 is the cost of the loop itself
+        best.append(min(candidates, key=lambda x: (x[0], len(x[1]), -x[1][0][0] * x[1][0][1])))
     out, first = [], 0
     for n, repeats in best[len(kinds)][1]:
         out.append(Stage(pattern=tuple(blocks[first : first + n]), repeats=repeats))
@@ -37,7 +38,7 @@ def layers_of(blocks: Sequence[AnyBlock]) -> dict[str, Any]:
     """`arranged(blocks)` as the fields `pattern`, `repeats` and `tail` of a Decoder.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no blocks.
     """
     if not blocks:
         raise UserError("model: 0 layers; give at least one")
@@ -46,12 +47,13 @@ def layers_of(blocks: Sequence[AnyBlock]) -> dict[str, Any]:
 
 
 def repeated(block: AnyBlock, layers: int, **fields: Any) -> Decoder:
-    """`layers` times this block; `fields` are further ones of `Decoder`, whose final norm is else that of the block."""
+    """A decoder of `layers` equal blocks. `fields`: further fields of `Decoder`; its final norm is the block's norm by
+    default."""
     return Decoder(**{"pattern": (block,), "repeats": layers, "final_norm": block.norm, **fields})
 
 
 def _repeats(kinds: Sequence[int], n: int) -> int:
-    """How often the first n come in a row."""
+    """How many times in a row the first n kinds are repeated at the start."""
     repeats = 1
     while kinds[repeats * n : (repeats + 1) * n] == kinds[:n]:
         repeats += 1

@@ -1,4 +1,4 @@
-"""What every assembled model has: layers in stages, each a pattern of blocks, and the names of their parameters."""
+"""The base of decoders and encoders: layers in stages, each a pattern of blocks, and the paths of their parameters."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ class Stage:
 
 
 class Place(NamedTuple):
-    """The layers of one block of a pattern: where their parameters lie, and which layers of the model they are."""
+    """The layers that repeat one block of a pattern: the path of their parameters, and their indices in the model."""
 
     path: str
-    """Prefix of their parameters' paths, `layers` or `layers/0`; the leading axis counts the repeats"""
+    """Prefix of their parameters' paths, `layers` or `layers/0`; the leading axis of a parameter is that of repeats"""
     numbers: tuple[int, ...]
-    """Number of the layer for each repeat"""
+    """Index of the layer for each repeat, from 0"""
     block: AnyBlock
 
 
 class Carry(NamedTuple):
-    """What one layer hands to the next."""
+    """The values that one layer passes to the next."""
 
     x: Any
     """The residual stream [B, T, D]"""
     caches: Any
-    """Of all layers: for each stage, or inside a stage, a tuple of one for each block of its pattern"""
+    """Caches of all layers: for each stage a tuple with one cache for each block of its pattern; inside a stage, the
+    tuple of that stage"""
     shared: dict[str, Any]
     """`Flow.shared`"""
     auxiliary: dict[str, Any]
@@ -70,7 +71,7 @@ class Pattern:
     def __call__(
         self, layer: Layer, carry: Carry, depth: jax.Array, tables: tuple, mask: Mask
     ) -> tuple[Carry, jax.Array | None]:
-        """What these blocks make of `carry`, and the x before each if they are collected."""
+        """`carry` after these blocks, and with `collect` the x before each of them, else None."""
         x, caches, shared, auxiliary = carry
         before, after = [], []
         for i, (block, table, cache) in enumerate(zip(self.blocks, tables, caches, strict=True)):
@@ -85,7 +86,7 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly(abc.ABC):
-    """A model: an embedding, `pattern`, `repeats` times, the stages of `tail`, and what reads the last layer."""
+    """A model: an embedding, `pattern` repeated `repeats` times, the stages of `tail`, and an output layer."""
 
     vocab: int
     """V"""
@@ -94,13 +95,14 @@ class Assembly(abc.ABC):
     pattern: tuple[AnyBlock, ...]
     repeats: int
     tail: tuple[Stage, ...] = ()
-    """Layers of another pattern after those, where a model is not one pattern throughout"""
+    """Further layers of other patterns, for a model that is not one pattern throughout"""
     context: int
     """Longest sequence in tokens"""
     initial: Initial = Normal()  # noqa: RUF009
     """Initial values"""
     causal: ClassVar[bool]
-    """Whether a token sees none after it, so that the loss is that of a whole text and bits per byte mean something"""
+    """Whether no token sees a later one (a causal model); only then is the mean loss the negative log-likelihood of a
+    text, from which bits per byte follow"""
 
     def __post_init__(self):
         for name in ("vocab", "width", "repeats", "context"):
@@ -120,25 +122,25 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def logit_products(self) -> int:
-        """Multiply-adds of a token's logits with the tables of tokens (`flops.TABLES`), for FLOPs."""
+        """Multiply-adds that compute a token's logits from tables (`flops.TABLES`), for counting FLOPs."""
 
     @abc.abstractmethod
     def evaluation_batch(self, batch: Batch, key: Key, special: Any) -> Batch:
-        """`batch` with the inputs, targets and weights on which a model of this kind is evaluated. `special`:
-        `data.tokenizer.Special`."""
+        """`batch` with the inputs, targets and weights on which a model of this kind is evaluated. `special`: the
+        special token ids of the tokenizer (`types.Special`)."""
 
     @property
     @abc.abstractmethod
     def example(self) -> str:
-        """What to try with a trained one: a command whose MODEL is written {}"""
+        """An example command for a trained model of this kind, with {} in the place of MODEL"""
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether its logits are those of the tokens of its vocabulary."""
+        """Whether its outputs are logits over its vocabulary."""
         return True
 
     def no_auxiliary(self, segment_ids: jax.Array) -> dict[str, jax.Array]:
-        """The auxiliary outputs of all layers before the first of them: zeros, so that a scan can carry them."""
+        """The initial auxiliary outputs, before the first layer: zeros, since a scan needs their shapes."""
         names = {name: None for block in self.blocks() for name in block.auxiliary}
         return {name: jnp.zeros(segment_ids.shape, jnp.float32) for name in names}
 
@@ -149,7 +151,7 @@ class Assembly(abc.ABC):
 
     @property
     def reads_end(self) -> bool:
-        """Whether EOS stands behind a text that it reads whole."""
+        """Whether it expects EOS at the end of a whole text, as encoders do."""
         return False
 
     @property
@@ -164,14 +166,14 @@ class Assembly(abc.ABC):
 
     def places(self) -> tuple[Place, ...]:
         """Where the parameters of each layer lie."""
-        found, first = [], 0
+        places, first = [], 0
         for name, stage in zip(stage_names(self.stages), self.stages, strict=True):
             n = len(stage.pattern)
             for i, block in enumerate(stage.pattern):
                 numbers = tuple(first + r * n + i for r in range(stage.repeats))
-                found.append(Place(name if n == 1 else f"{name}/{i}", numbers, block))
+                places.append(Place(name if n == 1 else f"{name}/{i}", numbers, block))
             first += n * stage.repeats
-        return tuple(found)
+        return tuple(places)
 
     def blocks(self) -> tuple[AnyBlock, ...]:
         """The block of each layer, in order."""
@@ -179,7 +181,7 @@ class Assembly(abc.ABC):
         return tuple(by_number[i] for i in range(self.layers))
 
     def declared(self) -> Params:
-        """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, `initial` in words."""
+        """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, distribution `initial`."""
         return jax.eval_shape(self.drawn, jax.random.key(0))
 
     def paths(self) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ class Assembly(abc.ABC):
 
 
 def is_declared(x: Any) -> bool:
-    """Whether a parameter is still in its box."""
+    """Whether x is a parameter wrapped in `Declared`."""
     return isinstance(x, Declared)
 
 
@@ -204,18 +206,18 @@ def stage_names(stages: Sequence[Stage]) -> tuple[str, ...]:
 def run(
     layer: Layer, stages: Sequence[Stage], positions: jax.Array, mask: Mask, carry: Carry, collect: bool
 ) -> tuple[Carry, list[jax.Array]]:
-    """All layers: what is carried after them, and if `collect` for each stage what its blocks read [R * P, B, T, D]."""
+    """Runs all layers: the carry after them, and with `collect` the inputs of each stage's blocks [R * P, B, T, D]."""
     caches = carry.caches
-    tables: dict[Any, Any] = {}  # of positions: each is computed once for all layers
+    tables: dict[Any, Any] = {}  # `Mixer.table` of the positions: each is computed once for all layers
     for block in (block for stage in stages for block in stage.pattern):
         if block.mixer.table_key not in tables:
             tables[block.mixer.table_key] = block.mixer.table(positions)
     after, streams = [], []
     for name, stage, of_stage in zip(stage_names(stages), stages, caches, strict=True):
         # The caches are carried, not scanned over: each layer writes its new tokens in place.
-        found = tuple(tables[block.mixer.table_key] for block in stage.pattern)
+        of_blocks = tuple(tables[block.mixer.table_key] for block in stage.pattern)
         scanned = _scan(layer, name, stage, collect)
-        carry, before = scanned(carry._replace(caches=of_stage), jnp.arange(stage.repeats), found, mask)
+        carry, before = scanned(carry._replace(caches=of_stage), jnp.arange(stage.repeats), of_blocks, mask)
         after.append(carry.caches)
         streams += [before.reshape(-1, *carry.x.shape)] if collect else []
     return carry._replace(caches=tuple(after)), streams

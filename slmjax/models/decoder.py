@@ -1,4 +1,4 @@
-"""The one decoder, assembled from values: patterns of blocks, repeated, between an embedding and a final norm."""
+"""`Decoder`, the one class of causal language models: an embedding, repeated patterns of blocks, a final norm."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = ["Block", "Cache", "Decoder", "Place", "Stage"]
 
 
 class Cache(NamedTuple):
-    """What generation remembers. Row b's token i lies in slot i, so rows of unequal length are padded on the left."""
+    """The key-value cache of generation. Token i of each row lies in slot i, so shorter rows are padded on the left."""
 
-    layers: Any  # a stage's mixers' own, stacked over its repeats: k, v [R, B, S, G, K]
-    segment_ids: jax.Array  # int32 [B, S]: 0 where padding or still empty
-    length: jax.Array  # int32 []: slots filled
+    layers: Any  # for each stage, the caches of its mixers (`Mixer.init_cache`), stacked over its repeats
+    segment_ids: jax.Array  # int32 [B, S]: 0 in slots that hold padding or are empty
+    length: jax.Array  # int32 []: filled slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class Decoder(Assembly):
     """Whether the unembedding reads the embedding's table"""
     final_norm: Norm | None
     position: Learned | None = None
-    """Positions added to the embedding; rotary ones belong to each mixer"""
+    """Position vectors added to the embedding; rotary positions are a field of the mixers"""
     embed_scale: float = 1.0
     """Factor on the token vectors"""
     embed_norm: Norm | None = None
-    """Norm of what the first block reads"""
+    """Norm of the embedding, before the first block"""
     table_width: int | None = None
-    """Width of the tables, if it is not `width`: projections lie between (OPT-350m)"""
+    """Width of the embedding tables, if it is not `width`: then projections convert between the two (OPT-350m)"""
     logits: Logits = Logits()  # noqa: RUF009
-    """What becomes of the product of hidden vectors and table"""
+    """Scale and soft cap of the logits"""
     head: Head | None = None
-    """Stands on the final norm in place of the logits of tokens, such as `LastTokenScore` of a classifier"""
+    """Output layer after the final norm in place of token logits, such as `LastTokenScore` for a classifier"""
     initial: Initial = Normal()  # noqa: RUF009
     """Initial values"""
 
@@ -91,7 +91,7 @@ class Decoder(Assembly):
     def drawn(self, key: jax.Array) -> Params:
         """Initial parameters, each in its `Declared`."""
         one = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the batch
-        # Not as a `compute` says: in one loop over layers this compiles sooner, in less memory, to the same values.
+        # `Compute()`, whatever the run uses: one loop over layers compiles faster, in less memory, to the same values.
         params: Any = self._module(Compute(), Numerics()).init(key, one, one, one, None)["params"]
         if self.head is None:
             return params
@@ -100,7 +100,7 @@ class Decoder(Assembly):
         return {**params, "head": head.init(jax.random.fold_in(key, 1), hidden, table)["params"]}
 
     def logit_products(self) -> int:
-        """V times the width of the table; those of the head, if there is one."""
+        """V times the width of the table; with a head, the head's multiply-adds."""
         width = self.table_width or self.width
         return self.vocab * width if self.head is None else self.head.logit_products(self.vocab, width)
 
@@ -117,7 +117,7 @@ class Decoder(Assembly):
         return () if self.head is None else self.head.names
 
     def evaluation_batch(self, batch: Batch, key: Key, special: Any) -> Batch:
-        """The batch as it comes: its targets are the next tokens."""
+        """The batch unchanged: its targets are the next tokens."""
         return batch
 
     def _module(self, compute: Compute, numerics: Numerics, collect: bool = False) -> Layer:
@@ -146,7 +146,7 @@ class Decoder(Assembly):
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The decoder's forward pass, from tokens to what the unembedding reads."""
+    """The decoder's forward pass, from tokens to the input of the unembedding."""
 
     decoder: Decoder
     collect: bool = False
@@ -187,7 +187,7 @@ def _embedding(d: Decoder) -> Embedding:
 
 
 def _shared(d: Decoder, mask: Mask, dtype: str) -> dict[str, Any]:
-    """What layers share, before the first of them: zeros, so that a scan can carry it."""
+    """The initial `Flow.shared`, before the first layer: zeros, since a scan needs the shapes."""
     batch, length = mask.key_segments.shape
     shared: dict[str, Any] = {}
     for block in d.blocks():
@@ -196,9 +196,9 @@ def _shared(d: Decoder, mask: Mask, dtype: str) -> dict[str, Any]:
 
 
 def _mask(segment_ids: jax.Array, cache: Cache | None) -> tuple[Mask, Cache | None]:
-    """What these tokens see, and the cache with their segments noted."""
+    """The attention mask of these tokens, and the cache with their segment ids written."""
     if cache is None:
         return Mask.of_rows(segment_ids), None
-    known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
-    after = cache._replace(segment_ids=known, length=cache.length + segment_ids.shape[1])
-    return Mask.of_cache(segment_ids, known, cache.length), after
+    cached = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
+    after = cache._replace(segment_ids=cached, length=cache.length + segment_ids.shape[1])
+    return Mask.of_cache(segment_ids, cached, cache.length), after

@@ -1,4 +1,4 @@
-"""The one encoder, assembled from values: every token sees all others of its document. BERT and its descendants."""
+"""`Encoder`, the one class of encoders: every token sees all others of its document. BERT and its descendants."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from slmjax.nn.parts import Norm
 from slmjax.types import Batch, Key, Model, Output, Params, Special
 
 CANNOT = (
-    "this model is an encoder: it sees a whole text at once and continues none; "
-    "`slmjax embed` gives a text's vector, a decoder (llama, gpt2) generates"
+    "this model is an encoder, which reads a whole text at once and cannot generate one; "
+    "use `slmjax embed` for a text's vector, or a decoder (llama, gpt2) to generate"
 )
 
 
@@ -35,15 +35,16 @@ class Encoder(Assembly):
     causal: ClassVar[bool] = False
 
     head: Head
-    """From the last layer to what the model predicts: tokens, labels, a vector"""
+    """Output layer: from the last layer to what the model predicts (tokens, labels, a vector)"""
     embed_norm: Norm
+    """Norm of the embedding, before the first block"""
     types: int = 0
-    """Token types that are told apart (2: the first and the second text of a pair); without, there is no table"""
+    """Number of token types (2: the first and the second text of a pair); 0: the model has no table of them"""
     trigram: int | None = None
-    """Width of the token table where a token's vector, the next one's and that before are joined and projected
-    (MobileBERT); None: the table is as wide as the model"""
+    """Width of the token table, if the vectors of each token, the next and the one before are concatenated and
+    projected to the model's width (MobileBERT); None: the table is as wide as the model"""
     initial: Initial = Normal()  # noqa: RUF009
-    """Initial values: norms after each branch keep the residual stream from growing, so no matrix needs smaller ones"""
+    """Initial values. A norm follows each addition to the residual stream, so no matrix needs smaller values"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,11 +92,11 @@ class Encoder(Assembly):
         below, above = jax.random.split(key)
         params: dict[str, Any] = dict(self._stack(Compute(), Numerics()).init(below, one, one, one, None)["params"])
         table = params["embed"]["table"].value
-        found = self._head(Compute(), Numerics()).init(above, jnp.zeros((1, self.width)), table)
-        return {**params, "head": found["params"]} if found else params
+        of_head = self._head(Compute(), Numerics()).init(above, jnp.zeros((1, self.width)), table)
+        return {**params, "head": of_head["params"]} if of_head else params
 
     def logit_products(self) -> int:
-        """Those of the head."""
+        """The head's multiply-adds."""
         return self.head.logit_products(self.vocab, self.width)
 
     @property
@@ -115,10 +116,10 @@ class Encoder(Assembly):
         return True
 
     def evaluation_batch(self, batch: Batch, key: Key, special: Special) -> Batch:
-        """With tokens masked, as BERT is trained.
+        """The batch with tokens masked, as in BERT's training.
 
         Raises:
-            UserError: the head predicts something else than tokens.
+            UserError: the head does not predict tokens.
         """
         if not self.predicts_tokens:
             raise UserError(
@@ -137,7 +138,7 @@ class Encoder(Assembly):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderStack:
-    """The forward pass, from tokens to what the head reads."""
+    """The forward pass, from tokens to the head's input."""
 
     encoder: Encoder
     collect: bool = False

@@ -1,8 +1,9 @@
-"""How large a model is, and what a token of training costs.
+"""The number of a model's parameters, and the training FLOPs a token.
 
 A multiply-add is 2 FLOPs, and the backward pass costs twice the forward: 6 per parameter and token. Four conventions
-are in use for what to count, and scaling exponents move with the choice (Porian et al. 2024, arXiv:2406.19146). Of
-parameters that only some tokens use (experts), each token's share is counted: N is that of active parameters.
+are in use for what to count, and scaling exponents depend on the choice (Porian et al. 2024, arXiv:2406.19146). Of
+parameters that only some tokens use (experts), the share that a token uses is counted: N is the number of active
+parameters.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ class Flops(NamedTuple):
     nonembedding: int
     """(i) 6 * N_nonembedding. Kaplan et al. 2020"""
     head: int
-    """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not. Where only a
-    share of the tokens has logits (masked words), the head is counted for these"""
+    """(ii) 6 * (N_nonembedding + V * d): the product with the unembedding is counted, the lookup is not. If only a
+    share of the tokens has logits (masked tokens), the head is counted for this share"""
     attention: int
-    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; fewer where a window hides keys,
-    twice as many in an encoder"""
+    """(iii) (ii) + 6 * T * d * L: with causal attention over sequences of length T; less if attention has a window,
+    twice the attention in an encoder"""
     total: int
     """(iv) 6 * N: every parameter, a tied table once. Hoffmann et al. 2022"""
 
@@ -38,17 +39,17 @@ def parameter_count(decoder: Assembly) -> int:
 
 
 def active_count(decoder: Assembly) -> int:
-    """N of a token: of each parameter the share that a token uses (`FeedForward.active`)."""
+    """Active parameters: the sum over all parameters of the share that a token uses (`FeedForward.active`)."""
     shares = [(f"{place.path}/", place.block) for place in decoder.places()]
-    found = 0.0
+    total = 0.0
     for path, leaf in flatten(_abstract(decoder)).items():
         inside = [block.active(path.removeprefix(start)) for start, block in shares if path.startswith(start)]
-        found += count(leaf) * (inside[0] if inside else 1.0)
-    return round(found)
+        total += count(leaf) * (inside[0] if inside else 1.0)
+    return round(total)
 
 
 def nonembedding_count(decoder: Assembly) -> int:
-    """N without the tables of tokens and positions."""
+    """N without the tables (`TABLES`)."""
     return sum(_nonembedding(decoder).values())
 
 
@@ -56,7 +57,7 @@ def flops_per_token(decoder: Assembly, length: int, predicted: float = 1.0) -> F
     """Training FLOPs a token in sequences of `length` tokens, under the four conventions.
 
     Args:
-        predicted: the share of tokens that the head reads (`ObjectiveSpec.predicted`), for (ii) and (iii).
+        predicted: the share of tokens whose logits are computed (`ObjectiveSpec.predicted`), for (ii) and (iii).
     """
     idle = parameter_count(decoder) - active_count(decoder)
     inside = 6 * (nonembedding_count(decoder) - idle)

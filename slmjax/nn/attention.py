@@ -23,9 +23,9 @@ class QKNorm:
 
     norm: Norm
     gain_per_head: bool = False
-    """One gain [H, K] a head; else one [K] for all"""
+    """Whether each head has its own gain, [H, K]; else all heads share one, [K]"""
     whole: bool = False
-    """Statistics over all heads together, with `gain_per_head`; else over each head"""
+    """Whether statistics are taken over all heads together, which implies `gain_per_head`; else over each head"""
 
     def __call__(self, layer: Layer, name: str, x: jax.Array, heads: str) -> jax.Array:  # [B, T, H, K]
         axes = (heads, "head_dim") if self.gain_per_head or self.whole else ("head_dim",)
@@ -34,7 +34,7 @@ class QKNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries(Mixer):
-    """What every kind of attention is about: its queries, and how they look at keys."""
+    """The base of every kind of attention: its queries, and how they attend to keys."""
 
     label: ClassVar[str] = "attn"
 
@@ -48,9 +48,9 @@ class Queries(Mixer):
     scale: float | None = None
     """Factor on q·k; None: head_dim^-1/2"""
     softcap: float | None = None
-    """Bound on the scores, c * tanh(score / c)"""
+    """c of the bounded scores, c * tanh(score / c); None: scores are not bounded"""
     window: int | None = None
-    """Keys that a query sees: itself and those before it"""
+    """How many keys a query sees, its own and those before it; None: all"""
     causal: bool = True
     """False: every token of a segment sees every other, for encoders"""
 
@@ -61,8 +61,8 @@ class Queries(Mixer):
         rotated = self.position.rotated(self.head_dim) if isinstance(self.position, Rope) else None
         if rotated is not None and (rotated < 2 or rotated % 2):
             raise UserError(
-                f"head_dim: {rotated} of {self.head_dim} channels are rotated; an even number is needed, for rotary "
-                "positions pair them"
+                f"head_dim: {rotated} of {self.head_dim} channels are rotated; expected an even number, since rotary "
+                "positions rotate pairs of channels"
             )
         for name in ("window", "softcap"):
             value = getattr(self, name)
@@ -78,12 +78,12 @@ class Queries(Mixer):
         """Half of the sequence if causal; fewer in a window."""
         if not self.causal:
             return length
-        seen = length if self.window is None else min(self.window, length)
-        return seen - seen**2 / (2 * length)
+        most = length if self.window is None else min(self.window, length)
+        return most - most**2 / (2 * length)
 
     @property
     def rule(self) -> Scores:
-        """How scores become weights."""
+        """How the scores are computed from queries and keys, and which keys are visible."""
         return Scores(
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
             softcap=self.softcap,
@@ -97,7 +97,7 @@ class Queries(Mixer):
         return self.position, self.head_dim
 
     def table(self, positions: jax.Array) -> Any:
-        """What `position` needs of positions [B, T]: sines and cosines for `Rope`."""
+        """What `position.rotate` needs for positions [B, T]: cosines and sines for `Rope`."""
         return self.position.table(positions, self.head_dim)
 
     def projected(self, layer: Layer, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
@@ -125,7 +125,7 @@ class Attention(Queries):
     """A name under which later layers find these keys and values (`SharedAttention.source`)"""
 
     def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
-        """Room for the keys and values of `length` tokens, k and v, each as `codec` stores it."""
+        """An empty cache for the keys k and values v of `length` tokens, each as `codec` stores it."""
         return {name: codec.init(batch, self.kv_heads, length, self.head_dim, dtype) for name in ("k", "v")}
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
@@ -145,8 +145,8 @@ class Attention(Queries):
         if flow.cache is not None:
             codec, start, depth = layer.numerics.cache, flow.mask.start, flow.depth
             cache = {name: codec.write(flow.cache[name], new, depth, start) for name, new in (("k", k), ("v", v))}
-            # An optimization barrier: else XLA writes once for those who read it here and once for the next token,
-            # into copies.
+            # An optimization barrier: else XLA writes twice, into copies: for the attention below and for the next
+            # token.
             cache = jax.lax.optimization_barrier(cache)
             k, v = (codec.read(cache[name], depth, k.dtype) for name in ("k", "v"))
             flow = flow._replace(cache=cache)
@@ -157,13 +157,14 @@ class Attention(Queries):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedAttention(Queries):
-    """Queries of its own on the keys and values of an earlier layer: no K and V parameters, no cache.
+    """Attention with its own queries to the keys and values of an earlier layer: no K and V parameters, no cache.
 
     Brandon et al. 2024, arXiv:2405.12981; Apple 2025, arXiv:2507.13575, section 2.1.
     """
 
     source: str
-    """`Attention.shares` of the layer whose keys and values are used; of several, the last before this one"""
+    """`Attention.shares` of the layer whose keys and values are used; if several layers have it, the last before this
+    one"""
 
     def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
         return {}

@@ -1,8 +1,9 @@
-"""Attention for a CPU: one batched matrix product a step over [B·H, T, K], and a backward pass written out.
+"""Attention for a CPU: batched matrix products over [B·H, T, K], and a backward pass of its own.
 
-The scores are computed again for the backward pass, transposed, so that each product contracts the last axis of its
-left side, the only form that XLA's CPU back end runs in bfloat16 (see nn/einsum_cpu.py). What is kept is a number a
-query. Dao et al. 2022, arXiv:2205.14135, section 3.1, without the tiles: at these lengths [T, T] fits the cache.
+The backward pass computes the scores again, transposed, so that each product contracts the last axis of its left side,
+the only form that XLA's CPU back end runs in bfloat16 (see nn/einsum_cpu.py). Of the scores only their log-sum-exp is
+kept, one number for each query. Dao et al. 2022, arXiv:2205.14135, section 3.1, but in a few blocks instead of small
+tiles: at these lengths their scores fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from slmjax.nn.attention_kernels import Mask, Scores, distance, reference_attent
 from slmjax.nn.einsum_cpu import transpose
 
 BLOCK = 128
-"""Tokens of a block of queries or keys, at least half as many"""
+"""Tokens in a block of queries or keys, unless `MOST_BLOCKS` needs larger ones"""
 MOST_BLOCKS = 4
-"""Of a sequence: each is compiled on its own"""
+"""Blocks in a sequence at most: each is compiled separately"""
 
 
 def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
-    """As `reference_attention`, which serves the steps of decoding. Differentiable once, in reverse mode.
+    """`reference_attention`, faster on a CPU; decoding with a cache uses that function itself. First derivatives in
+    reverse mode only.
 
-    Slots must ascend along a row, as those of whole rows do: blocks of keys that no query sees are left out by where
-    they stand.
+    Slots must ascend along a row, as those of whole rows do: blocks of keys that no query sees are skipped by their
+    place in the row.
     """
     if mask.start is not None:
         return reference_attention(q, k, v, mask, rule)
@@ -80,8 +82,8 @@ def _backward(rule: Scores, saved: tuple, g: jax.Array):
         dvs.append(_dot(weights.astype(q.dtype), gb, 1, q.dtype))
         part = _dot(transpose(kb), ds, 1)  # [BH, K, T] in float32, as the blocks' parts are summed
         dqs.append(jnp.pad(part, [(0, 0), (0, 0), (queries.start, t - end)]))
-    # An optimization barrier: folded into the product, this transpose would make it one that runs in a slow loop on
-    # one core.
+    # An optimization barrier: XLA would fold this transpose into the product, which then runs as a slow loop on one
+    # core.
     dq = jnp.swapaxes(jax.lax.optimization_barrier(functools.reduce(jnp.add, dqs).astype(q.dtype)), 1, 2)
     return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1), None, None
 
@@ -112,8 +114,8 @@ def _masked(
     *,
     queries_first: bool,
 ) -> jax.Array:
-    """Scores of these queries and keys, [BH, T, S] or [BH, S, T], with `rule.bias`; pairs that do not see each other
-    get the least float32."""
+    """Scores of these queries and keys, [BH, T, S] or [BH, S, T], plus `rule.bias`; where the query does not see the
+    key, the least float32."""
     between = distance(slots[queries], slots[keys])
     seen = (segments[:, queries, None] == segments[:, None, keys]) & rule.sees(between)
     bias = rule.bias(between)

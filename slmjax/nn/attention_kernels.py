@@ -1,4 +1,4 @@
-"""Scaled dot-product attention inside segments, as interchangeable functions: a `Compute.attention` value each."""
+"""Scaled dot-product attention inside segments, as interchangeable functions for `Compute.attention`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Scores:
     softcap: float | None = None
     """Scores are squeezed into (-c, c): c * tanh(score / c). Gemma 2, arXiv:2408.00118, section 2"""
     window: int | None = None
-    """Keys a query sees, itself and those before it; None: all. Beltagy et al. 2020, arXiv:2004.05150"""
+    """How many keys a query sees, its own and those before it; None: all. Beltagy et al. 2020, arXiv:2004.05150"""
     slopes: tuple[float, ...] | None = None
-    """A head's penalty for each token of distance. Press et al. 2021 (ALiBi), arXiv:2108.12409"""
+    """For each head, the penalty for each token of distance. Press et al. 2021 (ALiBi), arXiv:2108.12409"""
     causal: bool = True
     """Whether later keys are hidden"""
 
     def squeezed(self, scores: jax.Array) -> jax.Array:
-        """The scores under the soft cap."""
+        """The scores after the soft cap."""
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def sees(self, distance: jax.Array) -> jax.Array:
-        """distance int [...], slots from the key up to the query -> bool [...]."""
-        seen = distance >= 0 if self.causal else jnp.ones_like(distance, bool)
-        return seen if self.window is None else seen & (distance < self.window)
+        """distance int [...], slots from the key up to the query -> bool [...], whether the query sees the key."""
+        visible = distance >= 0 if self.causal else jnp.ones_like(distance, bool)
+        return visible if self.window is None else visible & (distance < self.window)
 
     def bias(self, distance: jax.Array) -> jax.Array | None:
         """distance [T, S] -> float32 [H, T, S], added to the scores; None without slopes."""
@@ -55,22 +55,23 @@ class Mask(NamedTuple):
 
     @classmethod
     def of_rows(cls, segments: jax.Array) -> Mask:
-        """Of whole rows [B, T] that see themselves."""
+        """The mask of whole rows, whose segment ids are `segments` [B, T]: queries and keys are the same tokens."""
         slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
         return cls(segments, segments, slots, slots)
 
     @classmethod
-    def of_cache(cls, segments: jax.Array, known: jax.Array, start: jax.Array) -> Mask:
-        """Of tokens [B, T] that lie from slot `start` on among those of a cache, `known` [B, S]."""
+    def of_cache(cls, segments: jax.Array, cached: jax.Array, start: jax.Array) -> Mask:
+        """The mask of new tokens with segment ids `segments` [B, T], which lie from slot `start` on in a cache with
+        segment ids `cached` [B, S]."""
         slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
-        return cls(segments, known, slots + start, jnp.arange(known.shape[1], dtype=jnp.int32), start)
+        return cls(segments, cached, slots + start, jnp.arange(cached.shape[1], dtype=jnp.int32), start)
 
     def distance(self) -> jax.Array:
         """int32 [T, S]: slots from the key up to the query; inside a segment, tokens."""
         return distance(self.query_slots, self.key_slots)
 
     def dense(self, rule: Scores) -> jax.Array:
-        """Bool [B, T, S]. Every query sees itself, padding too, so no softmax is over nothing."""
+        """Bool [B, T, S]. Every query sees at least itself, even in padding, so that each softmax has a term."""
         return rule.sees(self.distance()) & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
 
 
@@ -80,7 +81,7 @@ def distance(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
-    """softmax(scale * q k^T) v as it is written, scores and softmax in float32. Vaswani et al. 2017, arXiv:1706.03762.
+    """softmax(scale * q k^T) v by its definition, scores and softmax in float32. Vaswani et al. 2017, arXiv:1706.03762.
 
     q [B, T, H, K]; k, v [B, S, G, K], G dividing H (Ainslie et al. 2023, arXiv:2305.13245) -> [B, T, H, K]
     """
@@ -94,7 +95,7 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, ru
         scores = scores + bias.reshape(groups, h // groups, *bias.shape[1:])
     scores = jnp.where(mask.dense(rule)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    values = jnp.einsum("bgrts,bsge->bgrte", weights, v)  # in this order v is the right side of a plain product
+    values = jnp.einsum("bgrts,bsge->bgrte", weights, v)  # in this order of axes it is a batched matrix product
     return values.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
@@ -105,13 +106,13 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Sc
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
     """cuDNN's fused attention on a GPU in half precision, else XLA's. Shapes as `reference_attention`."""
-    # cuDNN 9 takes half precision, head widths in multiples of 8 up to 128, and wants more than one query.
+    # cuDNN 9 needs half precision, a head width that is a multiple of 8 up to 128, and more than one query.
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1
     return _library(q, k, v, mask, rule, "cudnn" if fits and jax.default_backend() == "gpu" else "xla")
 
 
 def _library(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores, implementation: Any) -> jax.Array:
-    if rule.softcap is not None:  # which the library's function cannot express
+    if rule.softcap is not None:  # jax.nn.dot_product_attention has no soft cap
         return reference_attention(q, k, v, mask, rule)
     bias = rule.bias(mask.distance())
     return jax.nn.dot_product_attention(

@@ -1,4 +1,4 @@
-"""How a mixer, a feed-forward layer and norms are wired to the residual stream: a kind of block each."""
+"""Blocks: ways to connect a mixer, a feed-forward layer and norms to the residual stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slmjax.nn.parts import FeedForward, Flow, Mixer, Norm
 
 @dataclass(frozen=True, kw_only=True)
 class AnyBlock(abc.ABC):
-    """One layer of a model. A subclass is one wiring."""
+    """One layer of a model. Each subclass connects the parts in its own way."""
 
     mixer: Mixer
     mlp: FeedForward
@@ -37,15 +37,15 @@ class AnyBlock(abc.ABC):
         """x [B, T, D] -> [B, T, D], and `flow` after these tokens."""
 
     def mixed(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
-        """What the mixer makes of x."""
+        """The mixer's output for x [B, T, D], [B, T, D], and `flow` after it."""
         return layer.child(self.mixer.label, self.mixer)(x, flow)
 
     def feed_forward(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
-        """What the feed-forward layer makes of x."""
+        """The feed-forward layer's output for x [B, T, D], [B, T, D], and `flow` after it."""
         return layer.child("mlp", self.mlp)(x, flow)
 
     def normed(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
-        """x under the norm of this name."""
+        """norm(x), the norm's parameters under this name."""
         return layer.child(name, self.norm)(x)
 
     def added(self, x: jax.Array, *branches: jax.Array) -> jax.Array:

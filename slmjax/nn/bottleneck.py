@@ -30,7 +30,7 @@ class SplitAttention(Queries):
     """Queries and keys from one input, values from another."""
 
     def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, Any]:
-        """Nothing: it serves encoders."""
+        """An empty cache: encoders have none."""
         return {}
 
     def __call__(self, layer: Layer, x: Any, flow: Flow) -> tuple[jax.Array, Flow]:

@@ -1,7 +1,7 @@
-"""How a model is computed, as opposed to what it computes: precision, kernels, memory against time.
+"""How a model is computed: precision, kernels, recomputation to save memory.
 
-Two `Compute` values give the same function up to rounding. Nothing here is part of an experiment's identity; what is,
-such as quantized activations, is `numerics.Numerics`.
+Two `Compute` values give the same function up to rounding, so they are not part of an experiment's identity. Settings
+that change the function, such as quantized activations, are in `numerics.Numerics`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class KeepAll:
 class Remat:
     """Recompute each block in the backward pass. Chen et al. 2016, arXiv:1604.06174.
 
-    Kept are the block's input and, with `keep_matmuls`, the results of matrix products with parameters (not those
-    inside attention), which are what costs time to recompute.
+    The block's input is kept and, with `keep_matmuls`, the results of matrix products with parameters (not those inside
+    attention), which would take the most time to recompute.
     """
 
     keep_matmuls: bool = False
 
     def __call__(self, module: Any, *, in_loop: bool) -> Any:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.keep_matmuls else None
-        # Without a loop around it, XLA would merge the recomputation with the original unless it is told not to.
+        # Outside a loop XLA would merge the recomputation with the original, unless prevent_cse is set.
         return nn.remat(module, policy=policy, prevent_cse=not in_loop)
 
 
@@ -59,17 +59,18 @@ class Compute:
     dtype: str = "float32"
     """float32 | bfloat16"""
     attention: Callable = reference_attention
-    """(q [B,T,H,K], k [B,S,G,K], v [B,S,G,K], mask: Mask, scale) -> [B,T,H,K]; see nn/attention_kernels.py"""
+    """(q [B,T,H,K], k [B,S,G,K], v [B,S,G,K], mask: Mask, rule: Scores) -> [B,T,H,K]; see nn/attention_kernels.py"""
     einsum: Callable = einsum
     """(equation, x, weight) -> y: the kernel of every contraction with a parameter"""
     remat: KeepAll | Remat = KeepAll()
     """What the backward pass recomputes"""
     unroll: int | None = 1
-    """Layers per iteration of the scan over layers; None: all of them, so no loop, longer to compile"""
+    """Layers per iteration of the scan over layers; None: all layers, without a loop, which takes longer to compile"""
 
     micro_size: int | None = None
-    """Tokens times width: a batch is computed in as many micro-batches as leave each device this much (train/micro.py).
-    Less memory, and faster where the working set then fits the cache; None: in as many as the experiment asks for"""
+    """Least tokens times width of a micro-batch on each device: a batch is cut into as many micro-batches as this
+    allows (train/micro.py), for less memory, and for speed where the working set then fits the processor's cache; None:
+    into `Experiment.accumulate` micro-batches"""
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -80,24 +81,24 @@ class Compute:
             raise UserError(f"compute.micro_size: {self.micro_size} is not a positive number, or None")
 
     def micro_tokens(self, width: int) -> int | None:
-        """Tokens that a micro-batch has at least on each device, in a model of this width."""
+        """The least tokens of a micro-batch on each device, in a model of this width; None without `micro_size`."""
         return None if self.micro_size is None else math.ceil(self.micro_size / width)
 
 
 def cpu_dtype(bfloat16: bool, jaxlib: tuple[int, ...]) -> str:
-    """Of a CPU on which nothing has been measured: bfloat16 if the processor multiplies it (`Processor.bfloat16`) and
-    jaxlib, by (major, minor), lets it: before 0.12 such a product is converted on the way."""
+    """The dtype for a CPU on which nothing has been measured: bfloat16 if the processor has instructions for it
+    (`Processor.bfloat16`) and jaxlib (major, minor) uses them: before 0.12 it converts to float32 first."""
     return "bfloat16" if bfloat16 and jaxlib >= (0, 12) else "float32"
 
 
 def for_cpu(dtype: str, *, einsum: Callable = cpu_einsum, attention: Callable = cpu_attention) -> Compute:
-    """On a CPU, in this precision and with these forms; runs/probe.py measures which are the fastest."""
+    """The settings for a CPU with this dtype and these kernels; runs/probe.py measures which are the fastest."""
     return Compute(dtype=dtype, attention=attention, einsum=einsum, unroll=8, micro_size=2**18)
 
 
 def for_backend(backend: str) -> Compute:
-    """The fastest known way on `cpu`, `gpu` or `tpu` (`jax.default_backend()`), from what the processor has; nothing is
-    measured."""
+    """The fastest known settings for `cpu`, `gpu` or `tpu` (`jax.default_backend()`). Nothing is measured: the dtype on
+    a CPU follows from its instructions."""
     if backend == "cpu":
         return for_cpu(cpu_dtype(processor().bfloat16, jaxlib_version()))
     return {

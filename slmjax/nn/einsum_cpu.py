@@ -2,7 +2,7 @@
 
 XLA's CPU back end multiplies bfloat16 matrices by AVX512-BF16 or AMX instructions only where the left side is
 contracted over its last axis, and converts to float32 otherwise: every weight gradient, x^T g, then runs at a third of
-the speed. Here x^T is an array of its own.
+the speed. So here x^T is first stored as an array.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 ROWS = 512
-"""Rows of one piece of a transpose"""
+"""Rows of one piece of a transposed matrix"""
 
 
 def cpu_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -34,12 +34,12 @@ def cpu_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @functools.cache
 def _matrix(equation: str) -> tuple[int, bool] | None:
-    """How many last axes of x are contracted, and whether they are the first of the weight (else its last).
-    None: no plain matrix product."""
-    found = re.fullmatch(r"(\.\.\.)?(\w*),(\w+)->(\.\.\.)?(\w*)", equation.replace(" ", ""))
-    if found is None or bool(found[1]) != bool(found[4]):
+    """How many of x's last axes are contracted, and whether they are the first axes of the weight (else its last).
+    None: the equation is not a plain matrix product."""
+    parsed = re.fullmatch(r"(\.\.\.)?(\w*),(\w+)->(\.\.\.)?(\w*)", equation.replace(" ", ""))
+    if parsed is None or bool(parsed[1]) != bool(parsed[4]):
         return None
-    x, weight, out = found[2], found[3], found[5]
+    x, weight, out = parsed[2], parsed[3], parsed[5]
     inner = [axis for axis in x if axis in weight]
     contracted, leading = "".join(inner), "".join(axis for axis in x if axis not in weight)
     outer = "".join(axis for axis in weight if axis not in inner)
@@ -65,7 +65,8 @@ def _backward(first: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> 
     dx = _dot(g, weight, 1 if first else 0)
     if left.shape[1] <= right.shape[1]:
         return dx, _dot(transpose(left), right, 0)
-    # The narrower side is the cheaper one to transpose; the barrier keeps the small product apart from its transpose.
+    # The narrower side is cheaper to transpose; the optimization barrier keeps XLA from folding the last transpose into
+    # the product.
     return dx, jax.lax.optimization_barrier(_dot(transpose(right), left, 0)).T
 
 
@@ -79,7 +80,7 @@ def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 def transpose(x: jax.Array) -> jax.Array:
     """x [..., N, C] -> [..., C, N], as an array that XLA does not fold into the product that reads it.
 
-    Joined from pieces: XLA moves a lone transpose into the product and then computes that in float32.
+    It is concatenated from pieces: XLA would fold a single transpose into the product and compute that in float32.
     """
     rows = x.shape[-2]
     pieces = max(2, math.ceil(rows / ROWS))

@@ -17,7 +17,7 @@ from slmjax.nn.position import Learned
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """A table of token vectors, scaled, projected, plus learned positions, normed: as far as a model has these."""
+    """Token vectors from a table; then, if the model has them, a scale, a projection, learned positions, a norm."""
 
     vocab: int
     width: int
@@ -28,7 +28,7 @@ class Embedding:
     table_width: int | None = None
 
     def __call__(self, layer: Layer, tokens: jax.Array, positions: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        # Rows are taken before the cast, so that the gradients of a frequent token add up in float32.
+        # Rows are looked up before the cast, so that the gradients of a frequent token add up in float32.
         table = layer.matrix("table", (self.vocab, self.table_width or self.width), ("vocab", "embed"))
         x = jnp.take(table, tokens, axis=0)
         x = x if self.scale == 1.0 else x * self.scale
@@ -41,7 +41,7 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True)
 class Unembedding:
-    """A table of output vectors of its own, when the input table is not used twice (Press & Wolf 2017)."""
+    """A separate table of output vectors, for models that do not reuse the input table (Press & Wolf 2017)."""
 
     vocab: int
     width: int
@@ -52,7 +52,7 @@ class Unembedding:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """From the width of the blocks to that of the table that logits are read from."""
+    """A projection from the width of the blocks to the width of the output table."""
 
     width: int
 
@@ -62,10 +62,10 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """What becomes of the product of hidden vectors and table."""
+    """Logits: the product of hidden vectors and the output table, scaled and soft-capped."""
 
     scale: float = 1.0
-    """Factor"""
+    """Factor on the product"""
     softcap: float | None = None
     """Logits are squeezed into (-c, c): c * tanh(logit / c). Gemma 2, arXiv:2408.00118, section 2"""
 
@@ -75,7 +75,7 @@ class Logits:
     def __call__(
         self, path: str, table: jax.Array, hidden: jax.Array, compute: Compute, numerics: Numerics
     ) -> jax.Array:
-        """table [V, D], which is the parameter `path`; hidden [..., D] -> float32 [..., V]."""
+        """table [V, D], the parameter at `path`; hidden [..., D] -> float32 [..., V]."""
         table, hidden = table.astype(compute.dtype), hidden.astype(compute.dtype)
         y = numerics.product(path, "...d,vd->...v", hidden, table, compute.einsum).astype(jnp.float32)
         y = y if self.scale == 1.0 else y * self.scale

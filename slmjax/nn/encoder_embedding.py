@@ -1,4 +1,4 @@
-"""What the first layer of an encoder reads: tokens, positions and token types, under a norm."""
+"""The input of an encoder's first layer: the normed sum of token, position and token type vectors."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ class EncoderEmbedding:
 
     def joined(self, layer: Layer, x: jax.Array, segments: jax.Array) -> jax.Array:
         """Vectors of the next token, this one and the one before [B, T, 3E] -> [B, T, D]."""
-        # Neighbours in another document are zeros, as beyond the ends. Padding (segment 0) is seen, as stock models do.
-        later = jnp.where(_near(segments, segments[:, 1:], 0), jnp.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)]), 0)
-        earlier = jnp.where(_near(segments, segments[:, :-1], 1), jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)]), 0)
+        # Neighbours in another document count as zeros, like those beyond the ends. Padding (segment 0) is read, as
+        # transformers does.
+        later = jnp.where(_reads(segments, segments[:, 1:], 0), jnp.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)]), 0)
+        earlier = jnp.where(_reads(segments, segments[:, :-1], 1), jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)]), 0)
         three = jnp.concatenate([later, x, earlier], axis=-1)
         shape = (three.shape[-1], self.width)
         return layer.linear("project", "btp,pd->btd", three, shape, (None, "embed"), bias=True)
 
 
-def _near(segments: jax.Array, neighbours: jax.Array, before: int) -> jax.Array:
-    """Whether each token sees its neighbour, bool [B, T, 1]; `neighbours` [B, T - 1] lack the first (before = 1) or
-    last one, which is padding."""
+def _reads(segments: jax.Array, neighbours: jax.Array, before: int) -> jax.Array:
+    """Whether each token reads its neighbour's vector, bool [B, T, 1]. `neighbours` [B, T - 1]: segment ids of the
+    neighbours; the first token (before = 1) or the last one has none, which counts as padding."""
     neighbours = jnp.pad(neighbours, [(0, 0), (before, 1 - before)])
     return ((neighbours == segments) | (neighbours == 0))[..., None]

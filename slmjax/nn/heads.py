@@ -1,4 +1,4 @@
-"""What stands on the last layer: from hidden vectors to logits, each token alone."""
+"""Heads: from the last layer's hidden vectors to logits, scores or vectors, each token by itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from slmjax.nn.parts import Norm
 
 
 class Head(abc.ABC):
-    """Reads the last layer. A head that describes a whole text is read at one of its tokens: the first of an encoder,
-    the last of a decoder (`Model.read_at`)."""
+    """The output layer of a model. For a whole text its output is taken at one token: the first in an encoder, the last
+    in a decoder (`Model.read_at`)."""
 
     predicts_tokens: ClassVar[bool] = False
-    """Whether its outputs are logits of the vocabulary's tokens"""
+    """Whether its outputs are logits over the vocabulary"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ class Head(abc.ABC):
         return ()
 
     def logit_products(self, vocab: int, width: int) -> int:
-        """Multiply-adds of a token with tables of tokens; see `Assembly.logit_products`. `width`: D of the model."""
+        """Multiply-adds a token of the products with tables; see `Assembly.logit_products`. `width`: the model's D."""
         return 0
 
     @abc.abstractmethod
@@ -39,10 +39,10 @@ class Head(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedWords(Head):
-    """Logits of the token that is hidden here: norm(activation(dense(h))) times the embedding's table, plus a bias.
+    """Logits of the masked token: norm(activation(dense(h))) times the embedding's table, plus a bias.
 
-    Devlin et al. 2019, arXiv:1810.04805. Where the table is narrower than the model, the other columns are a table of
-    their own (MobileBERT, Sun et al. 2020, arXiv:2004.02984).
+    Devlin et al. 2019, arXiv:1810.04805. If the table is narrower than the model, the missing columns are a parameter
+    of the head (MobileBERT, Sun et al. 2020, arXiv:2004.02984).
     """
 
     predicts_tokens: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class MaskedWords(Head):
 
 @dataclass(frozen=True, kw_only=True)
 class Bare(Head):
-    """Nothing: the hidden vectors themselves, for embeddings."""
+    """No head: returns the hidden vectors themselves, for embeddings."""
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return hidden.astype(jnp.float32)
@@ -76,7 +76,7 @@ class Bare(Head):
 
 @dataclass(frozen=True, kw_only=True)
 class Pooler(Head):
-    """tanh(dense(h)): the vector with which BERT describes a whole sequence, at its first token."""
+    """tanh(dense(h)): at the first token, the vector by which BERT represents a whole sequence."""
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return tanh(_dense(layer, "pool", hidden, hidden.shape[-1])).astype(jnp.float32)
@@ -87,11 +87,13 @@ class LabelHead(Head):
     """A score for each label of a text. Trained by `objectives.Classify`."""
 
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
-    """Their names, in the order of their numbers"""
+    """Names of the labels, in the order of their ids"""
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
-            raise UserError(f"model.head.labels: {', '.join(self.labels) or 'none'}; give names that differ")
+            raise UserError(
+                f"model.head.labels: {', '.join(self.labels) or 'none'}; give at least one name, and each once"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ class Classifier(LabelHead):
 
 @dataclass(frozen=True, kw_only=True)
 class LastTokenScore(LabelHead):
-    """Scores from one matrix, without bias, at the last token of a text, for decoders: the one that has seen all."""
+    """Scores from one matrix, without bias, at the last token of a text, for decoders: it alone sees the whole text."""
 
     def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
         shape = (hidden.shape[-1], len(self.labels))

@@ -14,7 +14,7 @@ from slmjax.errors import UserError
 
 
 class Role(NamedTuple):
-    """What is known of a matrix or table whose initial values are drawn; without the axis of layers."""
+    """Description of a matrix or table whose initial values are to be drawn, for one layer."""
 
     path: str
     """Its path in the tree of parameters: `layers/attn/q`, `layers/0/mlp/up`, `embed/table`"""
@@ -22,15 +22,15 @@ class Role(NamedTuple):
     axes: tuple[str | None, ...]
     """The name of each dimension (axes.py)"""
     fan_in: int | None
-    """How many inputs each of its outputs sums; None for rows that are looked up, and taps of convolutions"""
+    """How many inputs are summed for each output; None for tables that are looked up, and taps of convolutions"""
     residual: bool
     """Whether its product is added to the residual stream"""
     branches: int
-    """How many such products the residual stream sums: 2L in a decoder of L layers; 1 where a norm follows each of
-    them, as in BERT"""
+    """How many such products the residual stream sums: 2L in a decoder of L layers; 1 if each sum is followed by a
+    norm, as in BERT"""
 
     def size(self, axis: str) -> int | None:
-        """The size of a dimension by its name; None if there is no such one."""
+        """The size of the dimension of this name; None if there is none."""
         return self.shape[self.axes.index(axis)] if axis in self.axes else None
 
 
@@ -39,31 +39,32 @@ class Initial(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, role: Role) -> tuple[Any, str]:
-        """The initializer, (key, shape, dtype) -> array, of a matrix or table, and its distribution in words."""
+        """The initializer, (key, shape, dtype) -> array, of a matrix or table, and its distribution as text."""
 
     def check(self) -> None:  # noqa: B027  # most have nothing to check
-        """Called where a model is made of it.
+        """Checks its numbers; called when a model with it is created.
 
         Raises:
-            UserError: a number that means nothing.
+            UserError: a number out of range.
         """
 
     @property
     def stated(self) -> float:
-        """The one standard deviation that a config.json of transformers has room for."""
+        """`initializer_range` in a config.json of transformers, which holds a single standard deviation."""
         return 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normal(Initial):
-    """Normal values of one standard deviation, but for the matrices of a decoder that write to the residual stream:
-    the stream sums 2L products, so theirs is divided by sqrt(2L). Radford et al. 2019 (GPT-2), section 2.3.
+    """Normally distributed values with one standard deviation, except that of a decoder's matrices whose product is
+    added to the residual stream: there it is divided by sqrt(2L), since the stream sums 2L such products. Radford et
+    al. 2019 (GPT-2), section 2.3.
     """
 
     std: Any = 0.02
     """Standard deviation of every matrix and table"""
     residual: Any = 1.0
-    """One more factor on `std` for matrices that write to the residual stream"""
+    """Additional factor on `std` for matrices whose product is added to the residual stream"""
 
     def __call__(self, role: Role) -> tuple[Any, str]:
         std = self.std * (self.residual / math.sqrt(role.branches) if role.residual else 1.0)

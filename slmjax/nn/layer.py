@@ -1,7 +1,8 @@
-"""The one Linen module: it gives a value (`RMSNorm(...)`, `Attention(...)`) its parameters, names and precision.
+"""`Layer`, the only Linen module: it provides a part (`RMSNorm(...)`, `Attention(...)`) with parameters and precision.
 
 A part of a model is a frozen dataclass whose `__call__(layer, x, ...)` is its whole computation. `layer` declares the
-part's parameters and makes its children, so shapes, initial values and logical axes are each stated once, where used.
+part's parameters and creates its children, so the code states shapes, initial values and logical axes once, where a
+parameter is used.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ Axes = tuple[str | None, ...]
 
 
 class Declared(nn.LogicallyPartitioned):
-    """A parameter at its birth: the array, its logical axes (`names`), and its initial distribution in words."""
+    """A parameter as `init` creates it: the array, its logical axes (`names`), and its initial distribution as text."""
 
     initial: str = struct.field(pytree_node=False, default="")
 
 
 class Layer(nn.Module):
-    """Calls `spec` with itself."""
+    """The module of one part, `spec`: calling it calls the part with this layer as first argument."""
 
     spec: Any
     compute: Compute
@@ -39,19 +40,19 @@ class Layer(nn.Module):
     branches: int = 1
     """`initial.Role.branches`"""
     prefix: str = ""
-    """Path under which its parameters lie in those of the model, where it is applied by itself (`head`)"""
+    """Path of its parameters in those of the model, if it is applied separately from the model (`head`)"""
 
     @nn.compact
     def __call__(self, *args):
         return self.spec(self, *args)
 
     def child(self, name: str, spec: Any) -> Layer:
-        """A part under `name`; call it with the part's arguments."""
+        """The layer of another part, with parameters under `name`; call it with the part's arguments."""
         return Layer(spec=spec, name=name, **self.inherited)
 
     @property
     def inherited(self) -> dict[str, Any]:
-        """What a child has from its parent."""
+        """The fields that a child takes from its parent."""
         names = ("compute", "initial", "numerics", "branches", "prefix")
         return {name: getattr(self, name) for name in names}
 
@@ -65,8 +66,8 @@ class Layer(nn.Module):
     ) -> jax.Array:  # fmt: skip
         """`einsum(equation, x, weight)`, plus a bias, in the compute dtype.
 
-        Declares the weight `name` and the bias, `{name}_bias`, which has those dimensions of the weight that the output
-        has.
+        Declares the weight `name` and the bias `{name}_bias`, whose dimensions are those of the weight that the output
+        has too.
 
         Example: `layer.linear("up", "btd,df->btf", x, (width, hidden), ("embed", "mlp"))`.
 
@@ -90,18 +91,18 @@ class Layer(nn.Module):
         return self.cast(y.astype(jnp.float32) + b)
 
     def product(self, path: str, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """`einsum(equation, x, weight)` in the compute dtype, as `numerics` has it.
+        """`einsum(equation, x, weight)` in the compute dtype, rounded as `numerics` defines.
 
         Args:
-            path: of the parameter that the weight is.
+            path: the path of the weight in the tree of parameters.
         """
         return self.numerics.product(path, equation, self.cast(x), self.cast(weight), self.compute.einsum)
 
     def matrix(
         self, name: str, shape: tuple[int, ...], axes: Axes, *, fan_in: int | None = None, residual: bool = False
     ) -> jax.Array:
-        """A parameter of random initial values, float32, for what is no product, such as a table of rows that are
-        looked up. `fan_in`, `residual`: see `initial.Role`."""
+        """A float32 parameter with random initial values, for other uses than `linear`, such as a table that is looked
+        up. `fan_in`, `residual`: see `initial.Role`."""
         role = Role(self.path_of(name), shape, axes, fan_in, residual, self.branches)
         return self._declare(name, *self.initial(role), shape, axes)
 
@@ -113,11 +114,11 @@ class Layer(nn.Module):
         """A parameter of zeros, float32."""
         return self._declare(name, nn.initializers.zeros, "zeros", shape, axes)
 
-    def _declare(self, name: str, initializer: Any, words: str, shape: tuple[int, ...], axes: Axes) -> Any:
-        def boxed(key, shape, dtype):
-            return Declared(initializer(key, shape, dtype), names=axes, initial=words)
+    def _declare(self, name: str, initializer: Any, distribution: str, shape: tuple[int, ...], axes: Axes) -> Any:
+        def declared(key, shape, dtype):
+            return Declared(initializer(key, shape, dtype), names=axes, initial=distribution)
 
-        return self.param(name, boxed, shape, jnp.float32)
+        return self.param(name, declared, shape, jnp.float32)
 
     def cast(self, x: jax.Array) -> jax.Array:
         """To the compute dtype."""

@@ -1,4 +1,4 @@
-"""Feed-forward layers, applied to each token alone."""
+"""Feed-forward layers, applied to each token by itself."""
 
 from __future__ import annotations
 

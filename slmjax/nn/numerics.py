@@ -1,7 +1,7 @@
-"""What a model computes where it could compute less exactly: products with parameters, and the key-value cache.
+"""Rounding that is part of a model's function: of products with parameters, and of the key-value cache.
 
-`Compute` says how the same function is computed; `Numerics` says which function. It belongs to the experiment: it is in
-the fingerprint and in checkpoints, and evaluation and generation compute with the same.
+`Compute` decides how a function is computed, `Numerics` which function it is. `Numerics` belongs to the experiment: it
+is part of the fingerprint and stored with checkpoints, and evaluation and generation use the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """How activations meet a parameter: exactly, as it is. A subclass may round either of them first, chosen by path.
+    """The product of activations and a parameter, here without rounding. A subclass may round either of them first,
+    depending on the parameter's path.
 
     Example: activations in 8 bits inside the layers alone:
 
@@ -29,24 +30,24 @@ class Product:
         """`einsum(equation, x, weight)`; all three arrays have the compute dtype.
 
         Args:
-            path: of the parameter in the tree of parameters, in which layers are stacked: `layers/attn/q`,
-                `layers/0/mlp/up`, `head/transform`; of the logits, that of the table they are read from
-                (`embed/table` if it is tied, else `unembed/table`).
+            path: the parameter's path in the tree of parameters, in which layers are stacked: `layers/attn/q`,
+                `layers/0/mlp/up`, `head/transform`; for the logits, the path of the output table (`embed/table` if it
+                is tied, else `unembed/table`).
             einsum: the kernel, `Compute.einsum`.
         """
         return einsum(equation, x, weight)
 
 
 class Cache(abc.ABC):
-    """How generation remembers keys (or values) of G heads with K channels.
+    """How generation stores keys (or values) of G heads with K channels.
 
-    What a layer stores is any tree of arrays whose third dimension is that of the S slots. `stack` is that tree with
-    the layers of a stage stacked in front.
+    A layer stores any tree of arrays whose third dimension is that of the S slots. `stack` is that tree with the layers
+    of a stage stacked in a leading dimension.
     """
 
     @abc.abstractmethod
     def init(self, batch: int, heads: int, length: int, width: int, dtype: str) -> Any:
-        """Room for `length` tokens in one layer, still empty: arrays [B, G, S, ...]."""
+        """An empty cache of one layer for `length` tokens: arrays [B, G, S, ...]."""
 
     @abc.abstractmethod
     def write(self, stack: Any, new: jax.Array, depth: jax.Array, start: jax.Array) -> Any:
@@ -59,8 +60,8 @@ class Cache(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PlainCache(Cache):
-    """In the compute dtype, [B, G, S, K]: as the products of attention read it, which would else reorder all of it for
-    each token."""
+    """Stored in the compute dtype as [B, G, S, K], the order in which attention reads it: with another one, all of it
+    would be reordered for each token."""
 
     def init(self, batch: int, heads: int, length: int, width: int, dtype: str) -> jax.Array:
         return jnp.zeros((batch, heads, length, width), dtype)
@@ -84,9 +85,9 @@ def take(stack: jax.Array, depth: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """What is computed. The default is the model as it is written, up to the rounding of `Compute.dtype`."""
+    """How products and the key-value cache are rounded. By default only to `Compute.dtype`."""
 
     product: Product = field(default_factory=Product)
-    """How activations meet parameters"""
+    """How products of activations and parameters are rounded"""
     cache: Cache = field(default_factory=PlainCache)
-    """How generation remembers keys and values"""
+    """How generation stores keys and values"""

@@ -1,6 +1,7 @@
-"""What a block is made of. A part is a frozen dataclass whose `__call__(layer, x, ...)` is its computation.
+"""The parts of a block: norm, mixer, feed-forward layer. A part is a frozen dataclass; its `__call__(layer, x, ...)` is
+its computation.
 
-A new kind of part is a subclass in a file of its own: a block takes it, and nothing else has to know it.
+A new kind of part is a subclass in a file of its own, given to a block; no other code has to change.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ class Norm(abc.ABC):
         """[..., D] -> [..., D]
 
         Args:
-            axes: logical axes of the gain, which has the shape of as many last axes of x.
-            over: of how many last axes the statistics are taken together.
+            axes: logical axes of the gain; its shape is that of as many last axes of x.
+            over: number of last axes over which the statistics are taken together.
         """
 
 
 class Flow(NamedTuple):
-    """What a part knows besides its input, and hands on changed."""
+    """What a part gets besides x, and returns with its changes."""
 
     table: Any
     """`Mixer.table` of these positions"""
     mask: Mask
-    """What sees what; its `start` is the slot of the first of these tokens"""
+    """Which keys each query sees; its `start` is the cache slot of the first of these tokens"""
     cache: Any
     """`Mixer.init_cache` stacked over the layers of a stage; None while training"""
     depth: jax.Array
-    """Number of this layer in the stack, int32 []"""
+    """Index of this layer in the stack, int32 []"""
     shared: dict[str, Any]
-    """What earlier layers have left for later ones, by name: keys and values [B, S, G, K]"""
+    """Arrays of earlier layers that later layers use, by name: keys and values [B, S, G, K]"""
     auxiliary: dict[str, jax.Array]
-    """Terms of the loss that parts have added so far, by name: for each token its own, float32 [B, T]"""
+    """Terms of the loss that parts have added so far, by name, with a value for each token, float32 [B, T]"""
 
     @property
     def real(self) -> jax.Array:
@@ -53,29 +54,29 @@ class Flow(NamedTuple):
         return self.mask.query_segments > 0
 
     def adding(self, name: str, value: jax.Array) -> Flow:
-        """With `value`, float32 [B, T], added to the auxiliary output of this name. See `FeedForward.auxiliary`.
+        """A `Flow` with `value`, float32 [B, T], added to the auxiliary output of this name (`FeedForward.auxiliary`).
 
         Raises:
             UserError: no part has declared it.
         """
         if name not in self.auxiliary:
-            known = ", ".join(self.auxiliary) or "none"
-            raise UserError(f"auxiliary: a part adds {name!r}, which no part declares (declared: {known})")
+            declared = ", ".join(self.auxiliary) or "none"
+            raise UserError(f"auxiliary: a part adds {name!r}, which no part declares (declared: {declared})")
         total = self.auxiliary[name] + value.astype(jnp.float32)
         return self._replace(auxiliary={**self.auxiliary, name: total})
 
 
 class FeedForward(abc.ABC):
-    """Transforms each token alone."""
+    """Transforms each token by itself."""
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
         """Names of the terms of the loss that this part adds to `Flow.auxiliary`, such as a load-balancing loss.
 
-        A term is given for each token, with its factor. The objective adds their mean over the tokens of the batch,
-        weighted like the loss itself, and reports it as a metric of this name; equal names of several layers are
-        summed. So that micro-batches, padding and packing change nothing, the term of a token may depend on tokens of
-        its own segment alone.
+        A term has a value for each token, with its factor applied. The objective adds their mean over the tokens of the
+        batch, weighted like the loss itself, and reports it as a metric of this name; equal names of several layers are
+        summed. A token's value may depend only on tokens of its own segment, so that micro-batches, padding and packing
+        do not change it.
         """
         return ()
 
@@ -97,7 +98,7 @@ class Mixer(abc.ABC):
     @property
     @abc.abstractmethod
     def attended_width(self) -> int:
-        """Channels of q·k and of the weighted values, over all heads, for counting FLOPs; 0 if it does not attend"""
+        """Channels of q·k and of the weighted values, over all heads, for counting FLOPs; 0 if it is no attention"""
 
     def attended_keys(self, length: int) -> float:
         """How many keys a query of a sequence of `length` tokens sees on average."""
@@ -110,19 +111,20 @@ class Mixer(abc.ABC):
 
     @abc.abstractmethod
     def table(self, positions: jax.Array) -> Any:
-        """What every layer of this kind needs of positions [B, T], computed once a forward pass."""
+        """Arrays that depend on positions [B, T] alone, computed once in each forward pass for all layers of this
+        kind."""
 
     @abc.abstractmethod
     def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> Any:
-        """What one layer has to remember of `length` tokens to go on from there, still empty.
+        """An empty cache of one layer for `length` tokens, from which generation can go on.
 
         Args:
             dtype: the compute dtype.
-            codec: how keys and values are remembered (`Numerics.cache`).
+            codec: how keys and values are stored (`Numerics.cache`).
         """
 
     def init_shared(self, batch: int, length: int, dtype: str) -> dict[str, Any]:
-        """What this layer will leave in `Flow.shared`, still zeros."""
+        """Zeros in the shapes of the arrays that this layer puts into `Flow.shared`."""
         return {}
 
     @abc.abstractmethod

@@ -1,5 +1,5 @@
-"""Where a token stands: added to the embedding (`Learned`), rotated into queries and keys (`Rope`), or a penalty on
-distance (`Alibi`)."""
+"""Positions of tokens: vectors added to the embedding (`Learned`), rotations of queries and keys (`Rope`), or a penalty
+on distance (`Alibi`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from slmjax.nn.rope_scaling import RopeScaling
 
 
 class Position:
-    """How attention knows of positions. As it is: not at all."""
+    """How attention uses positions. This base class does not use them."""
 
     def table(self, positions: jax.Array, head_dim: int) -> Any:
-        """positions [B, T] -> what `rotate` needs, computed once for all layers."""
+        """positions [B, T] -> the argument `table` of `rotate`, computed once for all layers."""
         return None
 
     def rotate(self, x: jax.Array, table: Any) -> jax.Array:
@@ -28,13 +28,13 @@ class Position:
         return x
 
     def slopes(self, heads: int) -> tuple[float, ...] | None:
-        """What a head subtracts from a score for each token of distance."""
+        """For each head, what is subtracted from a score for each token of distance; None for nothing."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition(Position):
-    """Order is known only through the causal mask (or through positions added to the embedding)."""
+    """Attention does not use positions: only the causal mask, or positions added to the embedding, tell the order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +49,28 @@ class Alibi(Position):
         power = 2 ** math.floor(math.log2(heads))
         # In float32, as transformers computes them: base ** (1 ... n).
         base, extra = (np.float32(2 ** (-(2 ** -(math.log2(n) - 3)))) for n in (power, 2 * power))
-        found = [base**i for i in range(1, power + 1)]
-        return tuple(float(x) for x in found + [extra**i for i in range(1, 2 * (heads - power), 2)])
+        slopes = [base**i for i in range(1, power + 1)]
+        return tuple(float(x) for x in slopes + [extra**i for i in range(1, 2 * (heads - power), 2)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Position):
     """Rotary positions: channel i is paired with i + K/2 (rotate-half). Su et al. 2021, arXiv:2104.09864.
 
-    In float32 over the full width: bfloat16 cannot count positions beyond 256.
+    Computed in float32: bfloat16 cannot represent every position beyond 256.
     """
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
     fraction: float = 1.0
-    """Share of each head's channels that is rotated, the first of them; the others know no position"""
+    """Share of each head's channels, from the first on, that are rotated; the others stay as they are"""
 
     def __post_init__(self):
         positive(theta=self.theta)
         if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction: {self.fraction} of a head's channels cannot be rotated; expected up to 1")
+            raise UserError(
+                f"fraction: {self.fraction} of a head's channels cannot be rotated; expected 0 to 1, above 0"
+            )
 
     def rotated(self, head_dim: int) -> int:
         """How many channels of a head are rotated."""
@@ -89,7 +91,7 @@ class Rope(Position):
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         cos, sin = (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
-        # An optimization barrier: XLA would compute them again in every layer, for queries and keys, forward and
+        # An optimization barrier: else XLA computes them again in every layer, for queries and for keys, forward and
         # backward.
         return jax.lax.optimization_barrier((cos, sin))
 
@@ -107,7 +109,7 @@ class Learned:
     """A vector for each position, added to the token's embedding."""
 
     offset: int = 0
-    """Rows of the table before that of position 0, never read (2 in OPT)"""
+    """Number of unused rows in the table before that of position 0 (2 in OPT)"""
     scale: float = 1.0
     """Factor on the vectors (muP)"""
 

@@ -1,4 +1,4 @@
-"""What the processor has: its name, the instructions that matter for matrix products, the cores this process may use.
+"""The processor: its name, its instructions for matrix products, the number of cores that this process may use.
 
 Imports no jax.
 """
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
-"""Any of these multiplies bfloat16 numbers; without, such a product is converted to float32 on the way"""
+"""Features with instructions that multiply bfloat16 numbers; without any of them XLA converts to float32 first"""
 RELEVANT = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "asimd", "sve", "sve2", *BFLOAT16)
-"""Names as in /proc/cpuinfo. asimd to svebf16 (but for x86's) are Arm's"""
+"""Features for matrix products, named as in /proc/cpuinfo. asimd, sve, sve2, bf16 and svebf16 are Arm's"""
 
 LEVELS = ("SSE4_2", "AVX", "AVX2", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX", "AMX_FP16")
-"""Values of XLA's flag `--xla_cpu_max_isa`, least first"""
-NEEDS = {  # feature -> the least of LEVELS that has it
+"""Values of XLA's flag `--xla_cpu_max_isa`, lowest first"""
+NEEDS = {  # feature -> the lowest of LEVELS that includes it
     "avx": "AVX",
     "avx2": "AVX2",
     "fma": "AVX2",
@@ -36,13 +36,13 @@ NEEDS = {  # feature -> the least of LEVELS that has it
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """What decides how fast a matrix product can be."""
+    """The properties of a processor that decide how fast its matrix products can be."""
 
     name: str
     features: tuple[str, ...]
     """Those of `RELEVANT` that it has, in that order"""
     cores: int
-    """Those that this process may use"""
+    """Number of cores that this process may use"""
 
     @property
     def bfloat16(self) -> bool:
@@ -55,7 +55,8 @@ class Processor:
 
 
 def processor(xla_flags: str | None = None) -> Processor:
-    """This machine's, without the features that `xla_flags` (default: $XLA_FLAGS) forbid by `--xla_cpu_max_isa`."""
+    """This machine's processor, without the features that `--xla_cpu_max_isa` in `xla_flags` (default: $XLA_FLAGS)
+    forbids."""
     name, flags = _described()
     given = os.environ.get("XLA_FLAGS", "") if xla_flags is None else xla_flags
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -63,22 +64,22 @@ def processor(xla_flags: str | None = None) -> Processor:
 
 
 def relevant(flags: Iterable[str]) -> tuple[str, ...]:
-    """Those of `RELEVANT` among them."""
-    have = set(flags)
-    return tuple(name for name in RELEVANT if name in have)
+    """Those of `RELEVANT` that are among the flags."""
+    present = set(flags)
+    return tuple(name for name in RELEVANT if name in present)
 
 
 def allowed(features: tuple[str, ...], xla_flags: str) -> tuple[str, ...]:
-    """The features at or below `--xla_cpu_max_isa`; all of them without that flag, or with a value not known here."""
-    found = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)
-    if not found or found[-1].upper() not in LEVELS:
+    """The features at or below `--xla_cpu_max_isa`; all of them without that flag, or with a value not in `LEVELS`."""
+    values = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)
+    if not values or values[-1].upper() not in LEVELS:
         return features
-    most = LEVELS.index(found[-1].upper())
+    most = LEVELS.index(values[-1].upper())
     return tuple(name for name in features if name not in NEEDS or LEVELS.index(NEEDS[name]) <= most)
 
 
 def from_cpuinfo(text: str) -> tuple[str, list[str]]:
-    """(name, flags) of the first processor in Linux's /proc/cpuinfo; empty where it does not say."""
+    """(name, flags) of the first processor in Linux's /proc/cpuinfo; empty if they are not listed."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -89,7 +90,7 @@ def from_cpuinfo(text: str) -> tuple[str, list[str]]:
 
 
 def from_sysctl(text: str) -> tuple[str, list[str]]:
-    """(name, flags) in Linux's words, from what macOS' `sysctl -a` or a part of it prints."""
+    """(name, flags), named as Linux names them, from the output of macOS' `sysctl -a` or a part of it."""
     fields = dict(re.findall(r"^([\w.]+): (.*)$", text, re.MULTILINE))
     words = " ".join(fields.get(f"machdep.cpu.{key}", "") for key in ("features", "leaf7_features")).lower()
     flags = words.replace("avx1.0", "avx").split()
@@ -108,5 +109,5 @@ def _described() -> tuple[str, list[str]]:
         else:
             name, flags = from_cpuinfo(Path("/proc/cpuinfo").read_text())
     except (OSError, subprocess.SubprocessError):
-        pass  # another system: nothing is known, and what is measured decides
+        pass  # another system: its features are unknown, and measurements decide
     return name or platform.processor() or platform.machine(), flags

@@ -69,7 +69,7 @@ class Llama3Scaling(RopeScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(RopeScaling):
-    """A factor a frequency, one set for sequences up to `original_context` tokens and one for longer ones.
+    """A factor for each frequency: one set for sequences up to `original_context` tokens, one for longer ones.
 
     Ding et al. 2024, arXiv:2402.13753. Which set is used is decided by the largest position of the batch, as
     `transformers` decides; sines and cosines grow by sqrt(1 + ln(factor) / ln(original_context)).
@@ -81,7 +81,7 @@ class LongRope(RopeScaling):
     factor: float
     """Full context / original_context"""
     attention_factor: float | None = None
-    """The growth of sines and cosines, if it is given"""
+    """Factor on sines and cosines; None: the formula above"""
 
     def __post_init__(self):
         positive(factor=self.factor, attention_factor=self.attention_factor)

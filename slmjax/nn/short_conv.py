@@ -21,7 +21,7 @@ from slmjax.nn.parts import Flow, Mixer
 class ShortConv(Mixer):
     """out(C * conv(B * x)): B, C and x are projections of the input, conv is causal and keeps channels apart.
 
-    Liquid AI 2025 (LFM2), arXiv:2511.23404. What lies in another segment, or in padding, counts as 0.
+    Liquid AI 2025 (LFM2), arXiv:2511.23404. Tokens of another segment, or of padding, count as 0.
     """
 
     label: ClassVar[str] = "conv"
@@ -44,7 +44,7 @@ class ShortConv(Mixer):
         return type(self)
 
     def table(self, positions: jax.Array) -> Any:
-        """Nothing: segments say what a tap may see."""
+        """None: a convolution does not depend on positions, only on segments."""
 
     def init_cache(self, batch: int, length: int, dtype: str, codec: Cache) -> dict[str, jax.Array]:
         """The last inputs of the convolution, [B, taps - 1, channels], whatever the length."""
@@ -60,28 +60,28 @@ class ShortConv(Mixer):
         else:
             stack, at = flow.cache["inputs"], (flow.depth, 0, 0, 0)
             before = jax.lax.dynamic_index_in_dim(stack, flow.depth, keepdims=False).astype(inputs.dtype)
-        known = jnp.concatenate([before, inputs], axis=1)  # [B, taps - 1 + T, channels]
+        extended = jnp.concatenate([before, inputs], axis=1)  # [B, taps - 1 + T, channels]
         if flow.cache is not None:
-            last = known[:, known.shape[1] - (self.taps - 1) :].astype(stack.dtype)
+            last = extended[:, extended.shape[1] - (self.taps - 1) :].astype(stack.dtype)
             flow = flow._replace(cache={"inputs": jax.lax.dynamic_update_slice(stack, last[None], at)})
-        y = c * layer.cast(self._convolved(layer, known, flow.mask))
+        y = c * layer.cast(self._convolved(layer, extended, flow.mask))
         shape, axes = (self.channels, width), ("mlp", "embed")
         return layer.linear("out", "btc,cd->btd", y, shape, axes, bias=self.bias, residual=True), flow
 
     def _projected(self, layer: Layer, name: str, x: jax.Array) -> jax.Array:
         return layer.linear(name, "btd,dc->btc", x, (x.shape[-1], self.channels), ("embed", "mlp"), bias=self.bias)
 
-    def _convolved(self, layer: Layer, known: jax.Array, mask: Mask) -> jax.Array:
-        """known [B, taps - 1 + T, channels] -> float32 [B, T, channels]. The last tap is that of the token itself."""
+    def _convolved(self, layer: Layer, inputs: jax.Array, mask: Mask) -> jax.Array:
+        """inputs [B, taps - 1 + T, channels] -> float32 [B, T, channels]. The last tap is that of the token itself."""
         weight = layer.cast(layer.matrix("taps", (self.channels, self.taps), ("mlp", "tap"))).astype(jnp.float32)
         length = mask.query_segments.shape[1]
-        # Slots before the first one belong to no segment, not even to that of padding.
+        # Slots before the first one belong to no segment, not even to the segment 0 of padding.
         segments = jnp.pad(mask.key_segments, ((0, 0), (self.taps - 1, 0)), constant_values=-1)
         start = 0 if mask.start is None else mask.start
         parts = []
         for tap in range(self.taps):
             seen = jax.lax.dynamic_slice_in_dim(segments, start + tap, length, axis=1) == mask.query_segments
-            part = jnp.where(seen[..., None], known[:, tap : tap + length], 0).astype(jnp.float32)
+            part = jnp.where(seen[..., None], inputs[:, tap : tap + length], 0).astype(jnp.float32)
             parts.append(part * weight[:, tap])
         y = functools.reduce(jnp.add, parts)
         return y + layer.bias("taps_bias", (self.channels,), ("mlp",)) if self.bias else y

@@ -1,4 +1,4 @@
-"""Which dimensions of a parameter make up a matrix: what is decayed, and what Muon and Adafactor see by itself."""
+"""Which dimensions of a parameter form a matrix: matrices are decayed, and Muon and Adafactor treat each by itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ Axes = tuple[str | None, ...]
 
 
 class Matrix(NamedTuple):
-    """Which dimensions of a parameter are the rows and which the columns of one matrix; the others count matrices."""
+    """Which dimensions of a parameter are the rows and which the columns of a matrix; the other dimensions stack such
+    matrices."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
 
 def matrix(axes: Axes, path: str = "") -> Matrix | None:
-    """The matrix that a parameter with these axes is made of, or None for a gain or a bias.
+    """The dimensions of the matrix (or stacked matrices) in a parameter with these axes; None for a gain or a bias.
 
     Example: `("layers", "embed", "heads", "head_dim")` gives rows (1,) and columns (2, 3).
 
@@ -28,13 +29,13 @@ def matrix(axes: Axes, path: str = "") -> Matrix | None:
 
     Raises:
         UserError: an axis has an unknown name, stacks matrices but does not come first, or there are more dimensions
-            than a matrix has. Such a parameter would silently be neither decayed nor taken by Muon.
+            than a matrix has. Such a parameter would silently get neither weight decay nor Muon.
     """
     where = f"{path or 'a parameter'} has the axes {', '.join(map(str, axes))}"
     groups: list[tuple[int, ...]] = []
     for dimension, name in enumerate(axes):
         if name is not None and name not in KNOWN:
-            raise UserError(f"{where}: {name!r} is unknown; known are {', '.join(KNOWN)}, and None for any other")
+            raise UserError(f"{where}: {name!r} is unknown; expected one of {', '.join(KNOWN)}, or None for any other")
         if name in STACKED:
             if groups:
                 raise UserError(f"{where}: {name!r} stacks matrices and must come before the dimensions of the matrix")

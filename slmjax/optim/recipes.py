@@ -4,8 +4,8 @@ Each clips the gradient by its global norm, turns it into a direction, adds deco
 learning rate: `params -= lr * (direction + weight_decay * params)`, as `torch.optim.AdamW` does. Norm gains and biases
 are never decayed.
 
-Layers are stacked on a leading axis and heads have an axis of their own; the logical axes tell which dimensions make
-up one matrix, so that what works on matrices (Muon, Adafactor) sees each layer's matrix by itself.
+Layers are stacked on a leading axis and heads have an axis of their own; the logical axes define which dimensions form
+one matrix, so that optimizers of matrices (Muon, Adafactor) treat each layer's matrix by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from slmjax.optim.schedules import Curve
 from slmjax.types import Group, Optimizer
 
 MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
-"""Fields of recipes that say how much of a moving average is kept at each step"""
+"""Fields of optimizers that give the share of a moving average that is kept at each step"""
 
 
 def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
@@ -47,7 +47,7 @@ def _mask(paths: Mapping[str, Any], patterns: Sequence[str]) -> Any:
 
 
 def _without(axes: Any, groups: Mapping[str, Group]) -> Any:
-    """Axes whose parameters of a group look like vectors, which are not decayed."""
+    """The axes, with `()` for every parameter that has a group: like a vector, so the optimizer does not decay it."""
     return tree.map_with_path(lambda path, a: () if path in groups else a, axes, is_leaf=tree.is_axes)
 
 
@@ -78,15 +78,15 @@ class OptimizerSpec(ABC):
     """What all optimizers share.
 
     Learning rates, weight decays, betas and epsilons may be arrays, traced ones too, so that `jax.vmap` can train
-    several runs at once. Plain numbers, which a person gives, are checked.
+    several runs at once. Plain Python numbers are checked.
     """
 
     weight_decay: float = 0.1
     """Decoupled: each step multiplies the decayed parameters by `1 - lr * weight_decay`"""
     no_decay: tuple[str, ...] = ()
-    """Path patterns spared besides gains and biases, e.g. `("embed/*",)`"""
+    """Path patterns of parameters that are not decayed, in addition to gains and biases, e.g. `("embed/*",)`"""
     clip_norm: float | None = 1.0
-    """Gradients of a larger global norm are scaled down to it; None leaves them"""
+    """Gradients with a larger global norm are scaled down to this norm; None: never"""
 
     def __post_init__(self):
         if is_number(self.weight_decay) and self.weight_decay < 0:
@@ -112,7 +112,7 @@ class OptimizerSpec(ABC):
         return tree.map_with_path(lambda path, spare, a: not spare and matrix(a, path) is not None, spared, axes)
 
     def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
-        """All but the clipping."""
+        """The optimizer without gradient clipping."""
         return optax.chain(
             self.direction(axes),
             optax.add_decayed_weights(self.weight_decay, self.decayed(_without(axes, groups))),
@@ -125,8 +125,8 @@ class OptimizerSpec(ABC):
         """The optimizer of parameters with these logical axes. Works sharded, and inside jit.
 
         Args:
-            axes: those of the trained parameters: `Model.axes`, or what `train.stored.optimized` makes of them.
-            groups: path -> how that parameter is treated, of those that a view adds.
+            axes: logical axes of the trained parameters: `Model.axes`, or those that `train.stored.optimized` returns.
+            groups: {path: `Group`} of the parameters that a view adds.
 
         Raises:
             UserError: a pattern of `no_decay` matches no parameter, or an axis of a parameter is unknown.
@@ -193,25 +193,25 @@ class Muon(OptimizerSpec):
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     not_muon: tuple[str, ...] = ()
-    """Path patterns of matrices that AdamW takes nevertheless"""
+    """Path patterns of matrices that are left to AdamW as well"""
 
     def direction(self, axes: Any) -> optax.GradientTransformation:
         flat = _by_path(axes)
-        spared = tree.flatten(_mask(flat, self.not_muon))
+        excluded = tree.flatten(_mask(flat, self.not_muon))
         numbers = {
             path: optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
             for path, a in flat.items()
-            if (m := matrix(a, path)) and not spared[path] and not any(name in APART for name in a)
+            if (m := matrix(a, path)) and not excluded[path] and not any(name in APART for name in a)
         }
         muon = optax.contrib.muon(
-            learning_rate=-1.0,  # optax descends; here only the direction is wanted
+            learning_rate=-1.0,  # optax multiplies by minus the learning rate: with -1 this is the direction alone
             beta=self.momentum,
             nesterov=self.nesterov,
             ns_steps=self.newton_schulz_steps,
             consistent_rms=self.rms,
             muon_weight_dimension_numbers=lambda params: tree.map_with_path(lambda path, _: numbers[path], params),
         )
-        # Its own Adam would use Nesterov's momentum too.
+        # Not the Adam of optax's Muon: that would use Nesterov's momentum too.
         adam = optax.scale_by_adam(b1=self.adam_b1, b2=self.adam_b2, eps=self.adam_eps)
         labels = tree.unflatten({path: "muon" if path in numbers else "adam" for path in flat})
         return optax.partition({"muon": muon, "adam": adam}, labels)
@@ -230,7 +230,7 @@ class Adafactor(OptimizerSpec):
 
     weight_decay: float = 0.0
     decay_power: float = 0.8
-    """The second moment of step t forgets at rate `1 - t**-decay_power`"""
+    """At step t the second moment keeps the share `1 - t**-decay_power` of its value"""
     update_clip: float = 1.0
     """Largest root mean square of a matrix's update before scaling"""
     min_factored: int = 128
@@ -261,14 +261,14 @@ class ScheduleFreeAdamW(AdamW):
         super().__post_init__()
         if is_number(self.b1) and self.b1 == 0:
             raise UserError(
-                "optimizer.b1 is 0; ScheduleFreeAdamW needs it above 0 to find the average that it evaluates"
+                "optimizer.b1 is 0; ScheduleFreeAdamW needs it above 0 to compute the average that it evaluates"
             )
 
     def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
         with jax.ensure_compile_time_eval():
             rates = [schedule(np.int32(2**k)) for k in range(31)]
-        known = not any(isinstance(rate, Tracer) for rate in rates)
-        if known and float(rates[-1]) < 0.999 * max(map(float, rates)):
+        concrete = not any(isinstance(rate, Tracer) for rate in rates)
+        if concrete and float(rates[-1]) < 0.999 * max(map(float, rates)):
             raise UserError(
                 "schedule decays, but optimizer ScheduleFreeAdamW averages instead of decaying; use "
                 "schedule = Constant(peak_lr=..., warmup_steps=...)"
@@ -284,10 +284,10 @@ class ScheduleFreeAdamW(AdamW):
 
 
 def per_matrix(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """`tx` as it would be with each layer's parameter (and each expert's) a leaf of its own, and heads flattened into a
-    side of a matrix.
+    """`tx` applied as if the parameter of each layer (and of each expert) were a leaf of its own, with heads flattened
+    into one side of its matrix.
 
-    The state of a stacked parameter has the layer axis first, over all experts of all layers where there are such.
+    The state of a stacked parameter has the stacking axis first: the layers, or all experts of all layers.
     """
 
     def to_matrices(x, a):

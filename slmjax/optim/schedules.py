@@ -1,7 +1,7 @@
 """Learning rate as a function of the step.
 
 Every schedule rises linearly from `peak_lr / warmup_steps` at step 0 to `peak_lr` at step `warmup_steps - 1`: no update
-is spent at a learning rate of zero. What decays starts from `peak_lr` at step `warmup_steps` and would reach its end at
+has a learning rate of zero. A decay starts from `peak_lr` at step `warmup_steps` and would reach its final value at
 step `steps`, one after the last.
 """
 
@@ -24,9 +24,9 @@ Curve = Callable[[Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Linear warm-up, then what `after_warmup` says.
+    """Linear warm-up, then the curve of `after_warmup`.
 
-    `peak_lr` and what scales it may be arrays, traced ones too; plain numbers, which a person gives, are checked.
+    `peak_lr` and the fractions may be arrays, traced ones too; plain Python numbers are checked.
     """
 
     peak_lr: float
@@ -57,7 +57,7 @@ class Schedule(ABC):
         if self.warmup_steps == 0:
             return after
         first = self.peak_lr / self.warmup_steps
-        # Its end lies one step past the boundary: `linear_schedule` wants at least one transition.
+        # It would end one step past the boundary: `linear_schedule` needs at least one transition step.
         rise = optax.linear_schedule(first, self.peak_lr + first, self.warmup_steps)
         return optax.join_schedules([rise, after], [self.warmup_steps])
 
@@ -83,9 +83,9 @@ class Decaying(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Decaying):
-    """Falls along a straight line.
+    """Falls along a straight line, by default to zero.
 
-    To zero it beats a cosine to a tenth at equal tokens.
+    A decay to zero gives a lower loss than a cosine to a tenth at equal tokens.
 
     References:
         Bergsma et al. 2025, Straight to Zero, arXiv:2502.15938
@@ -113,7 +113,7 @@ class Cosine(Decaying):
 class WSD(Decaying):
     """Warm-up, stable, decay: holds `peak_lr`, then falls over the last `decay_fraction` of all steps.
 
-    With p the fraction of the decay gone by, the learning rate is `peak_lr * (1 - (1 - final_fraction) * p**power)`:
+    With p the completed fraction of the decay, the learning rate is `peak_lr * (1 - (1 - final_fraction) * p**power)`:
     `power` 1 is a straight line, 0.5 the "1 - sqrt" shape.
 
     References:
@@ -121,7 +121,7 @@ class WSD(Decaying):
     """
 
     decay_fraction: float = 0.2
-    """Of all steps, the warm-up counted"""
+    """Fraction of all steps, including the warm-up, in which the learning rate falls"""
     power: float = 1.0
 
     def __post_init__(self):
@@ -135,13 +135,13 @@ class WSD(Decaying):
         decay = round(self.decay_fraction * total)
         if decay > steps:
             raise UserError(
-                f"schedule.warmup_steps ({self.warmup_steps}) and decay_fraction ({self.decay_fraction}) ask for more "
+                f"schedule.warmup_steps ({self.warmup_steps}) and decay_fraction ({self.decay_fraction}) take more "
                 f"than the run's {total} steps; lower one of them"
             )
 
         def fall(step):
-            gone = jnp.clip(step / max(decay, 1), 0.0, 1.0)
-            return self.peak_lr * (1.0 - (1.0 - self.final_fraction) * gone**self.power)
+            progress = jnp.clip(step / max(decay, 1), 0.0, 1.0)
+            return self.peak_lr * (1.0 - (1.0 - self.final_fraction) * progress**self.power)
 
         return optax.join_schedules([optax.constant_schedule(self.peak_lr), fall], [steps - decay])
 

@@ -1,4 +1,4 @@
-"""Step, loop, hooks, checkpoints, sharding: they know arrays and values, no family, loss or quantizer.
+"""Step, loop, hooks, checkpoints, sharding: written for any model, loss and quantizer, and importing none of them.
 
 The package can be called: `slmjax.train(experiment)` is `slmjax.runs.library.train`. Python binds a subpackage to its
 name in `slmjax` as soon as it is imported, so a function of that name would be lost.

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: asynchronous, atomic, checksummed; a bad one is set aside and the previous good one used.
+"""Checkpoints of a run: asynchronous, atomic, checksummed; a damaged one is set aside and the one before it used.
 
-How they lie on disk: `checkpoint_folder`.
+Their format on disk: `checkpoint_folder`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Checkpoints:
     seconds: float = 1800
     """Wall-clock seconds between saves at most; 0 for none"""
     keep_last: int = 3
-    """The newest ones kept"""
+    """How many of the newest checkpoints are kept"""
     keep_every: int = 0
     """Steps that are multiples of this are saved and kept forever; 0 for none"""
     best: str = ""
-    """A metric, less is better (`validation/loss`): the best one is saved and kept as well; empty for none"""
+    """Name of a metric to minimise (`validation/loss`): the step with its least value is saved and kept as well; empty
+    for none"""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("seconds", 0), ("keep_last", 1), ("keep_every", 0)):
@@ -44,20 +45,20 @@ class Checkpoints:
                 raise UserError(f"checkpoints.{name} is {getattr(self, name)}; expected at least {least}")
 
     def due(self, step: int) -> bool:
-        """Whether `step` is to be saved, whatever the clock and the metrics say."""
+        """Whether `step` is to be saved because of its number alone, `every` or `keep_every`."""
         return any(n > 0 and step % n == 0 for n in (self.every, self.keep_every))
 
-    def kept(self, there: Sequence[int], score: Callable[[int], float]) -> set[int]:
-        """The steps to keep of those that are there, oldest first. `score`: `best` of a step; infinite if unknown."""
-        kept = {*there[-self.keep_last :], *(step for step in there if self.keep_every and step % self.keep_every == 0)}
+    def kept(self, saved: Sequence[int], score: Callable[[int], float]) -> set[int]:
+        """Which of the saved steps (oldest first) to keep. `score`: `best` of a step; infinite if unknown."""
+        kept = {*saved[-self.keep_last :], *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
         if self.best:
-            scores = {step: score(step) for step in there}
+            scores = {step: score(step) for step in saved}
             kept |= {step for step, x in scores.items() if x == min(scores.values()) < math.inf}
         return kept
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of one run, whose folder it holds while it is entered."""
+    """Saves and restores the checkpoints of one run. A context manager: inside it no other run can use the folder."""
 
     def __init__(self, folder: Path, policy: Checkpoints, say: Callable[[str], None] = print):
         self.folder = folder.absolute()
@@ -85,7 +86,7 @@ class Checkpointer:
                     self.wait()
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Copies the state to the host and returns; writing goes on meanwhile. Does nothing if the step is there.
+        """Copies the state to the host and returns; a thread writes it. Does nothing if the step is saved already.
 
         Raises:
             StorageError: this save, or the one before it, failed. Earlier checkpoints are intact.
@@ -105,8 +106,8 @@ class Checkpointer:
             )
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics beat every checkpoint by `policy.best`. The first process looks; the others are told,
-        since they may not see yet what it has written, and a save takes all of them."""
+        """Whether `policy.best` is lower in these metrics than in every checkpoint. The first process decides for all:
+        the others may not yet see the files that it wrote, and all of them must take part in a save."""
         name = self.policy.best
         if name not in metrics:
             return False
@@ -119,7 +120,7 @@ class Checkpointer:
             self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Until the save in flight is on disk; then removes what the policy does not keep.
+        """Returns once the save in progress is on disk; then removes the checkpoints that the policy does not keep.
 
         Raises:
             StorageError: the save failed.
@@ -127,15 +128,15 @@ class Checkpointer:
         with storage(self.folder, "save"):
             self._writer.wait_until_finished()
         if self._saved and jax.process_index() == 0:
-            there = steps(self.folder)
-            kept = self.policy.kept(there, lambda step: _score(self.folder, step, self.policy.best))
+            saved = steps(self.folder)
+            kept = self.policy.kept(saved, lambda step: _score(self.folder, step, self.policy.best))
             with storage(self.folder, "remove an old checkpoint"):
-                for step in set(there) - kept:
+                for step in set(saved) - kept:
                     checkpoint_folder.remove(self.folder, step)
         self._saved = False
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest checkpoint whose every byte is as written, or None if there is none.
+        """The newest checkpoint whose checksums match, or None if there is none.
 
         A checkpoint with a missing, truncated or changed file is renamed to `bad-<step>`, and the one before is tried.
 
@@ -143,7 +144,7 @@ class Checkpointer:
             abstract: ShapeDtypeStructs with shardings, of any mesh.
 
         Raises:
-            StorageError: the bytes are as written, but are of another model or optimizer.
+            StorageError: the checksums match, but the checkpoint is of another model or optimizer.
         """
         self.wait()
         step = self._newest_good()
@@ -152,14 +153,14 @@ class Checkpointer:
         return checkpoint_folder.restore(self.folder, step, abstract)
 
     def _newest_good(self) -> int | None:
-        """The first process reads and judges the files; the others are told."""
+        """The newest undamaged step: the first process checks the files, the others get its result."""
 
         def damaged(step: int, wrong: list[str]) -> None:
             aside = _set_aside(self.folder, step)
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             older = bool(steps(self.folder))
             then = "trying the one before" if older else "no other is left: training starts over from step 0"
-            self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; moved to {aside}, {then}")
+            self.say(f"checkpoint {step} is damaged: {wrong[0]}{more}; renamed to {aside}, {then}")
 
         first = jax.process_index() == 0
         return of_the_first(checkpoint_folder.newest_good(self.folder, damaged) if first else None)
@@ -173,6 +174,6 @@ def _set_aside(folder: Path, step: int) -> str:
 
 
 def _score(folder: Path, step: int, metric: str) -> float:
-    """A metric as a checkpoint on disk holds it (one in flight does not yet); infinite if it does not, or is NaN."""
+    """A metric in the files of a checkpoint; infinite if it is not there (a save in progress), or is NaN."""
     score = checkpoint_folder.extra(folder, step).get("metrics", {}).get(metric, math.inf)
     return score if math.isfinite(score) else math.inf  # NaN would be neither less nor more than the others

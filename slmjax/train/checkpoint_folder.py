@@ -1,9 +1,9 @@
-"""A folder of checkpoints, by itself: what lies in it, and how a state or parameters are read and written.
+"""A folder of checkpoints: its files, and how a training state or parameters are read and written.
 
 A folder `<step>/` holds three items: `params`, `train` (step, optimizer, view) and `extra` (JSON: data position,
-tracker, rollbacks), and `SHA256SUMS`. Orbax writes them into `<step>.<something>`; once the sums are written and
-synced, one rename makes it a checkpoint. A process killed before leaves the older checkpoints and that folder, which
-the next run removes.
+tracker, rollbacks), and `SHA256SUMS`. Orbax writes them into `<step>.<something>`; once the checksums are written and
+synced, one rename makes it a checkpoint. A process killed before that leaves the older checkpoints as they are, and
+that folder, which the next run removes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from slmjax.errors import StorageError
 from slmjax.train import manifest
 from slmjax.types import Params, TrainState
 
-# Orbax logs what it raises, from each of its threads with a traceback: hundreds of lines before the one that `storage`
-# makes of it.
+# Orbax also logs the errors that it raises, from each of its threads with a traceback: hundreds of lines before the one
+# line of `storage`.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The contents of a checkpoint."""
 
     step: int
     state: TrainState
@@ -42,11 +42,11 @@ class Restored(NamedTuple):
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 AT_ONCE = 1 << 27
-"""Bytes that `save_params` has waiting to be written"""
+"""Bytes that `save_params` keeps in memory for writing, at most (one array at least)"""
 
 
 class Checksummed(ocp.CompositeCheckpointHandler):
-    """Writes the items of a step, and then their sums.
+    """Writes the items of a step, and then their checksums.
 
     Orbax calls `finalize` on the first process, after every process has written and before the rename.
     """
@@ -58,7 +58,7 @@ class Checksummed(ocp.CompositeCheckpointHandler):
 
 @ocp.args.register_with_handler(Checksummed, for_save=True, for_restore=True)
 class Items(ocp.args.Composite):
-    """What `Checksummed` saves: {item: how}."""
+    """The arguments of a save by `Checksummed`: {item: arguments}."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -67,10 +67,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest_good(folder: Path, damaged: Callable[[int, list[str]], None]) -> int | None:
-    """The newest step whose every byte is as written; None if there is none.
+    """The newest step whose checksums match; None if there is none.
 
     Args:
-        damaged: told of each step that is not, from the newest on, with what is wrong, one line a file.
+        damaged: called for each damaged step, newest first, with the step and its problems, one line a file.
     """
     for step in reversed(steps(folder)):
         wrong = manifest.problems(folder / str(step))
@@ -81,13 +81,14 @@ def newest_good(folder: Path, damaged: Callable[[int, list[str]], None]) -> int 
 
 
 def remove(folder: Path, step: int) -> None:
-    """Deletes a checkpoint; killed in between, it leaves a leftover and no half of a checkpoint."""
+    """Deletes a checkpoint. If the process is killed meanwhile, a folder `<step>.removed` is left, never a part of a
+    checkpoint under its own name."""
     (folder / str(step)).rename(folder / f"{step}.removed")
     shutil.rmtree(folder / f"{step}.removed")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what saves and removals that were cut short have left."""
+    """Deletes the folders of saves and removals that were interrupted."""
     for path in folder.iterdir():
         step, dot, _ = path.name.partition(".")
         if dot and step.isdigit() and path.is_dir():
@@ -108,7 +109,7 @@ def extra(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def restore(folder: Path, step: int, abstract: TrainState) -> Restored:
-    """One checkpoint as it lies there, unverified, into the shapes and shardings of `abstract`."""
+    """One checkpoint, without checking its checksums, with the shapes and shardings of `abstract`."""
     at = folder.absolute() / str(step)
     with _reader(folder, step) as reader:
         params = reader.restore(at / "params", args=ocp.args.StandardRestore(abstract.params))
@@ -117,7 +118,7 @@ def restore(folder: Path, step: int, abstract: TrainState) -> Restored:
 
 
 def restore_params(folder: Path, step: int | None = None, abstract: Params | None = None) -> Params:
-    """The stored parameters alone, after a check of their sums.
+    """The stored parameters alone, after checking the checksums.
 
     Args:
         folder: holds `<step>/params`; the latest step by default.
@@ -129,8 +130,8 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
     step = latest_step(folder) if step is None else step
     at = folder.absolute() / str(step)
     if step is None or not at.is_dir():
-        there = ", ".join(map(str, steps(folder))) or "none"
-        raise StorageError(f"{folder}: no checkpoint of step {step}; there are: {there}")
+        saved = ", ".join(map(str, steps(folder))) or "none"
+        raise StorageError(f"{folder}: no checkpoint of step {step}; there are: {saved}")
     if wrong := manifest.problems(at):
         raise StorageError(f"{at} is damaged: {wrong[0]}; choose another step of: {', '.join(map(str, steps(folder)))}")
     with _reader(folder, step) as reader:
@@ -139,10 +140,10 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
 
 
 def save_params(folder: Path, params: Params, extra: dict[str, Any], step: int = 0) -> None:
-    """A checkpoint of parameters alone (an import), as atomic and as checksummed as any.
+    """A checkpoint of parameters alone (an import), atomic and checksummed like any other.
 
-    What waits to be written is bounded, so that a large model is not held twice (of arrays on a device; numpy arrays
-    are copied first).
+    The bytes in memory for writing are bounded, so that no second copy of a large model is held (this is so for arrays
+    on a device; numpy arrays are copied first).
     """
     most = max([AT_ONCE, *(x.nbytes for x in jax.tree.leaves(params))])
     bound: Any = 1.05 * most / 1e9  # the library counts in (any) gigabytes, and refuses an array that exceeds them
@@ -167,7 +168,7 @@ def _whole(at: Path) -> Params:
 
 @contextlib.contextmanager
 def _reader(folder: Path, step: int) -> Iterator[ocp.Checkpointer]:
-    """Reads a step; that its arrays have other names or shapes is a StorageError as well (Orbax: ValueError)."""
+    """Reads a step; arrays with other names or shapes (a ValueError of Orbax) are a StorageError as well."""
     doing = f"restore step {step}"
     with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
         try:
@@ -179,7 +180,11 @@ def _reader(folder: Path, step: int) -> Iterator[ocp.Checkpointer]:
 
 @contextlib.contextmanager
 def storage(folder: Path, doing: str) -> Iterator[None]:
-    """What the file system or TensorStore raises -> StorageError, in one line. Anything else goes on as it is."""
+    """Turns errors of the file system and of TensorStore into a one-line StorageError; others pass unchanged.
+
+    Args:
+        doing: what failed, for the message "cannot ...".
+    """
     try:
         yield
     except (OSError, ValueError) as error:
@@ -189,7 +194,7 @@ def storage(folder: Path, doing: str) -> Iterator[None]:
 
 
 def _failed(folder: Path, doing: str, error: Exception) -> StorageError:
-    said = (str(error) or type(error).__name__).splitlines()[0][:300]
+    reason = (str(error) or type(error).__name__).splitlines()[0][:300]
     full = "No space" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
     hint = "; free some space and run the same command again" if full else ""
-    return StorageError(f"{folder}: cannot {doing}: {said}; earlier checkpoints are intact{hint}")
+    return StorageError(f"{folder}: cannot {doing}: {reason}; earlier checkpoints are intact{hint}")

@@ -1,7 +1,7 @@
-"""What happens when a step's loss or gradient is not finite, or jumps out of its recent range.
+"""Guards against steps whose loss or gradient is not finite, or jumps out of its recent range.
 
-The verdict is an array computed inside the jitted step, so nothing waits for the host. A step found bad changes
-neither parameters nor optimizer nor view. What follows on the host, once the verdict is read, is the policy.
+Whether a step is good is computed inside the jitted step, so nothing waits for the host. A bad step changes neither
+parameters nor optimizer nor view. Once the host has read that a step was bad, `Guard.then` decides what follows.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class GuardState(NamedTuple):
     """Arrays only, part of the training state."""
 
     recent: jax.Array
-    """[window, 2] float32: loss and gradient norm of the latest steps found good, as a ring"""
+    """[window, 2] float32: loss and gradient norm of the latest good steps, as a ring buffer"""
     good: jax.Array
-    """int32 []: steps found good so far"""
+    """int32 []: good steps so far"""
     skipped: jax.Array
-    """int32 []: steps found bad so far"""
+    """int32 []: bad steps so far"""
     consecutive: jax.Array
-    """int32 []: steps found bad since the last good one"""
+    """int32 []: bad steps since the last good one"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guard(abc.ABC):
     """A step is bad when its loss or gradient norm is not finite, or exceeds the mean of the last `window` good steps
-    by more than `sigma` standard deviations (once half a window is known).
+    by more than `sigma` standard deviations (from half a window of good steps on).
 
     References:
         Chowdhery et al. 2022 (PaLM), arXiv:2204.02311: roll back and skip the data around a spike.
@@ -49,9 +49,9 @@ class Guard(abc.ABC):
     """
 
     sigma: float | None = 6.0
-    """Standard deviations; None looks for NaN and Inf only"""
+    """Standard deviations; None checks for NaN and Inf only"""
     window: int = 128
-    """Steps"""
+    """Good steps that mean and standard deviation are taken over"""
 
     def __post_init__(self) -> None:
         if self.sigma is not None and self.sigma <= 0:
@@ -84,12 +84,12 @@ class Guard(abc.ABC):
         """What follows a bad step, given the bad steps in a row (this one included) and the rollbacks so far."""
 
     def _spikes(self, state: GuardState, now: jax.Array, sigma: float) -> jax.Array:
-        known = (jnp.arange(self.window) < state.good)[:, None]
-        n = jnp.maximum(known.sum(), 1)
-        mean = (state.recent * known).sum(0) / n
-        deviation = jnp.sqrt((jnp.square(state.recent - mean) * known).sum(0) / n)
-        # A run that has settled varies by less than rounding does: a thousandth of its loss is never a spike. Gradient
-        # norms have a heavy tail: twice the mean is common where their deviation is small.
+        filled = (jnp.arange(self.window) < state.good)[:, None]
+        n = jnp.maximum(filled.sum(), 1)
+        mean = (state.recent * filled).sum(0) / n
+        deviation = jnp.sqrt((jnp.square(state.recent - mean) * filled).sum(0) / n)
+        # Each deviation has a floor. The loss of a converged run may vary by less than rounding: 0.1% of its mean.
+        # Gradient norms have a heavy tail and often reach twice their mean even where the deviation is small: 50%.
         limit = mean + sigma * jnp.maximum(deviation, jnp.asarray([1e-3, 0.5]) * jnp.abs(mean))
         return (state.good >= (self.window + 1) // 2) & (now > limit).any()
 
@@ -106,7 +106,7 @@ class Skip(Guard):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback(Guard):
-    """Restore the last good checkpoint and go on with the data after the bad batch; after `retries` of these in a
+    """Restore the last good checkpoint and go on with the data after the bad batch; after `retries` rollbacks in a
     run, stop with `errors.Diverged`."""
 
     retries: int = 3

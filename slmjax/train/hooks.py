@@ -1,4 +1,4 @@
-"""What the loop talks to: data, tracker and hooks, as protocols and values."""
+"""Trackers and hooks of the training loop: their protocols, and the hooks that every run may use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
     def artifact(self, path: Path, kind: str, metadata: dict[str, Any]) -> None: ...
 
     def resume(self, step: int) -> None:
-        """Training goes on after `step`: what was logged of later steps is void."""
+        """Training goes on after `step`: rows logged for later steps are to be discarded."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self, status: str) -> None:
-        """complete, preempted, diverged or failed"""
+        """The run ends. `status`: complete, preempted, diverged or failed"""
         ...
 
 
@@ -54,33 +54,34 @@ class Silent:
 
 
 def silent(line: str) -> None:
-    """What processes other than the first say."""
+    """Prints nothing: the `say` of processes other than the first."""
 
 
 class At(NamedTuple):
-    """What a hook sees after a step."""
+    """The argument of a hook: the run after a step."""
 
     step: int
     """Steps done"""
     state: TrainState
-    """Borrowed: the next step donates it"""
+    """Valid until the next step, which donates it"""
     program: Program
     frozen: Frozen
     workdir: Path
     say: Callable[[str], None]
-    """One line for the log"""
+    """Prints one line"""
 
 
 @runtime_checkable
 class Hook(Protocol):
-    """A value that acts after some steps. The loop waits for the device before it, and does not count its time."""
+    """A value that is called after some steps. The loop waits for the device before the call, whose time is not counted
+    in the speed of training."""
 
     def due(self, step: int, last: int) -> bool:
-        """Whether it acts after `step`, given the last step of the run"""
+        """Whether it is called after `step`, given the last step of the run"""
         ...
 
     def __call__(self, at: At) -> Mapping[str, float]:
-        """-> metrics, logged with those of the step"""
+        """Returns metrics, which are logged with those of the step"""
         ...
 
 
@@ -91,7 +92,7 @@ class Evaluate:
     every: int
     """Steps; the last step is always evaluated"""
     batches: Callable[[], Iterable[Batch]]
-    """() -> this process's rows of the same batches each time"""
+    """() -> this process's rows of the validation batches, the same ones each time"""
     name: str = "validation"
 
     def due(self, step: int, last: int) -> bool:
@@ -109,7 +110,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Text from the model, into `samples/step-<n>.txt` of the run folder."""
+    """Writes text from the model to `samples/step-<n>.txt` of the run folder."""
 
     every: int
     generate: Callable[[Params], str]
@@ -130,15 +131,17 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A trace of a few steps, into `profile/` of the run folder: `tensorboard --logdir`, or Perfetto."""
+    """Writes a trace of a few steps to `profile/` of the run folder, for `tensorboard --logdir` or Perfetto."""
 
     start: int = 10
-    """Steps before it: compilation, caches"""
+    """Steps before the trace, so that it holds no compilation"""
     steps: int = 5
+    """Steps in the trace"""
 
     @classmethod
     def of(cls, done: int, last: int) -> Profile:
-        """Of the steps that a run has left, after `done`: the sixth last at the latest, so that there is a trace."""
+        """The profile of a run that continues after step `done` and ends at step `last`: it starts early enough for
+        its `steps` steps, if the run has as many left."""
         return cls(start=max(min(done + cls.start, last - cls.steps), done + 1))
 
     def due(self, step: int, last: int) -> bool:
@@ -146,7 +149,7 @@ class Profile:
 
     def __call__(self, at: At) -> Mapping[str, float]:
         jax.block_until_ready(at.state)
-        with contextlib.suppress(RuntimeError):  # there is no trace to stop: before it, or rolled back since
+        with contextlib.suppress(RuntimeError):  # no trace is running: it has not started, or the run was rolled back
             jax.profiler.stop_trace()
             at.say(f"the trace of steps {self.start + 1} to {at.step} is in {at.workdir / 'profile'}")
         if at.step == self.start:

@@ -10,14 +10,14 @@ from slmjax.lock import hold
 
 
 class Locked(UserError):
-    """Another process works in the folder."""
+    """Another process is using the folder."""
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Holds `folder/.lock`.
+    """A context manager that holds `folder/.lock`.
 
     Raises:
         Locked: another process holds it.
     """
-    said = "is at work here; wait for it, stop it, or choose another folder"
-    return hold(folder / ".lock", lambda owner: Locked(f"{folder}: {owner} {said}"))
+    advice = "wait for it, stop it, or choose another folder"
+    return hold(folder / ".lock", lambda owner: Locked(f"{folder}: {owner} is at work here; {advice}"))

@@ -1,4 +1,5 @@
-"""The loop: batches in, steps out, the host one step behind the device; everything else is a hook or a policy."""
+"""The training loop: it feeds batches to the step, and reads the metrics of each step while the device computes the
+next. Hooks, guard and checkpoint policy decide everything else."""
 
 from __future__ import annotations
 
@@ -27,11 +28,11 @@ from slmjax.train.step import Program
 from slmjax.types import Batch, BatchStream, Frozen, Metrics, TrainState
 
 CLOCK = ("step_seconds", "tokens_per_second", "mfu", "memory_bytes")
-"""Metrics that depend on the machine; a run that was interrupted repeats all others bit for bit"""
+"""Metrics that depend on the machine; an interrupted and resumed run repeats all others bit for bit"""
 
 
 class Speed(NamedTuple):
-    """What turns tokens a second into model-FLOPs utilisation."""
+    """The figures that turn tokens a second into model-FLOPs utilisation."""
 
     flops_per_token: float
     """Training FLOPs (forward and backward)"""
@@ -45,12 +46,12 @@ class Pending(NamedTuple):
     step: int
     batch: Batch
     position: dict[str, Any]
-    """Of the data, after this batch"""
+    """Position of the data stream after this batch"""
     metrics: Metrics
     agreed: Any
-    """What the processes make of it together: see `consensus`"""
+    """Sums over all processes, see `consensus`"""
     done: float | None
-    """Monotonic seconds, where the device computed it before it was looked at (small steps on a CPU)"""
+    """Monotonic seconds, if the step was complete right after its dispatch (small steps on a CPU); else None"""
 
 
 class Settled(NamedTuple):
@@ -79,18 +80,18 @@ def train(
 ) -> TrainState:
     """Trains to `steps`, from the newest good checkpoint in `workdir/checkpoints` if there is one.
 
-    A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` where the
-    data tell it, `batch` (a hash of the tokens of all processes), `step_seconds`, `tokens_per_second`, `mfu` (given
-    `speed`) and `memory_bytes`. Time spent in hooks and saves is in none of them.
+    A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` (if the
+    data have epochs), `batch` (a hash of the batch over all processes), `step_seconds`, `tokens_per_second`, `mfu`
+    (given `speed`) and `memory_bytes`. None of them counts time spent in hooks and saves.
 
     Args:
         guard: the one that `program` was made with; its `then` decides what follows a bad step.
         frozen: `Objective.frozen`, on the mesh.
 
     Raises:
-        Locked: another run holds the checkpoints; its tracker is left alone.
+        Locked: another run holds the checkpoint folder; `tracker.finish` is not called.
         Preempted: SIGTERM, SIGUSR1 or (`signals.Interrupted`) Ctrl-C; the state is saved.
-        Diverged: the guard gave up; the evidence is in `workdir/evidence`.
+        Diverged: the guard stopped the run; the bad batches are in `workdir/evidence`.
         StorageError: a checkpoint cannot be written or read.
     """
     first = jax.process_index() == 0
@@ -121,7 +122,7 @@ def train(
 
 @dataclass(kw_only=True)
 class _Run:
-    """One process's part in a run: the arguments of `train`, and what changes."""
+    """One process's part in a run: the arguments of `train`, and the values that change during the run."""
 
     program: Program
     data: BatchStream
@@ -140,7 +141,7 @@ class _Run:
     marked: tuple[float, int] = (0.0, 0)
     """Monotonic seconds and step from which the speed is measured"""
     settled: float = 0.0
-    """Monotonic seconds at which the latest step was found done"""
+    """Monotonic seconds at which the latest step was seen to be complete"""
 
     def __call__(self) -> TrainState:
         state, step = self.restore()
@@ -156,16 +157,16 @@ class _Run:
             overdue = 0 < policy.seconds <= time.monotonic() - last_save
             rows = batch_hash(batch, jax.process_index() * len(batch.tokens))
             agreed = consensus((self.signals.received is not None, overdue), rows)
-            late, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed, done)
+            previous, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed, done)
 
             stop = save = False
-            if late is not None:  # while the device computes this step, read the one before
-                settled = self.settle(late)
+            if previous is not None:  # while the device computes this step, read the one before
+                settled = self.settle(previous)
                 if settled.then is Then.ROLL_BACK:
-                    (state, step), pending = self.roll_back(late), None
+                    (state, step), pending = self.roll_back(previous), None
                     continue
                 stop, save = settled.stop, settled.save
-                self.log(late.step, settled.metrics)
+                self.log(previous.step, settled.metrics)
 
             due = [hook for hook in self.hooks if hook.due(step, self.steps)]
             save |= step == self.steps or policy.due(step)
@@ -181,7 +182,8 @@ class _Run:
                 row |= hook(At(step, state, self.program, self.frozen, self.workdir, self.say))
             if step == self.steps and policy.best and policy.best not in row:
                 self.say(
-                    f"no checkpoint was the best: checkpoints.best is {policy.best!r}; there are: {', '.join(row)}"
+                    f"no best checkpoint was kept: checkpoints.best is {policy.best!r}, which is no metric; "
+                    f"there are: {', '.join(row)}"
                 )
             self.log(step, row, always=bool(due))
             if save or stop or settled.save or settled.stop or self.saved.improves(row):
@@ -198,7 +200,7 @@ class _Run:
         return state
 
     def restore(self) -> tuple[TrainState, int]:
-        """The newest good checkpoint, or the beginning."""
+        """(state, step) of the newest good checkpoint, or of step 0 if there is none."""
         restored = self.saved.restore(self.program.abstract)
         step = restored.step if restored else 0
         if restored:
@@ -210,19 +212,19 @@ class _Run:
         return restored.state if restored else self.program.init(), step
 
     def roll_back(self, bad: Pending) -> tuple[TrainState, int]:
-        """The newest good checkpoint, with the data from after the bad batch on."""
+        """(state, step) of the newest good checkpoint; the data go on after the bad batch."""
         rollbacks = self.rollbacks + 1
         state, step = self.restore()
         self.rollbacks = rollbacks
         self.data.restore(bad.position)
-        self.say(f"rolled back to step {step}; its data up to the batch of step {bad.step} are skipped")
+        self.say(f"rolled back to step {step}; the data up to the batch of step {bad.step} are skipped")
         return state, step
 
     def settle(self, pending: Pending) -> Settled:
-        """Waits for a step and judges it.
+        """Waits for a step, reads its metrics, and lets the guard decide what follows if it was bad.
 
         Raises:
-            Diverged: the guard gives up.
+            Diverged: the guard stops the run.
             StorageError: a save in the background has failed.
         """
         row = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
@@ -234,22 +236,22 @@ class _Run:
             then = self.guard.then(int(row["consecutive"]), self.rollbacks)
             where = self.keep_evidence(pending, row)
             what = f"step {pending.step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-            self.say(f"{what}: refused by the guard; evidence in {where}")
+            self.say(f"{what}: the guard skips this update; batch and metrics are in {where}")
             if then is Then.STOP:
                 so_far = f"{row['consecutive']:.0f} bad steps in a row, {self.rollbacks} rollbacks"
                 fix = f"look at {where}, then lower the learning rate or change the guard"
                 raise Diverged(f"{what}: {type(self.guard).__name__} gives up after {so_far}; {fix}")
-        (stop, save), seen = read(pending.agreed)
-        return Settled(self.row(pending, row, seconds, seen), then, stop, save)
+        (stop, save), rows_hash = read(pending.agreed)
+        return Settled(self.row(pending, row, seconds, rows_hash), then, stop, save)
 
-    def row(self, pending: Pending, metrics: dict[str, float], seconds: float, seen: int) -> dict[str, float]:
+    def row(self, pending: Pending, metrics: dict[str, float], seconds: float, rows_hash: int) -> dict[str, float]:
         """The metrics of a step, as they are logged."""
         per_step = pending.batch.tokens.size * jax.process_count()
         out = {name: x for name, x in metrics.items() if name not in ("good", "consecutive")}
         out["tokens"] = per_step * pending.step
         if "epoch" in pending.position:
             out["epoch"] = pending.position["epoch"]
-        out["batch"] = seen
+        out["batch"] = rows_hash
         out["step_seconds"] = seconds
         out["tokens_per_second"] = per_step / seconds
         if self.speed is not None:
@@ -263,19 +265,19 @@ class _Run:
             self.marked = (self.settled, step)
 
     def keep_evidence(self, pending: Pending, row: Mapping[str, float]) -> Path:
-        """Batch and metrics of a bad step, to look at later: evidence/step-<n>, with -retry-<k> after k rollbacks."""
+        """Writes batch and metrics of a bad step to evidence/step-<n>, with -retry-<k> after k rollbacks."""
         retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
         at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
         at.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **_arrays(pending.batch))
         finite = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
-        said = {"step": pending.step, **finite, "data": pending.position}
-        (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(said, indent=1))
+        record = {"step": pending.step, **finite, "data": pending.position}
+        (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(record, indent=1))
         return at
 
 
 def _arrays(batch: Batch) -> dict[str, Any]:
-    """{name: array} of a batch, those of `extra` too."""
+    """{name: array} of a batch, including those of `extra`."""
     return {name: x for name, x in batch._asdict().items() if name != "extra"} | dict(sorted(batch.extra.items()))
 
 
@@ -296,7 +298,7 @@ def batch_hash(batch: Batch, first: int = 0) -> int:
 
 
 def memory_bytes() -> int:
-    """The most that was in use at once: of a device where it tells (the fullest one), else of this process."""
+    """Peak memory in bytes: of the fullest device if devices report it, else of this process."""
     stats = [d.memory_stats() or {} for d in jax.local_devices()]
     peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Micro-batches: a batch in pieces, one in memory at a time, with the result of the whole."""
+"""Micro-batches: a batch is computed in pieces, one in memory at a time; the result is that of the whole batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LossAndGrads: TypeAlias = Callable[[Params, Batch, Key], tuple[Metrics, Any]]
 def count(rows: int, length: int, *, ways: int = 1, least: int = 1, tokens: int | None = None) -> int:
     """How many micro-batches a batch of `rows` x `length` tokens is cut into.
 
-    The most that leave each device whole rows and at least `tokens` tokens of a micro-batch; `least` where that is
-    more, or where there is no `tokens`.
+    The largest number for which each device still has whole rows and at least `tokens` tokens of each micro-batch, but
+    no fewer than `least`; `least` if `tokens` is None.
 
     Args:
         ways: devices over which the rows are split.
-        least: what the experiment asks for. Divides `rows`.
+        least: `Experiment.accumulate`. Divides `rows`.
         tokens: `Compute.micro_tokens(width)`.
     """
     if tokens is None:
@@ -33,8 +33,8 @@ def count(rows: int, length: int, *, ways: int = 1, least: int = 1, tokens: int 
 def accumulated(f: LossAndGrads, params: Params, batch: Batch, key: Key, n: int) -> tuple[Metrics, Any]:
     """`f` over n micro-batches in turn, with the memory of one.
 
-    Each is the mean over its own tokens, so it counts by `metrics["weight"]`: the sum over the total is the mean of
-    the large batch, however the masked tokens fall.
+    Metrics and gradients of a micro-batch are means over its own tokens, so they are weighted by `metrics["weight"]`:
+    the weighted mean is that of the whole batch, even where micro-batches differ in their number of counted tokens.
     """
     if n == 1:
         return f(params, batch, key)
@@ -45,8 +45,8 @@ def accumulated(f: LossAndGrads, params: Params, batch: Batch, key: Key, n: int)
         return jax.tree.map(lambda x: x * weight, ({**metrics, "weight": 1.0}, grads))
 
     def body(total: Any, xs: Any) -> tuple[Any, None]:
-        # Held apart: XLA would take these rows out of the batch anew inside whatever reads them, such as the mask of
-        # every layer's attention, and on a CPU one element at a time.
+        # An optimization barrier: else XLA repeats the slicing of the batch inside every operation that reads these
+        # rows, such as the mask of each layer's attention, and on a CPU one element at a time.
         micro, i = jax.lax.optimization_barrier(xs)
         return jax.tree.map(jnp.add, total, weighted(micro, i)), None
 

@@ -1,9 +1,9 @@
-"""Which processes train together: how they meet, and how they part so that none waits for one that is gone.
+"""Runs of several processes: how they connect, and how all of them end when one fails, so that none waits for ever.
 
-A process that fails tells the others through the key-value store of JAX's coordination service (it lives in process 0)
-and leaves by `os._exit`: a clean shutdown would wait for the others, which wait for it in a collective. A process that
-dies without a word (SIGKILL, a lost node) is noticed by the collective that breaks, at once with gloo, or by its
-heartbeat, when JAX itself aborts the others: see `aborts`.
+A process that fails writes its error to the key-value store of JAX's coordination service (which runs in process 0) and
+ends by `os._exit`: a clean shutdown would wait for the other processes, which wait for this one in a collective. A
+process that dies without that (SIGKILL, a lost node) makes a collective of the others fail, at once with gloo, or
+misses its heartbeat, whereupon JAX itself aborts the others: see `aborts`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from slmjax.errors import Diverged, Lost, Preempted, UserError
 from slmjax.train import aborts
 
 FAILED = "slmjax/failed"
-"""The key under which the first process that fails says why"""
+"""The key under which the first process that fails writes its error"""
 POLL = 0.5
-"""Seconds between two looks at it"""
+"""Seconds between two reads of that key"""
 GRACE = 10.0
-"""Seconds that process 0 has to close its records once another has failed"""
+"""Seconds that process 0 has to finish its tracking and logs once another process has failed"""
 BROKEN = ("Gloo", "NCCL", "coordination", "Coordination", "closed by peer", "reset by peer", "Broken pipe")
-"""What the errors of a broken collective have in common: their types do not tell"""
+"""Words by which the messages of broken collectives are recognised, since their exception types are not specific"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """One process, with every device that it sees."""
+    """One process, with all devices of this machine that it can use."""
 
     def join(self) -> None:
-        """Nothing to join."""
+        """Does nothing: there is no other process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The processes that SLURM, Open MPI, GKE or a TPU pod has started: JAX finds out by itself how many and which."""
+    """Processes started by SLURM, Open MPI, GKE or on a TPU pod: JAX detects their number and this one's index."""
 
     timeout: int = 300
     """Seconds in which all of them must have started"""
@@ -55,16 +55,17 @@ class Cluster:
     """Seconds of silence after which a process counts as dead, and the others end"""
 
     def join(self) -> None:
-        """
+        """Connects to the other processes.
+
         Raises:
-            UserError: no cluster is found.
+            UserError: JAX detects no cluster.
         """
         with _in_time(self.timeout, "the cluster's processes"):
             try:
                 _initialize(self.timeout, self.heartbeat)
             except (ValueError, TypeError) as error:
                 raise UserError(
-                    f"runtime.distributed is cluster, but JAX finds none here ({_first_line(error)}); start the "
+                    f"runtime.distributed is cluster, but JAX detects none here ({_first_line(error)}); start the "
                     "command with srun, mpirun or on each host of a TPU pod, or use --runtime.distributed processes"
                 ) from error
 
@@ -74,20 +75,21 @@ class Processes:
     """Processes started by hand, each with its own index."""
 
     coordinator: str
-    """host:port of process 0, the same for all: an address that all reach, and a port that is free there"""
+    """host:port of process 0, the same for all: an address that all processes can reach, and a free port there"""
     count: int
-    """Processes together"""
+    """Number of processes"""
     index: int
-    """Of this process, from 0"""
+    """Index of this process, from 0"""
     timeout: int = 300
     """Seconds in which all of them must have started"""
     heartbeat: int = 30
     """Seconds of silence after which a process counts as dead, and the others end"""
 
     def join(self) -> None:
-        """
+        """Connects to the other processes.
+
         Raises:
-            UserError: count and index do not fit, or the coordinator's address means nothing here.
+            UserError: the index is not below the count, or the coordinator's address is invalid or unknown.
         """
         if self.count < 1 or not 0 <= self.index < self.count:
             raise UserError(
@@ -126,17 +128,18 @@ class Processes:
 Distributed = Local | Cluster | Processes
 
 
-def _initialize(timeout: int, heartbeat: int, **given: Any) -> None:
-    """
+def _initialize(timeout: int, heartbeat: int, **options: Any) -> None:
+    """`jax.distributed.initialize` with these options.
+
     Raises:
-        UserError: the experiment's file has computed something already.
+        UserError: the experiment's file has computed with JAX already.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # the loop agrees on signals by itself
+    jax.config.update("jax_enable_preemption_service", False)  # the training loop handles signals (consensus.py)
     try:
         jax.distributed.initialize(
-            **given,
-            initialization_timeout=timeout + 30,  # JAX's own limit aborts with a stack trace: ours comes first
+            **options,
+            initialization_timeout=timeout + 30,  # JAX's limit aborts with a stack trace: `_in_time` must come first
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=120,
         )
@@ -144,18 +147,22 @@ def _initialize(timeout: int, heartbeat: int, **given: Any) -> None:
         if "before" not in str(error):
             raise
         raise UserError(
-            "the experiment's file computes with JAX while it is read, before the processes have met; "
-            "move that into a function"
+            "the experiment's file computes with JAX while it is imported, before the processes are connected; "
+            "move that computation into a function"
         ) from error
 
 
 @contextlib.contextmanager
 def _in_time(seconds: int, who: str) -> Iterator[None]:
-    """Ends this process in one line if what is inside takes longer: it cannot be interrupted."""
+    """Ends this process with a one-line message if the block takes longer, since it cannot be interrupted.
+
+    Args:
+        who: subject of the message.
+    """
 
     def give_up() -> None:
         error = UserError(
-            f"{who} did not meet the others within {seconds} s; check that each of them runs with the same "
+            f"{who} did not connect to the others within {seconds} s; check that each of them runs with the same "
             "coordinator and count and its own index, and that no firewall is between them "
             "(--runtime.distributed.timeout waits longer)"
         )
@@ -172,19 +179,19 @@ def _in_time(seconds: int, who: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(distributed: Distributed) -> Iterator[None]:
-    """Joins the other processes for what is inside, and parts from them.
+    """Connects to the other processes before the block, and disconnects after it.
 
-    What all of them raise alike at the same step (`Preempted`, `Diverged`) goes on upwards. Any other failure of one
-    ends this process, and within seconds the others, each in one line and with the exit code of the first failure.
+    `Preempted` and `Diverged`, which all processes raise at the same step, are passed on. Any other exception ends this
+    process, and within seconds the others, each with a one-line message and the exit code of the first failure.
 
     Raises:
-        UserError: they cannot meet.
+        UserError: the processes cannot connect.
     """
     distributed.join()
     if jax.process_count() == 1:
         yield
         return
-    gone = _gone("JAX has ended this one, for the reason above")
+    gone = _gone("JAX has ended this process, for the reason above")
     with aborts.explained(f"slmjax: error: {gone}", gone.code):
         watch = _Watch(_client())
         try:
@@ -207,28 +214,28 @@ def barrier(name: str) -> None:
 
 
 def of_the_first(value: Any) -> Any:
-    """The JSON value that process 0 gives, in every process; all of them must call it."""
+    """Returns process 0's value (JSON) in every process; all of them must call it."""
     if jax.process_count() == 1:
         return value
-    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(mine, size))))
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(encoded.size)))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(encoded, size))))
 
 
 def _client() -> Any:
-    """JAX's connection to the coordination service: it has no public name, and all its users go there."""
+    """JAX's client of the coordination service, which has no public name in JAX."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 class _Watch:
-    """Looks, in a thread, whether another process has failed."""
+    """A thread that ends this process when another one has failed."""
 
     def __init__(self, client: Any, leave: Callable[[str, int], None] | None = None):
         self.client, self.index = client, jax.process_index()
-        self.heard = threading.Event()
-        self.reason: dict[str, Any] = {}
+        self.other_failed = threading.Event()
+        self.failure: dict[str, Any] = {}
         self._exit = leave or _exit
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="processes", daemon=True)
@@ -239,46 +246,48 @@ class _Watch:
         self._thread.join()
 
     def leave(self, error: BaseException) -> None:
-        """Ends the process: with the failure of another one if there is one, else with its own, of which it tells."""
-        if _lost(error):  # that may be how the failure of another one shows first
-            self.heard.wait(2 * POLL + 0.5)
-        if self.heard.is_set():
-            self._exit(*self._said())
+        """Ends this process: with the failure of another one if there is one, else with its own error, which it writes
+        to the key-value store for the others."""
+        if _lost(error):  # a broken collective may be the first sign that another process has failed
+            self.other_failed.wait(2 * POLL + 0.5)
+        if self.other_failed.is_set():
+            self._exit(*self._failure_of_other())
         self._stopped.set()
         if _lost(error):
             gone = _gone(_first_line(_lost(error) or error))
             self._exit(str(gone), gone.code)
         code = int(getattr(error, "code", 130 if isinstance(error, KeyboardInterrupt) else 1) or 0)
-        said = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, UserError | KeyboardInterrupt):
             traceback.print_exception(error)
-            said = f"{type(error).__name__}: {said}"
-        with contextlib.suppress(Exception):  # another one was first, or the service is gone
-            self.client.key_value_set(FAILED, json.dumps({"process": self.index, "said": said, "code": code}))
-        if self.index == 0:  # the service lives here
+            message = f"{type(error).__name__}: {message}"
+        failure = {"process": self.index, "message": message, "code": code}
+        with contextlib.suppress(Exception):  # another process has written its failure first, or the service is gone
+            self.client.key_value_set(FAILED, json.dumps(failure))
+        if self.index == 0:  # the service runs in this process: the others need time to read the failure
             time.sleep(4 * POLL)
-        self._exit(said, code)
+        self._exit(message, code)
 
     def _work(self) -> None:
         while not self._stopped.wait(POLL):
             try:
-                found = self.client.key_value_try_get(FAILED)
-            except Exception:  # not there, which is the rule; or the service is gone, which JAX deals with
+                written = self.client.key_value_try_get(FAILED)
+            except Exception:  # no process has failed, as usual; or the service is gone, which JAX handles
                 continue
-            self.reason = json.loads(found)
-            if self.reason["process"] == self.index:
+            self.failure = json.loads(written)
+            if self.failure["process"] == self.index:
                 return
-            self.heard.set()
+            self.other_failed.set()
             if self.index == 0:
                 time.sleep(GRACE)
-            self._exit(*self._said())
+            self._exit(*self._failure_of_other())
 
-    def _said(self) -> tuple[str, int]:
-        return f"process {self.reason['process']} failed: {self.reason['said']}", int(self.reason["code"])
+    def _failure_of_other(self) -> tuple[str, int]:
+        return f"process {self.failure['process']} failed: {self.failure['message']}", int(self.failure["code"])
 
 
 def _lost(error: BaseException | None) -> BaseException | None:
-    """The broken collective among the causes of an error."""
+    """The first exception among an error and its causes that reports a broken collective; None if there is none."""
     while error is not None:
         if not isinstance(error, UserError) and any(word in str(error) for word in BROKEN):
             return error
@@ -297,8 +306,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _exit(said: str, code: int) -> None:
-    """At once: nothing is waited for, since what would be waited for may be gone."""
-    print(f"slmjax: error: {said}", file=sys.stderr, flush=True)
+def _exit(message: str, code: int) -> None:
+    """Ends this process at once: a clean shutdown would wait for processes that may be gone."""
+    print(f"slmjax: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh, a layout (rules from logical axes to mesh axes), and the placements that follow."""
+"""Placement of arrays on devices: a mesh, a layout (rules from logical axes to mesh axes), and their shardings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slmjax.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each way of being parallel; -1 takes what the others leave. A field is an axis of the mesh."""
+    """Number of devices along each axis of the mesh; -1 for one axis: all remaining devices."""
 
     data: int = -1
     """Copies of the model that split the batch"""
@@ -38,20 +38,24 @@ class Mesh:
         devices = jax.devices() if devices is None else devices
         names = tuple(f.name for f in dataclasses.fields(self))
         sizes = [getattr(self, name) for name in names]
-        said = f"mesh {' '.join(f'{name}={n}' for name, n in zip(names, sizes, strict=True))}"
+        description = f"mesh {' '.join(f'{name}={n}' for name, n in zip(names, sizes, strict=True))}"
         if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
-            raise UserError(f"{said}: each size is at least 1, and at most one of them is -1 (the rest of the devices)")
-        known = math.prod(n for n in sizes if n > 0)
-        if len(devices) % known or (-1 not in sizes and known != len(devices)):
-            raise UserError(f"{said} does not fit {len(devices)} device(s): the sizes must multiply to that number")
-        shape = tuple(len(devices) // known if n == -1 else n for n in sizes)
+            raise UserError(
+                f"{description}: each size is at least 1, and at most one of them is -1 (the rest of the devices)"
+            )
+        given = math.prod(n for n in sizes if n > 0)
+        if len(devices) % given or (-1 not in sizes and given != len(devices)):
+            raise UserError(
+                f"{description} does not fit {len(devices)} device(s): the sizes must multiply to that number"
+            )
+        shape = tuple(len(devices) // given if n == -1 else n for n in sizes)
         auto = (jax.sharding.AxisType.Auto,) * len(names)  # jax.make_mesh defaults to Explicit from 0.12 on
         return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How arrays are spread over a mesh. Another layout changes no result beyond rounding."""
+    """How arrays are split over a mesh. Another layout changes results by rounding only."""
 
     rules: tuple[tuple[str, str], ...] = (
         ("vocab", "tensor"),
@@ -61,31 +65,31 @@ class Layout:
         ("experts", "tensor"),
         ("embed", "fsdp"),
     )
-    """(logical axis of a parameter, mesh axis that splits it). What is not named is replicated"""
+    """(logical axis of a parameter, mesh axis that splits it). Axes that are not named are replicated"""
     rows: tuple[str, ...] = ("data", "fsdp")
     """Mesh axes over which the rows of a batch are split: over both, since fsdp is data parallelism whose parameters
     are split too"""
     tokens: tuple[str, ...] = ()
-    """Mesh axes over which the tokens of each row are split (context parallelism). Attention must then be one that
-    exchanges keys and values, and a loss must not be cut into pieces along the tokens"""
+    """Mesh axes over which the tokens of each row are split (context parallelism). It needs an attention function that
+    exchanges keys and values between devices, and a loss that is not cut into pieces along the tokens"""
     gathered: str = "fsdp"
-    """Mesh axis from which parameters are brought together before they are used"""
+    """Mesh axis along which parameters are gathered before they are used"""
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> P:
         """The placement of one parameter on a mesh of these sizes.
 
-        A dimension that the mesh axis does not divide (3 key-value heads over 2 devices) is replicated, as is a second
-        dimension that asks for a mesh axis already taken.
+        A dimension that the mesh axis does not divide (3 key-value heads over 2 devices) is replicated, as is a
+        dimension whose mesh axis splits an earlier dimension already.
         """
-        taken: set[str] = set()
+        used: set[str] = set()
         out: list[str | None] = []
         rules = dict(self.rules)
         for name, size in zip(axes, shape, strict=True):
             to = rules.get(name) if name else None
-            if to is None or to in taken or size % mesh[to]:
+            if to is None or to in used or size % mesh[to]:
                 to = None
             else:
-                taken.add(to)
+                used.add(to)
             out.append(to)
         return P(*out)
 
@@ -101,7 +105,7 @@ class Layout:
         )
 
     def replicated(self, params: Any, axes: Any, mesh: Mapping[str, int]) -> dict[str, str]:
-        """{path: why} of the parameters that a rule would split over several devices, were their size divisible."""
+        """{path: reason} of the parameters that are replicated because a mesh axis does not divide their size."""
         flat, rules = tree.flatten(axes, is_leaf=tree.is_axes), dict(self.rules)
         return {
             path: f"{name}={size} is not divisible by {rules[name]}={mesh[rules[name]]}"
@@ -111,10 +115,10 @@ class Layout:
         }
 
     def gather(self, params: Any, axes: Any, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
-        """A function that brings parameters together from the axis `gathered`, for use inside jit.
+        """A function that gathers parameters along the mesh axis `gathered`, for use inside jit.
 
-        Left to itself the partitioner often moves activations to the pieces of the parameters instead, which costs far
-        more (and a gather from an embedding table split by width is replicated as a whole).
+        Without it XLA's partitioner often sends activations to the shards of the parameters instead, which costs far
+        more (and it replicates a whole lookup in an embedding table that is split by width).
         """
         if mesh.shape[self.gathered] == 1:
             return lambda effective: effective
@@ -138,9 +142,9 @@ class Layout:
             UserError: the rows cannot be split evenly.
         """
         rows, split = batch.tokens.shape[0] * jax.process_count(), self.ways(mesh.shape)
-        said = " ".join(f"{name}={n}" for name, n in mesh.shape.items())
+        sizes = " ".join(f"{name}={n}" for name, n in mesh.shape.items())
         if rows % split:
-            raise UserError(f"batch {rows} cannot be split over {split} devices (mesh {said})")
+            raise UserError(f"batch {rows} cannot be split over {split} devices (mesh {sizes})")
         placed = jax.tree.map(lambda x: NamedSharding(mesh, self.batch_spec(x, batch.tokens.shape[1])), batch)
         if jax.process_count() == 1:
             return jax.device_put(batch, placed)
@@ -148,26 +152,26 @@ class Layout:
         here = {str(index) for index in by_row.addressable_devices_indices_map((rows,)).values()}
         if len(here) * jax.process_count() != split:  # two processes would give the same rows, each with its own data
             raise UserError(
-                f"mesh {said} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; keep "
-                f"{' and '.join(name for name in mesh.shape if name not in self.rows)} within a process"
+                f"mesh {sizes} splits rows over {split} of {mesh.size} devices in {jax.process_count()} processes; "
+                f"keep {' and '.join(name for name in mesh.shape if name not in self.rows)} within a process"
             )
         return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, placed)
 
 
 def mirror(state: Any, params: Any, placed: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Placements of a state (optimizer or view) that holds copies of the parameters somewhere inside.
+    """Placements of a state (optimizer or view), some of whose leaves correspond to parameters.
 
-    A leaf whose path ends with a parameter's path and that has its shape (a momentum, an average) lies where the
-    parameter lies. Everything else (counters, factored moments) is small and replicated.
+    A leaf whose path ends with a parameter's path and that has its shape (a momentum, an average) is placed like the
+    parameter. All others (counters, factored moments) are small and replicated.
     """
-    where = {
+    placements = {
         path: (x.shape, s) for (path, x), s in zip(tree.flatten(params).items(), jax.tree.leaves(placed), strict=True)
     }
 
     def place(path: str, leaf: Any) -> NamedSharding:
         keys = path.split("/")
         for i in range(len(keys)):
-            shape, sharding = where.get("/".join(keys[i:]), (None, None))
+            shape, sharding = placements.get("/".join(keys[i:]), (None, None))
             if sharding is not None and shape == leaf.shape:
                 return sharding
         return NamedSharding(mesh, P())

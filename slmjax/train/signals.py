@@ -1,4 +1,4 @@
-"""Being told to stop: save first, then leave with a code that says so."""
+"""Signals that stop a run: it saves a checkpoint first, then ends with an exit code for schedulers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Preempted):
-    """Ctrl-C, and the run has saved. The shell's code for it, so that a scheduler does not requeue."""
+    """Ctrl-C; the run has saved a checkpoint. The exit code is the shell's for Ctrl-C, so that a scheduler does not
+    requeue the run."""
 
     code = 130
 
 
 class Signals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered; a second Ctrl-C ends the process at once.
+    """A context manager that records SIGTERM, SIGUSR1 and Ctrl-C; a second Ctrl-C ends the process at once.
 
-    Handlers belong to the main thread: entered from another one, it notes nothing.
+    Python runs signal handlers in the main thread only: entered in another thread, it records nothing.
     """
 
     received: signal.Signals | None = None
@@ -38,12 +39,12 @@ class Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # earlier checkpoints are whole: a save in flight is lost
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a save in progress is lost, earlier checkpoints are not
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number)
 
     def error(self, step: int) -> Preempted:
-        """What to raise once step `step` is saved. Where another process got the signal, its name is unknown here."""
+        """The exception to raise once `step` is saved. The signal's name is unknown if another process received it."""
         name = self.received.name if self.received else "another process"
         kind = Interrupted if self.received == signal.SIGINT else Preempted
         return kind(f"stopped by {name} after step {step}, which is saved: run the same command again to go on")

@@ -1,5 +1,5 @@
-"""The state that a run begins with, where its arrays lie, and the parameters that are evaluated: no objective in it, so
-that a checkpoint can be opened without what the run was trained towards (a teacher, say)."""
+"""The training state of step 0, the placement of its arrays, and the parameters to evaluate. None of it depends on the
+objective, so a checkpoint can be opened without the objective's own models (such as a teacher)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from slmjax.types import Key, Optimizer, Params, ParamView, TrainState
 
 
 class Opt(NamedTuple):
-    """`TrainState.opt`: what the optimizer keeps, and what the guard has seen."""
+    """`TrainState.opt`: the states of the optimizer and of the guard."""
 
     optimizer: Any
     guard: GuardState
 
 
 class States(NamedTuple):
-    """How the states of a run come about and lie on the mesh. Made by `states`."""
+    """How the training states of a run are made and placed on the mesh. Made by `states`."""
 
     fresh: Callable[[], TrainState]
-    """() -> the state of step 0 with parameters drawn from the seed, each array where it belongs"""
+    """() -> the state of step 0 with parameters drawn from the seed, placed on the mesh"""
     given: Callable[[Params], TrainState]
     """The model's parameters (arrays of any placement, numpy too) -> the state of step 0 that starts from them"""
     abstract: TrainState
-    """The same as ShapeDtypeStructs with shardings: what a checkpoint is restored into"""
+    """A training state as ShapeDtypeStructs with shardings, into which a checkpoint is restored"""
     params: Callable[[TrainState], Params]
     """The effective parameters of evaluation, sampling and export"""
 
@@ -40,22 +40,22 @@ class States(NamedTuple):
 def init_state(
     init: Callable[[Key], Params], optimizer: Optimizer, view: ParamView, guard: Guard, key: Key, view_key: Key = None
 ) -> TrainState:
-    """The state of step 0. `key` seeds the model's parameters and nothing else, `view_key` those of the view (by
-    default it follows from `key`)."""
+    """The state of step 0. `key` seeds the model's parameters alone, `view_key` those of the view (default: a key
+    derived from `key`)."""
     params = init(key)
-    own, viewed = view.init(params, jax.random.fold_in(key, 0) if view_key is None else view_key)
-    everything = stored.join(params, own)
+    own, view_state = view.init(params, jax.random.fold_in(key, 0) if view_key is None else view_key)
+    all_params = stored.join(params, own)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=everything,
-        opt=Opt(optimizer.init(stored.trained(everything, view.frozen)), guard.init()),
-        view=viewed,
+        params=all_params,
+        opt=Opt(optimizer.init(stored.trained(all_params, view.frozen)), guard.init()),
+        view=view_state,
     )
 
 
 def evaluation_params(state: TrainState, optimizer: Optimizer, view: ParamView) -> Params:
-    """The effective parameters of evaluation, sampling and export: those that the optimizer wants evaluated
-    (schedule-free averages), as the view transforms them for evaluation (EMA, quantization)."""
+    """The effective parameters of evaluation, sampling and export: those that the optimizer gives for evaluation
+    (schedule-free averages), transformed by the view's `evaluate` (EMA, quantization)."""
     trained = optimizer.evaluate(state.opt.optimizer, stored.trained(state.params, view.frozen))
     params, own = stored.parts(stored.complete(trained, state.params, view.frozen))
     return view.evaluate(params, own, state.view)
@@ -72,10 +72,11 @@ def states(
     seed: Any = 0,
     guard: Guard,
 ) -> States:
-    """
+    """The functions that make training states on this mesh.
+
     Args:
         init, axes: `Model.init` and `Model.axes`.
-        optimizer: that of the trained parameters (`stored.optimized`).
+        optimizer: built for the trained parameters (`stored.optimized`).
         seed: parameters are drawn from `fold_in(key(seed), 0)`, those of the view from `fold_in(key(seed), 3)`.
     """
     root = jax.random.key(seed)

@@ -23,16 +23,16 @@ SKIP = Skip()
 
 
 class Program(NamedTuple):
-    """The compiled pieces of a run. Made by `program`."""
+    """The compiled functions of a run. Made by `program`."""
 
     init: Callable[[], TrainState]
-    """() -> the state of step 0, each array where it belongs"""
+    """() -> the state of step 0, placed on the mesh"""
     given: Callable[[Params], TrainState]
     """The model's parameters -> the state of step 0 that starts from them instead"""
     abstract: TrainState
-    """The same as ShapeDtypeStructs with shardings: what a checkpoint is restored into"""
+    """A training state as ShapeDtypeStructs with shardings, into which a checkpoint is restored"""
     step: Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
-    """One update. The state given is donated: use the one returned"""
+    """One update. The state passed in is donated: use the one returned"""
     evaluate: Callable[[TrainState, Frozen, Batch], Metrics]
     """Metrics of one batch under the evaluation parameters"""
     params: Callable[[TrainState], Params]
@@ -43,8 +43,8 @@ class Program(NamedTuple):
 
 
 class Ahead:
-    """A jitted function that is compiled before its first call, not in it: in between, what the compiler took is given
-    back to the system, so that the peaks of compiling and of computing do not add up."""
+    """A jitted function that is compiled before its first call: the memory that the compiler has used then returns to
+    the system before the call, so that the peaks of compiling and of computing do not add up."""
 
     def __init__(self, jitted: Any):
         self.lower = jitted.lower
@@ -60,7 +60,7 @@ class Ahead:
 
     @property
     def compiled(self) -> int:
-        """How many programs there are: one for each shape of batch that it was called with."""
+        """Number of compiled programs: one for each shape of batch."""
         return len(self._programs)
 
 
@@ -75,38 +75,38 @@ def make_step(
     schedule: Callable[[Any], Any] | None = None,
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
-    """The pure step, to be jitted with its first argument donated. `pieces`: the number of micro-batches, known from a
-    batch's shape. `gather`: see `Layout.gather`.
+    """The pure step, to be jitted with its first argument donated. `pieces`: the number of micro-batches, a function of
+    the batch's shape. `gather`: see `Layout.gather`.
 
     Metrics, all float32 scalars: the objective's; `grad_norm` (before clipping), `param_norm` and `update_norm` of the
-    trained parameters; `lr` (where a schedule is given); `good` (1, or 0 where the guard refused the update), `skipped`
-    (refused so far) and `consecutive` (refused since the last good step).
+    trained parameters; `lr` (if a schedule is given); `good` (1, or 0 if the guard skipped the update), `skipped`
+    (skipped so far) and `consecutive` (skipped since the last good step).
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        def all_of(trained: Params) -> tuple[Params, Params]:
+        def model_and_own(trained: Params) -> tuple[Params, Params]:
             return stored.parts(stored.complete(trained, state.params, view.frozen))
 
         def loss_and_grads(trained: Params, batch: Batch, key: Key) -> tuple[Metrics, Params]:
             def loss_fn(trained: Params) -> tuple[Any, Metrics]:
-                effective = gather(view.apply(*all_of(trained), state.view))
+                effective = gather(view.apply(*model_and_own(trained), state.view))
                 return objective.loss(effective, frozen, batch, key)
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
             return _float32({"loss": loss, **metrics}), grads
 
-        preparing, losing = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = objective.prepare(batch, preparing)
+        prepare_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = objective.prepare(batch, prepare_key)
         trained = stored.trained(state.params, view.frozen)
-        metrics, grads = micro.accumulated(loss_and_grads, trained, batch, losing, pieces(batch))
+        metrics, grads = micro.accumulated(loss_and_grads, trained, batch, loss_key, pieces(batch))
         grad_norm = optax.tree.norm(grads)
-        good, watched = guard.check(state.opt.guard, metrics["loss"], grad_norm)
+        good, guard_state = guard.check(state.opt.guard, metrics["loss"], grad_norm)
 
         updates, opt = optimizer.update(grads, state.opt.optimizer, trained)
         updated = optax.apply_updates(trained, updates)
-        after = (updated, opt, view.update(state.view, *all_of(updated), state.step))
+        after = (updated, opt, view.update(state.view, *model_and_own(updated), state.step))
         before = (trained, state.opt.optimizer, state.view)
-        updated, opt, viewed = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        updated, opt, view_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
         params = stored.complete(updated, state.params, view.frozen)
 
         measured = {
@@ -114,12 +114,13 @@ def make_step(
             "param_norm": optax.tree.norm(updated),
             "update_norm": jnp.where(good, optax.tree.norm(updates), 0.0),
             "good": good,
-            "skipped": watched.skipped,
-            "consecutive": watched.consecutive,
+            "skipped": guard_state.skipped,
+            "consecutive": guard_state.consecutive,
         }
-        if schedule is not None:  # the optimizer counts the updates that it made, and so do we
+        if schedule is not None:  # the optimizer's own count leaves out the skipped updates too
             measured["lr"] = schedule(state.step - state.opt.guard.skipped)
-        return TrainState(state.step + 1, params, Opt(opt, watched), viewed), {**metrics, **_float32(measured)}
+        new_state = TrainState(state.step + 1, params, Opt(opt, guard_state), view_state)
+        return new_state, {**metrics, **_float32(measured)}
 
     return train_step
 
@@ -135,7 +136,7 @@ def make_evaluate(
 ) -> Callable[[TrainState, Frozen, Batch], Metrics]:
     """(state, frozen, batch) -> the objective's metrics under the evaluation parameters, in micro-batches too.
 
-    What is random follows from the key and the batch's tokens: another draw for each batch, the same each time.
+    Randomness is derived from the key and the batch's tokens: different for each batch, the same at each evaluation.
     """
 
     def evaluate_step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
@@ -143,9 +144,9 @@ def make_evaluate(
             loss, metrics = objective.loss(params, frozen, batch, key)
             return _float32({"loss": loss, **metrics}), ()
 
-        preparing, losing = jax.random.split(jax.random.fold_in(key, jnp.sum(batch.tokens, dtype=jnp.uint32)))
-        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.prepare(batch, preparing)
-        return micro.accumulated(measured, effective, batch, losing, pieces(batch))[0]
+        prepare_key, loss_key = jax.random.split(jax.random.fold_in(key, jnp.sum(batch.tokens, dtype=jnp.uint32)))
+        effective, batch = gather(evaluation_params(state, optimizer, view)), objective.prepare(batch, prepare_key)
+        return micro.accumulated(measured, effective, batch, loss_key, pieces(batch))[0]
 
     return evaluate_step
 
@@ -165,24 +166,24 @@ def program(
     guard: Guard = SKIP,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Program:
-    """Everything that a run computes, placed on `mesh` and jitted (compiled at the first call).
+    """The functions of a run, placed on `mesh` and jitted (compiled at the first call).
 
     Args:
         init, axes: `Model.init` and `Model.axes`.
-        optimizer: that of the trained parameters (`stored.optimized`).
+        optimizer: built for the trained parameters (`stored.optimized`).
         seed: parameters are drawn from `fold_in(key(seed), 0)` (see `states`), the steps' randomness from
             `fold_in(key(seed), 1)`. A number, or an array [].
         accumulate: micro-batches a step, at least; divides the rows of the batch.
-        micro_tokens: `Compute.micro_tokens(width)`: more micro-batches than that, while they stay this large.
-            Evaluation has as many as this alone asks for.
+        micro_tokens: `Compute.micro_tokens(width)`, the least tokens of a micro-batch on each device: a step has more
+            than `accumulate` micro-batches as long as they stay this large. Evaluation ignores `accumulate`.
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
-    made = states(init, axes, optimizer, view, mesh=mesh, layout=layout, seed=seed, guard=guard)
+    built = states(init, axes, optimizer, view, mesh=mesh, layout=layout, seed=seed, guard=guard)
     steps, evals = (jax.random.fold_in(jax.random.key(seed), i) for i in (1, 2))
     everywhere = NamedSharding(mesh, P())
-    gather = layout.gather(stored.parts(made.abstract.params)[0], axes, mesh)
+    gather = layout.gather(stored.parts(built.abstract.params)[0], axes, mesh)
     ways = layout.ways(mesh.shape)
-    placed = jax.tree.map(lambda x: x.sharding, made.abstract)
+    placed = jax.tree.map(lambda x: x.sharding, built.abstract)
 
     def pieces(batch: Batch, least: int = 1) -> int:
         return micro.count(*batch.tokens.shape, ways=ways, least=least, tokens=micro_tokens)
@@ -191,12 +192,12 @@ def program(
     step = make_step(objective, optimizer, view, steps, pieces=training, guard=guard, schedule=schedule, gather=gather)
     evaluate = make_evaluate(objective, optimizer, view, evals, pieces=pieces, gather=gather)
     return Program(
-        init=made.fresh,
-        given=made.given,
-        abstract=made.abstract,
+        init=built.fresh,
+        given=built.given,
+        abstract=built.abstract,
         step=Ahead(jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
-        params=made.params,
+        params=built.params,
         put=lambda batch: layout.put(batch, mesh),
         mesh=mesh,
     )

@@ -1,7 +1,7 @@
 """Which parameters a run stores, and which of them it trains.
 
-Stored are the model's parameters and, under the key `view`, those that the view adds. Trained are all of them but the
-frozen ones, which stay in the training state (so that a checkpoint is complete) and pass through the step untouched.
+It stores the model's parameters and, under the key `view`, those that the view adds. It trains all but the frozen ones,
+which stay in the training state (so that a checkpoint is complete) and are not changed by the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VIEW = "view"
 
 
 def join(params: Params, own: Params) -> Params:
-    """The model's parameters and the view's own -> stored ones."""
+    """The model's parameters and the view's own -> stored parameters."""
     return {**params, VIEW: own} if own else params
 
 
@@ -29,7 +29,7 @@ def parts(stored: Params) -> tuple[Params, Params]:
 
 
 def trained(stored: Params, frozen: Set[str]) -> Params:
-    """Those that the optimizer sees, as a nested dict without the frozen ones."""
+    """The trained parameters, as a nested dict without the frozen ones."""
     return tree.without(stored, frozen) if frozen else stored
 
 
@@ -41,8 +41,8 @@ def complete(of_trained: Params, stored: Params, frozen: Set[str]) -> Params:
 
 
 def optimized(axes: Any, view: ParamView) -> tuple[Any, dict[str, Group]]:
-    """What an optimizer has to know of the trained parameters: their logical axes, and the group of each one that the
-    view adds, by path."""
+    """The arguments of `OptimizerSpec.build` for the trained parameters: their logical axes, and {path: group} of those
+    that the view adds."""
     flat = tree.flatten(join(axes, view.axes), is_leaf=tree.is_axes)
     own = [path for path in flat if path.startswith(f"{VIEW}/")] if view.axes else []
     groups = {path: view.groups.get(path.removeprefix(f"{VIEW}/"), Group()) for path in own}

@@ -155,7 +155,7 @@ def test_who_waits_in_vain_says_so(tiny, tmp_path):
     processes = [start(tiny, tmp_path / "run", *where, 1)]
     processes.append(start(tiny, tmp_path / "run", "--runtime.distributed", "cluster"))
     for process, words in zip(
-        processes, (f"coordinator {at}, did not meet the others within 2 s", "srun"), strict=True
+        processes, (f"coordinator {at}, did not connect to the others within 2 s", "srun"), strict=True
     ):
         code, _, err = ended(process)
         assert code == 2, err
@@ -171,7 +171,7 @@ def test_an_experiment_that_computes_too_early_is_told(tiny, tmp_path):
     where += ["--runtime.distributed.count", "2", "--runtime.distributed.index", "1"]
     refused = slmjax("train", early, *where)
     assert refused.code == 2
-    assert "computes with JAX while it is read" in refused.err
+    assert "computes with JAX while it is imported" in refused.err
 
 
 @pytest.mark.parametrize(

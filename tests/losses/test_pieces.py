@@ -234,7 +234,7 @@ def test_integers_of_an_outer_program_may_be_read():
     ("per_token", "words"),
     [
         (lambda logits, _: {"loss": logits}, r"value\['loss'\] has shape \(3, 20, 50\) for tokens \(3, 20\)"),
-        (lambda logits, _: {"kl": logits.sum(-1)}, r"returns \['kl'\]; it is to return every name of factors"),
+        (lambda logits, _: {"kl": logits.sum(-1)}, r"returns \['kl'\]; expected every name of factors"),
         (lambda logits, _: {x: logits.sum(-1) for x in ("loss", "weight")}, "not `weight`"),
     ],
 )

@@ -226,7 +226,7 @@ def test_decay_masks(kind, run):
 
 @pytest.mark.parametrize("make", [AdamW(no_decay=("embd/*",)), Muon(not_muon=("embd/*",))])
 def test_a_pattern_that_matches_nothing_is_named(make):
-    with pytest.raises(UserError, match=r"'embd/\*' matches no parameter; there are: embed/table"):
+    with pytest.raises(UserError, match=r"'embd/\*' matches no parameter; the parameters are: embed/table"):
         make.build(SCHEDULE.build(1), AXES)
 
 

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, one
     assert_equal(restored.state, earlier)
     assert len(said) == 1
     assert "checkpoint 3 is damaged: " in said[0]
-    assert said[0].endswith("moved to bad-3, trying the one before")
+    assert said[0].endswith("renamed to bad-3, trying the one before")
     assert (tmp_path / "bad-3").is_dir()  # nothing is deleted
     save(tmp_path, state, 3)
     assert_equal(restore(tmp_path, program).state, state)

@@ -94,7 +94,9 @@ def test_skip_goes_on_says_so_and_keeps_the_evidence(tmp_path):
     assert math.isnan(tracker.rows[6]["loss"])
     assert all(math.isfinite(tracker.rows[s]["loss"]) for s in tracker.rows if s != 6)
     evidence = tmp_path / "evidence" / "step-6"
-    assert said == [f"step 6: loss nan, gradient norm nan: refused by the guard; evidence in {evidence}"]
+    assert said == [
+        f"step 6: loss nan, gradient norm nan: the guard skips this update; batch and metrics are in {evidence}"
+    ]
     kept = np.load(evidence / "batch-0.npz")
     np.testing.assert_array_equal(kept["tokens"], toy.batch(5).tokens)
     assert np.isnan(kept["weights"]).any()
@@ -119,7 +121,7 @@ def test_a_spike_rolls_back_and_skips_the_data_around_it(tmp_path):
     """12 steps, a checkpoint every 4; the 11th batch spikes: steps 9, 10, ... run again, on batches 11, 12, ..."""
     guard = Rollback(window=8)
     state, tracker, said = run(tmp_path, guard, toy.Data(spikes=(10,)), last=12)
-    assert said[-1] == "rolled back to step 8; its data up to the batch of step 11 are skipped"
+    assert said[-1] == "rolled back to step 8; the data up to the batch of step 11 are skipped"
     assert tracker.resumed == [0, 8]
     seen = {step: row["batch"] for step, row in tracker.rows.items()}
     used = [*range(8), 11, 12, 13, 14]

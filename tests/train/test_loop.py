@@ -283,7 +283,7 @@ def test_a_trace_starts_and_ends_in_what_is_left_of_the_run(done, last, due):
 def test_a_metric_that_no_row_has_is_never_the_best_and_that_is_said(tmp_path):
     said = []
     train(tmp_path, last=3, policy={"best": "validation/los"}, say=said.append)
-    assert "checkpoints.best is 'validation/los'; there are: grad_norm, loss, " in said[-1]
+    assert "checkpoints.best is 'validation/los', which is no metric; there are: grad_norm, loss, " in said[-1]
 
 
 def test_multiples_of_keep_every_are_saved(tmp_path):

@@ -104,7 +104,7 @@ def test_the_key_decides():
         (lambda: Masking(rate=0.0), "masking.rate: 0.0"),
         (lambda: Masking(mask=0.9, random=0.2), "mask 0.9 and random 0.2"),
         (lambda: Masking()(packed(), jax.random.key(0), vocab=97, special=Special()), "no mask token"),
-        (lambda: MaskedLM().build(BERT.build()).prepare(packed(), jax.random.key(0)), "special: unknown"),
+        (lambda: MaskedLM().build(BERT.build()).prepare(packed(), jax.random.key(0)), "objective.special is None"),
         (lambda: MaskedLM(z_loss=-1.0), "z_loss: -1.0"),
         (lambda: BERT.build().init_cache(1, 2), "is an encoder"),
         (lambda: Classifier(labels=("a", "a")), "labels: a, a"),
@@ -117,7 +117,7 @@ def test_mistakes_are_named(make, names):
 
 @pytest.mark.parametrize("encoder", [BERT, MOBILE], ids=["bert", "mobilebert"])
 def test_loss_and_gradients_are_those_of_torch(tmp_path, reference, encoder):
-    """Several documents a row, of uneven length: torch is given the same hidden tokens and nothing else of ours."""
+    """Several documents a row, of uneven length: torch is given the same masked tokens and nothing else of ours."""
     # No norm keeps MobileBERT's stream, and with it rounding, from growing: smaller matrices.
     params = perturbed(encoder) if encoder is BERT else map_with_path(_smaller, perturbed(encoder))
     write_hf(tmp_path, encoder, params)
