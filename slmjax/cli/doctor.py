@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     table = _table(experiment, compute, mesh, memory, limit, said, speed, watts())
     for name, value in zip(("processor", "  measured"), measured.lines() if measured else (), strict=False):
         table.add_row(name, value)
-    table.add_row("computed in", f"{compute.dtype}, {choice.said}")
+    table.add_row("computed in", f"{compute.dtype}, {choice.reason}")
     console.print(table)
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")

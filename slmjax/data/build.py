@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slmjax import __version__
 from slmjax.data import stages, writing
-from slmjax.data.recipe import Recipe, describe, digest, load_recipe
+from slmjax.data.recipe import Recipe, digest, load_recipe
 from slmjax.data.token_store import CHUNK, SHARD, TokenStore, files_of, read_file, url_of
 from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
@@ -49,7 +49,7 @@ def build(
     files = recipe.files()
     show("checking files", 0, sum(map(len, files)))
     identity = {
-        "recipe": describe(recipe),
+        "recipe": recipe.identity(),
         "files": writing.describe_files(files, Path(recipe.root), show),
         "shard": shard,
         "part_bytes": part_bytes,
@@ -105,7 +105,7 @@ def open_source(source: str | Recipe, cache: str | Path | None = None, progress:
     recipe = load_recipe(source) if isinstance(source, str) else source
     given = [files] if (files := recipe.tokenizer_files()) else []
     seen = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in [*recipe.files(), *given]]
-    folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([describe(recipe), seen])[:12]}"
+    folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([recipe.identity(), seen])[:12]}"
     return TokenStore(folder) if (folder / "manifest.json").is_file() else build(recipe, folder, progress=progress)
 
 

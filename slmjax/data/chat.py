@@ -93,7 +93,7 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     """
     if tokenizer.chat is None:
         raise DataError("the tokenizer has no chat template; use --prompt, or add chat_template.jinja to its folder")
-    special = tokenizer.special
+    special = tokenizer.special_tokens
     spelled = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or r"(?!)")
     quote = lambda text: spelled.sub(lambda found: MARK + found[0] + MARK, text.replace(MARK, ""))  # noqa: E731
     quoted = [{**m, "content": quote(m["content"])} for m in messages]

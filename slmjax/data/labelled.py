@@ -15,7 +15,7 @@ import numpy as np
 from slmjax.data.build import cache_folder
 from slmjax.data.labelled_files import files_of
 from slmjax.data.labelled_store import ABOUT, VERSION, make
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.spec import Data, Opened, Store, check_seed
 from slmjax.data.stream import Prefetch, Stream, host_rows, shuffled
 from slmjax.data.tokenizer import BPE, File, Tokenizer, TokenizerSpec
@@ -88,7 +88,7 @@ class LabelledText(Data):
             [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in (train, validation, given)
         ]
         unread = {"train": (), "validation": (), "length": 2, "batch": 1, "seed": 0, "closed": True}  # of the folder
-        key = digest([VERSION, describe(replace(self, **unread | {"train": ("",)})), seen])[:12]
+        key = digest([VERSION, to_json(replace(self, **unread | {"train": ("",)})), seen])[:12]
         plain = re.sub(r"[^\w.-]+", "_", self.title)
         folder = root / "labelled" / f"{plain}-{key}"
         if not (folder / ABOUT).is_file():

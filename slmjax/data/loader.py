@@ -14,7 +14,6 @@ from pathlib import Path
 from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
 from slmjax.data.extra import Extra, added
-from slmjax.data.recipe import describe
 from slmjax.data.rows import Rows, assemble
 from slmjax.data.spec import Opened, PackedText, Part, Store
 from slmjax.data.stream import Prefetch, ReadProcesses, ReadThreads, Stream, host_rows, shuffled
@@ -23,6 +22,7 @@ from slmjax.data.tokenizer import Tokenizer
 from slmjax.data.weighting import Weighting
 from slmjax.data.work import Progress
 from slmjax.errors import DataError
+from slmjax.serialise import to_json
 from slmjax.types import Batch
 
 __all__ = ["Loader", "OpenedText", "ReadProcesses", "ReadThreads", "open_stores", "shuffled", "validation_batches"]
@@ -85,7 +85,7 @@ class Loader(Stream):
             identity={
                 "stores": [s.fingerprint for s in stores],
                 "shares": [str(share) for share in self._shares],
-                "packing": describe(data.packing),
+                "packing": to_json(data.packing),
                 "length": data.length,
                 "seed": data.seed,
             },

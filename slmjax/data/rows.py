@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slmjax.data.packing import Packing, Plan, plan
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.token_store import Split, TokenStore
 from slmjax.data.weighting import EveryToken, Weighting
 from slmjax.errors import DataError
+from slmjax.serialise import to_json
 from slmjax.types import Batch
 
 PLAN_VERSION = 1  # raise it when packing gives other rows than before, so that old plans are not used
@@ -22,7 +23,7 @@ class Rows:
     """The sequences of one packed split, as arrays. Sent to reading processes by the paths of its files."""
 
     def __init__(self, store: TokenStore, split: Split, packing: Packing, length: int, cache: Path):
-        key = digest([store.fingerprint, split, describe(packing), length, PLAN_VERSION])[:32]
+        key = digest([store.fingerprint, split, to_json(packing), length, PLAN_VERSION])[:32]
         self.length = length
         self._plan_of = (packing, length, cache / "plans" / key)
         self._tokens = store.tokens(split)

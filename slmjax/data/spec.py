@@ -72,7 +72,7 @@ class Opened(abc.ABC):
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text, with its special ids (`Tokenizer.roles`)."""
+        """The tokenizer of the text, with its special token ids (`Tokenizer.special`)."""
 
     @property
     @abc.abstractmethod

@@ -220,8 +220,8 @@ class Tokenizer:
         return names | ({"add_bos_token": False} if self.bos is None and "bos_token" in names else {})
 
     @property
-    def special(self) -> dict[str, int]:
-        """Tokens that ordinary text never becomes, with their ids."""
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of each special token. Encoding a document never gives one of them."""
         return {t.content: i for i, t in self.raw.get_added_tokens_decoder().items() if t.special}
 
     @property
@@ -229,14 +229,14 @@ class Tokenizer:
         """Rows that an embedding table needs. Special tokens that frame no document may have higher ids, for no text
         becomes one: a model for text may keep the tokenizer of one for images."""
         framing = {self.bos_id, self.eos_id, self.mask_id}
-        unused = {i for i in self.special.values() if i not in framing}
+        unused = {i for i in self.special_tokens.values() if i not in framing}
         return 1 + max((i for i in self.raw.get_vocab(with_added_tokens=True).values() if i not in unused), default=-1)
 
     @property
-    def roles(self) -> Special:
-        """The mask and all ids that are no text."""
+    def special(self) -> Special:
+        """The ids of the special tokens, and which of them is the mask."""
         named = {i for i in (self.bos_id, self.eos_id, self.mask_id) if i is not None}
-        return Special(mask=self.mask_id, all=tuple(sorted({*self.special.values(), *named})))
+        return Special(mask=self.mask_id, all=tuple(sorted({*self.special_tokens.values(), *named})))
 
     @property
     def fingerprint(self) -> str:

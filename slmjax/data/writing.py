@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.stages import Parts, Selection
 from slmjax.data.token_store import FORMAT, MANIFEST, SPLITS, VERSION, Array, files_of, read_file
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
@@ -117,7 +117,7 @@ def write_manifest(
         "tokens_per_byte": tokens / size,
         "splits": splits,
         "sources": sources,
-        "recipe": describe(context.recipe),
+        "recipe": context.recipe.identity(),
         "build": {"digest": build["digest"], "slmjax": build["version"]},
     }
     files.write(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()).result()

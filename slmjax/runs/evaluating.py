@@ -127,6 +127,6 @@ def measure(
         loaded.params,
         rows,
         token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
-        ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
+        ask=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.special),
         progress=progress,
     )

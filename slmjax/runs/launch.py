@@ -125,7 +125,7 @@ def _run(
 
     compute, why = settle(runtime, folder)
     built = build(
-        replace(experiment, objective=experiment.objective.bound(opened.tokenizer().roles)),
+        replace(experiment, objective=experiment.objective.bound(opened.tokenizer().special)),
         replace(runtime, compute=compute, dtype="auto"),
     )
     beginning.check(experiment, built, start)
