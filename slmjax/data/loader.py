@@ -1,7 +1,8 @@
 """Batches of packed text, for training and evaluation.
 
 The order is a pure function of (stores, seed, global sequence number): sequence n of the run is sequence
-`permutation(part, epoch)[k]` of one part; no array of the corpus' size exists. `stream.Stream` does the rest.
+`permutation(part, epoch)[k]` of one part; no array of the corpus' size exists. `stream.Stream` reads
+ahead and keeps the position.
 """
 
 from __future__ import annotations
@@ -167,12 +168,12 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class OpenedText(Opened):
-    """Packed text whose token stores are there."""
+    """Packed text with its token stores opened."""
 
     data: PackedText
     train: tuple[TokenStore, ...]
     held_out: tuple[TokenStore, ...]
-    """Those whose validation splits are read"""
+    """Stores whose validation splits are read"""
     cache: str | Path | None = None
 
     @property
@@ -225,7 +226,7 @@ def open_text(data: PackedText, *, cache: str | Path | None, progress: Progress 
 
 
 def _described(store: TokenStore, split: Split, share: float | None) -> Store:
-    """What a run's config.json says of a store."""
+    """What a run's config.json holds about a store."""
     sources = tuple(
         {
             "name": source["name"],
