@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 def settle(runtime: Runtime, folder: Path) -> Choice:
     """How the run in this folder computes, the same in all processes: as `runtime.compute` says; else as the run began;
-    else in the way that process 0 measured as the fastest on its machine. Process 0 writes it to the folder."""
+    else in the way that process 0 has measured to be the fastest on its machine. Process 0 writes it to the folder."""
     first = jax.process_index() == 0
     choice = choice_of(runtime, folder) if first else Choice(Compute(), "")
     if runtime.compute is None:  # else every process has it from its command line
@@ -63,7 +63,7 @@ def choice_of(runtime: Runtime, folder: Path) -> Choice:
 
 
 def recorded(file: Path, backend: str) -> Compute | None:
-    """What the run began with; None if it has not begun, ran on a device of another kind, or the file cannot be read
+    """The recorded choice; None if the run has not begun, ran on a device of another kind, or the file cannot be read
     by this version."""
     try:
         data: Any = json.loads(file.read_text())
