@@ -46,7 +46,7 @@ def allocated(e: Experiment, compute: Compute) -> int:
         model.axes,
         e.objective.build(model),
         e.optimizer.build(schedule, model.axes),
-        e.view.build(),
+        e.view.build(model.axes),
         mesh=Mesh(data=1).build(jax.devices()[:1]),
         accumulate=e.accumulate,
         micro_tokens=compute.micro_tokens(e.model.width),
