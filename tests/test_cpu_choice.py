@@ -16,6 +16,7 @@ from slmjax.nn.processor import Processor
 from slmjax.runs import peak, probe, same_compute
 from slmjax.runs.probe import Verdict, choose, precisions, read, undisturbed, verdict
 from slmjax.runs.same_compute import choice_of, recorded, settle
+from slmjax.train import processes
 
 pytestmark = pytest.mark.fast
 
@@ -160,7 +161,7 @@ def test_a_run_keeps_what_it_began_with(machine, tmp_path):
     folder.mkdir()
     begun = settle(Runtime(), folder)
     assert begun.compute == for_cpu("bfloat16")
-    assert str(NEW) in begun.said
+    assert str(NEW) in begun.reason
     # The machine is another, or was measured anew: the run goes on as it began.
     machine.processor, machine.seconds = OLD, {"float32": forms(plain=0.1)}
     assert settle(Runtime(), folder).compute == begun.compute
@@ -192,24 +193,30 @@ def test_a_record_of_another_device_or_version_is_not_used(machine, tmp_path):
     assert recorded(tmp_path / "nothing", "cpu") is None
 
 
-def test_the_slower_precision_is_done_as_asked_and_said(machine, tmp_path):
+def test_the_slower_precision_is_done_as_set_and_explained(machine, tmp_path):
     choice = choice_of(Runtime(dtype="float32"), tmp_path)
     assert choice.compute == for_cpu("float32")
-    assert "bfloat16 is faster on new" in choice.said
+    assert "bfloat16 is faster on new" in choice.reason
 
 
 def test_the_choice_survives_the_broadcast(machine, tmp_path, monkeypatch):
-    """Two processes; what the second receives is what the first has sent."""
+    """Two processes; what the second receives is what the first has sent: a size, then JSON of that size."""
     sent = []
+
+    def broadcast(x):
+        sent.append(x)
+        return sent[(len(sent) - 1) % 2]
+
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(same_compute.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or sent[0])
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
     first = settle(Runtime(), tmp_path)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     machine.processor = OLD
     assert settle(Runtime(), tmp_path) == first
     assert first.compute.attention is cpu_attention
     assert first.compute.einsum is cpu_einsum
-    assert sent[0].shape == sent[1].shape
+    assert len(sent) == 4
+    assert sent[1].shape == sent[3].shape
 
 
 def test_the_ceiling_is_that_of_the_fastest_product(monkeypatch):

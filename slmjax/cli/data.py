@@ -23,7 +23,7 @@ SHOW_EXAMPLE = "slmjax data show runs/data/english_classics --length 256 --sampl
 USAGE = f"""usage: slmjax data build RECIPE --out DIR
        slmjax data show DIR
 
-build   sources, cleaning, deduplication, tokenizer, token store, manifest; goes on where a killed build stopped
+build   sources, cleaning, deduplication, tokenizer, token store, manifest; resumes a build that was stopped
 show    statistics of a store, and decoded samples with packing boundaries
 
 Examples:
@@ -57,7 +57,7 @@ class Show:
     samples: int = 2
     """Sequences to decode"""
     seed: int = 0
-    """Which sequences"""
+    """Seed of the choice of sequences"""
     verify: bool = False
     """Read every shard and compare its SHA-256 with the manifest"""
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         return 0
     verb, *rest = argv
     if verb == "build":
-        about = "Builds a token store from a recipe. A build that was interrupted goes on; run the same command again."
+        about = "Builds a token store from a recipe. Run the same command again to resume a build that was interrupted."
         return build(parse(Build, rest, prog="slmjax data build", description=about, example=BUILD_EXAMPLE))
     if verb == "show":
         about = "Shows what a token store holds, and sequences as training reads them."
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def build(args: Build) -> int:
-    """Build the store and say what to type next."""
+    """Build the store and print the next commands."""
     from slmjax.data.build import build as build_store
     from slmjax.data.recipe import load_recipe
 
@@ -119,7 +119,7 @@ def show(args: Show) -> int:
     if args.samples < 0:
         raise UserError(f"--samples is {args.samples}; expected 0 or more sequences")
     packing = BestFit() if args.packing == "best-fit" else Concatenate()
-    PackedText(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # their checks and messages
+    PackedText(train=(Part(source=args.store),), length=args.length, seed=args.seed)  # checks the length and the seed
     store = TokenStore(args.store)
     if args.verify:
         store.verify()
@@ -131,7 +131,7 @@ def show(args: Show) -> int:
     console.print(
         f"{args.split}, {args.packing}, length {args.length}: {rows.count:,} sequences, {1 - filled:.2%} padding"
     )
-    # half of them at random, half those of a larger draw with the most segments: most rows of long documents have one
+    # half of them at random, half with the most segments of a larger random draw: most rows of long documents have one
     drawn = np.random.default_rng(args.seed).choice(rows.count, min(32 * args.samples, rows.count), replace=False)
     drawn = drawn.tolist()
     at_random, others = drawn[: args.samples // 2], drawn[args.samples // 2 :]
@@ -151,7 +151,7 @@ def _tables(store: "TokenStore") -> Iterator[Any]:
     documents, tokenizer = manifest["documents"], manifest["tokenizer"]
     dropped = ", ".join(f"{n:,} {why}" for why, n in documents["dropped"].items() if n) or "none"
     for name, value in (
-        ("where", store.location),
+        ("location", store.location),
         ("fingerprint", store.fingerprint[:16]),
         ("tokenizer", f"{tokenizer['kind']}, vocabulary {tokenizer['vocab']:,}, {tokenizer['fingerprint'][:16]}"),
         ("BOS, EOS", f"{tokenizer['bos']} ({tokenizer['bos_id']}), {tokenizer['eos']} ({tokenizer['eos_id']})"),

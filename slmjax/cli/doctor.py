@@ -13,10 +13,10 @@ HELP = "will this experiment fit, how long will it take, what will it cost"
 PROG = "slmjax doctor"
 EXAMPLE = "slmjax doctor experiments/pretrain/quickstart.py --data.batch 64 --memory-gb 8"
 ABOUT = """Judges an experiment before it is compiled: parameters, FLOPs, peak memory a device (from the trace of the
-step), tokens/s (from 2 seconds of matrix products of its shapes), time and energy to finish, and a verdict. Where the
-memory does not suffice it names the one setting to change.
+step), tokens/s (from 2 seconds of matrix products of its shapes), time and energy to finish, and a verdict. If the
+memory is too small, one setting to change is named.
 
-EXPERIMENT and its overrides are those of `slmjax train`; --memory-gb GB judges for a device of that memory."""
+EXPERIMENT and its overrides are those of `slmjax train`; --memory-gb GB assumes a device with that much memory."""
 
 
 def main(argv: list[str]) -> int:
@@ -38,14 +38,14 @@ def main(argv: list[str]) -> int:
     choice = choice_of(runtime, Path(runtime.workdir or f"runs/{experiment.name}"))
     compute, layout = choice.compute, runtime.layout
     mesh = dict(runtime.mesh.build().shape)
-    limit, said = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
+    limit, source = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
     memory = estimate(experiment, compute, mesh, layout)
     speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    table = _table(experiment, compute, mesh, memory, limit, said, speed, watts())
+    table = _table(experiment, compute, mesh, memory, limit, source, speed, watts())
     for name, value in zip(("processor", "  measured"), measured.lines() if measured else (), strict=False):
         table.add_row(name, value)
-    table.add_row("computed in", f"{compute.dtype}, {choice.said}")
+    table.add_row("computed in", f"{compute.dtype}, {choice.reason}")
     console.print(table)
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
     change = one_change(experiment, compute, mesh, limit, layout)
     if change is None:
         print(
-            f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B), and no single setting mends it: parameters, "
-            f"optimizer and gradients alone take {si(memory.total - memory.activations)}B; choose a smaller model, or "
-            "a device with more memory"
+            f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B), and no single setting is enough: "
+            f"parameters, optimizer and gradients alone take {si(memory.total - memory.activations)}B; choose "
+            "a smaller model, or a device with more memory"
         )
         return 2
     print(f"verdict: does not fit ({si(memory.total)}B of {si(limit)}B)")
@@ -65,12 +65,12 @@ def main(argv: list[str]) -> int:
 
 
 def take_memory(argv: list[str]) -> tuple[float | None, list[str]]:
-    """Splits `--memory-gb GB` off the arguments, which otherwise are those of `train`.
+    """Splits `--memory-gb GB` off the arguments; the rest are those of `train`.
 
     Raises:
-        UserError: no number above 0.
+        UserError: its value is not a number above 0.
     """
-    rest, found, words = [], None, iter(argv)
+    rest, gigabytes, words = [], None, iter(argv)
     for word in words:
         name, _, value = word.partition("=")
         if name not in ("--memory-gb", "--memory_gb"):
@@ -78,12 +78,12 @@ def take_memory(argv: list[str]) -> tuple[float | None, list[str]]:
             continue
         value = value or next(words, "")
         try:
-            found = float(value)
+            gigabytes = float(value)
         except ValueError:
-            found = 0.0
-        if not found > 0:
+            gigabytes = 0.0
+        if not gigabytes > 0:
             raise UserError(f"--memory-gb is {value!r}; expected a number of gigabytes above 0, such as 8")
-    return found, rest
+    return gigabytes, rest
 
 
 def device_memory() -> tuple[float, str]:
@@ -98,14 +98,14 @@ def device_memory() -> tuple[float, str]:
 
 
 def _resident() -> float:
-    """Bytes that this process holds, in which nothing of a step has been computed."""
+    """Bytes of memory that this process takes before any step is computed."""
     import psutil
 
     return float(psutil.Process().memory_info().rss)
 
 
 def _table(
-    experiment: Any, compute: Any, mesh: dict[str, int], memory: Any, limit: float, said: str, speed: Any, power: Any
+    experiment: Any, compute: Any, mesh: dict[str, int], memory: Any, limit: float, source: str, speed: Any, power: Any
 ) -> Any:
     import jax
     from rich.table import Table
@@ -119,21 +119,21 @@ def _table(
     rate = speed.tokens_per_second(flops)
     seconds = tokens / rate
     table = Table(title=experiment.name, show_header=False, title_justify="left")
-    beside = f"; Python and its libraries take {si(_resident())}B besides" if jax.default_backend() == "cpu" else ""
-    count, inside = parameter_count(experiment.model), nonembedding_count(experiment.model)
+    libraries = f"; Python and its libraries take another {si(_resident())}B" if jax.default_backend() == "cpu" else ""
+    count, without_tables = parameter_count(experiment.model), nonembedding_count(experiment.model)
     pieces = micro_batches(experiment, compute, mesh)
     micro = f"in {pieces} micro-batches of " if pieces > 1 else ""
     rows = experiment.data.batch // pieces
     for name, value in (
-        ("parameters", f"{count:,}, {inside:,} without tables"),
+        ("parameters", f"{count:,}, {without_tables:,} without tables"),
         ("training", f"{experiment.steps:,} steps, {micro}{rows} x {experiment.data.length}: {tokens:,} tokens"),
         ("FLOPs", f"{si(flops)}FLOP a token (attention and head counted), {si(flops * tokens)}FLOP in all"),
-        ("device", f"{', '.join(f'{k}={v}' for k, v in mesh.items())}, {compute.dtype}, {si(limit)}B ({said})"),
+        ("device", f"{', '.join(f'{k}={v}' for k, v in mesh.items())}, {compute.dtype}, {si(limit)}B ({source})"),
         ("memory: parameters", f"{si(memory.params)}B"),
         ("  optimizer, view", f"{si(memory.optimizer)}B"),
         ("  gradients", f"{si(memory.gradients)}B"),
         ("  activations", f"{si(memory.activations)}B (remat: {type(compute.remat).__name__})"),
-        ("  peak of a step", f"{si(memory.total)}B (estimate from the trace){beside}"),
+        ("  peak of a step", f"{si(memory.total)}B (estimate from the trace){libraries}"),
         ("matrix products", f"{si(speed.flops)}FLOP/s measured at these shapes"),
         ("expected", f"{rate:,.0f} tokens/s at {speed.efficiency:.0%} of that"),
         ("time to finish", f"about {duration(seconds)}, compilation and evaluation left out"),

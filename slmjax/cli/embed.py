@@ -26,7 +26,7 @@ class Args:
     out: str | None = None
     """A .npy file for the vectors, float32 [texts, width]; default: print them, a JSON list on each line"""
     length: int | None = None
-    """Tokens of a text that are read, the rest is cut off; default: the model's context, at most 512"""
+    """Tokens that are read of a text; the rest is cut off; default: the model's context, at most 512"""
     batch: int = 32
     """Texts at a time"""
     step: int | None = None

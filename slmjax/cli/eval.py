@@ -26,9 +26,9 @@ class Args:
     batches: int | None = None
     """Batches to read; default: the whole split"""
     text: str = "text"
-    """Column of the texts, where a classifier from elsewhere is given a file"""
+    """Column of the texts in the file, for a classifier that is not a run of slmjax"""
     label: str = "label"
-    """Column of the labels there"""
+    """Column of the labels, likewise"""
     length: int | None = None
     """Tokens a sequence; default: as in training, or the model's context up to 1024"""
     batch: int = 16
@@ -36,7 +36,7 @@ class Args:
     step: int | None = None
     """The checkpoint of a run; default: the latest"""
     dtype: str | None = None
-    """float32 or bfloat16; default: what this platform trains with"""
+    """float32 or bfloat16; default: that of training on this machine"""
     json: bool = False
     """Print one JSON object instead of a table"""
 
@@ -136,6 +136,6 @@ def _table(result: Any, loaded: Any, opened: Any) -> Any:
         if estimate is not None:
             table.add_row(name, f"{estimate.value:.4f}", f"{estimate.se:.4f}")
     size = f"{result.bytes:,.0f} bytes, " if result.bytes else ""
-    scored = "tokens" if loaded.decoder.causal else "hidden tokens"
+    scored = "tokens" if loaded.decoder.causal else "masked tokens"
     table.caption = f"{result.tokens:,.0f} {scored}, {size}{result.sequences:,} sequences"
     return table

@@ -1,4 +1,4 @@
-"""`EXPERIMENT [--field value ...]`, as the verbs that take an experiment read it."""
+"""Parses `EXPERIMENT [--field value ...]`, for the verbs that take an experiment."""
 
 # Annotations stay objects (no `from __future__`): tyro reads those of the dataclasses made inside `parse`.
 

@@ -24,8 +24,8 @@ class Args:
     format: Literal["hf", "gguf"] = "hf"
     """hf: config.json, safetensors, tokenizer files, model card. gguf: one file that llama.cpp runs"""
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
-    """Of the weights in the file; bfloat16 rounds them and halves the file. float16 and q8_0 (8 bits, a scale for each
-    32 weights) are for gguf"""
+    """Dtype of the weights in the file; bfloat16 rounds them and halves the file. float16 and q8_0 (8 bits, a scale
+    for each 32 weights) are for gguf"""
     overwrite: bool = False
     """Replace what an earlier export wrote"""
     reference_python: str | None = None
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     loaded = load(args.model, step=args.step)
     done = write(export, loaded, donate=True)
     if done.folded:
-        print(f"folded into the weights, for the stock runtime has no such factors: {', '.join(done.folded)}")
+        print(f"folded into the weights, because the stock runtime has no such factors: {', '.join(done.folded)}")
     show(done.checks)
     print(f"exported to {args.out}\nnext:")
     for hint in {"hf": _after_hf, "gguf": _after_gguf}[args.format](loaded, args.out):

@@ -26,10 +26,10 @@ class Args:
     prompt_file: str | None = None
     """A file whose whole text is one more prompt; - is standard input"""
     chat: str | None = None
-    """A question for a chat model, asked through its own template; only the answer is printed. - takes one question
+    """A question for a chat model, put into its own template; only the answer is printed. - takes one question
     a line from standard input (the terminal), as one conversation"""
     system: str | None = None
-    """What the chat model is told before the conversation"""
+    """The system message of the conversation, for --chat"""
     max_tokens: int = 128
     """New tokens a prompt, at most"""
     temperature: float = 0.8
@@ -51,7 +51,7 @@ class Args:
     step: int | None = None
     """The checkpoint of a run; default: the latest"""
     dtype: str | None = None
-    """float32 or bfloat16; default: float32 on a CPU, what the platform trains with elsewhere"""
+    """float32 or bfloat16; default: float32 on a CPU, elsewhere that of training"""
 
 
 def main(argv: list[str]) -> int:
@@ -87,20 +87,20 @@ def main(argv: list[str]) -> int:
     generator = Generator(model, loaded.params, loaded.tokenizer(), compute, numerics=loaded.numerics)
     if args.chat is not None:
         return _chat(generator, args, options)
-    start, made = time.monotonic(), 0
+    start, generated = time.monotonic(), 0
     if args.stream and len(prompts) == 1:
-        made = _stream(generator, prompts[0], options)
+        generated = _stream(generator, prompts[0], options)
     else:
         for prompt, out in zip(prompts, generator(prompts, **options), strict=True):
-            made += len(out.tokens)
+            generated += len(out.tokens)
             print(f"{prompt}{out.text}\n[{out.reason}, {len(out.tokens)} tokens]\n", flush=True)
     seconds = time.monotonic() - start
-    _note(f"{made} tokens in {seconds:.1f} s, compilation included; other text: --seed {args.seed + 1}")
+    _note(f"{generated} tokens in {seconds:.1f} s, compilation included; other text: --seed {args.seed + 1}")
     return 0
 
 
 def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
-    """One question, or a conversation of one question a line."""
+    """Answers one question, or a conversation of one question on each line."""
     from dataclasses import replace
 
     from slmjax.data.chat import prompt
@@ -109,9 +109,9 @@ def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
     questions: Iterable[str] = _questions() if args.chat in (None, "-") else [args.chat]
     for question in questions:
         messages.append({"role": "user", "content": text_of("--chat", question)})
-        asked = prompt(generator.tokenizer, messages)
+        turn = prompt(generator.tokenizer, messages)
         answer = ""
-        for piece in replace(generator, ends=asked.ends).stream([asked.ids], **options):
+        for piece in replace(generator, ends=turn.ends).stream([turn.ids], **options):
             answer += piece.text
             print(piece.text, end="", flush=True)
         print(flush=True)
@@ -137,14 +137,14 @@ def _only_chat(args: Args) -> Sequence[str]:
 
 
 def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
-    made, reason = 0, None
+    generated, reason = 0, None
     print(prompt, end="", flush=True)
     for piece in generator.stream([prompt], **options):
         print(piece.text, end="", flush=True)
-        made, reason = made + len(piece.tokens), piece.reason
+        generated, reason = generated + len(piece.tokens), piece.reason
     print(flush=True)
     _note(f"ended by {reason}")
-    return made
+    return generated
 
 
 def _prompts(args: Args) -> Sequence[str]:
@@ -159,7 +159,7 @@ def _prompts(args: Args) -> Sequence[str]:
 
 
 def _compute(dtype: str | None) -> Any:
-    """A token at a time is bound by memory, not by arithmetic, and a CPU has no fast bfloat16 for it."""
+    """One token at a time is limited by memory, not by arithmetic, and a CPU has no fast bfloat16 for that."""
     import jax
 
     from slmjax.nn.compute import Compute
@@ -171,9 +171,9 @@ def _compute(dtype: str | None) -> Any:
 
 
 def _unescaped(text: str) -> str:
-    r"""`\n`, `\t` and `\\` as what they stand for; any other backslash is one."""
+    r"""`\n`, `\t` and `\\` are replaced by what they stand for; any other backslash stays."""
     whole = text_of("--stop", text)
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), whole)
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), whole)
 
 
 def _note(line: str) -> None:

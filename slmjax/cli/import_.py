@@ -1,4 +1,4 @@
-"""`slmjax import MODEL --out DIR`: a Hugging Face folder or a GGUF file as a model of ours."""
+"""`slmjax import MODEL --out DIR`: a Hugging Face folder or a GGUF file into a folder of slmjax."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def _hf(source: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, its tokenizer or None, and what else is known of it."""
+    """The model, its tokenizer or None, and further facts for config.json."""
     from slmjax.convert.hf import import_hf
     from slmjax.data.tokenizer import Tokenizer
 

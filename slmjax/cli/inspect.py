@@ -1,4 +1,4 @@
-"""`slmjax inspect MODEL`: what a model is made of, and what a token of it costs."""
+"""`slmjax inspect MODEL`: the parameters of a model, and the training FLOPs of a token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slmjax.errors import UserError
 HELP = "parameters and FLOPs of a model or an experiment"
 
 WIDE = 110
-"""Columns of a terminal that shows everything"""
+"""Columns of a terminal that is wide enough for every column of the table"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
     if (active := active_count(decoder)) < total:
-        print(f"{active:,} of them compute a token")
+        print(f"{active:,} of them are used for each token")
     if args.model in SIZES:
         size = SIZES[args.model]
         print(f"next: in an experiment\n  from {size.__module__} import {size.__name__}")
@@ -98,7 +98,7 @@ def _parameters(decoder: Any, params: Any, width: int) -> Any:
     title = "parameters" if width >= WIDE else f"parameters ({WIDE} columns show initial values, too)"
     table = Table(title=title, title_justify="left")
     for column in columns:
-        breaks = column in ("shape", "logical axes")  # where a narrow terminal asks for it
+        breaks = column in ("shape", "logical axes")  # may wrap on a narrow terminal
         justify = "right" if column in ("count", "std") else "left"
         table.add_column(column, justify=justify, no_wrap=not breaks, overflow="fold")
     values = {} if params is None else tree.flatten(params)

@@ -30,7 +30,7 @@ VERBS = {  # verb -> (module, what it does)
 }
 
 TRAINING = ("train",)
-"""Verbs whose steps are worth a start over with other settings of malloc"""
+"""Verbs that restart the process with other settings of malloc, which make steps faster"""
 
 USAGE = """usage: slmjax VERB ...
 
@@ -95,7 +95,7 @@ def main() -> None:
     """The `slmjax` command. Exit codes: 0 done, 2 mistake, 3 diverged, 4 data, 5 storage, 75 stopped and resumable."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may not know every letter of a text
+            stream.reconfigure(errors="replace")  # a terminal may not be able to show every character
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()

@@ -17,7 +17,7 @@ HELP = "rebuild a run's report.html from its records"
 @dataclass(frozen=True)
 class Args:
     run: Annotated[str, tyro.conf.Positional]
-    """A run folder, of a finished, running or broken run"""
+    """A run folder; the run may be finished, running or interrupted"""
 
 
 def main(argv: list[str]) -> int:

@@ -5,8 +5,8 @@ from slmjax.cli.experiment_args import parse
 HELP = "train an experiment; resumes by itself"
 PROG = "slmjax train"
 EXAMPLE = "slmjax train experiments/pretrain/quickstart.py --schedule.peak-lr 2e-3 --runtime.workdir runs/lr2e-3"
-ABOUT = """Trains an experiment. If the run folder holds a run of the same experiment it goes on where that stopped;
-if it holds another, the differing fields are named and nothing is touched.
+ABOUT = """Trains an experiment. If the run folder holds a run of the same experiment, that run is resumed; if it
+holds another, the fields that differ are named and nothing is changed.
 
 EXPERIMENT is a Python file with `def experiment() -> Experiment`, file.py:function, module:function, or a run's
 config.json. Each of its fields can be overridden: `slmjax train EXPERIMENT --help` lists them.

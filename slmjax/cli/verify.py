@@ -26,19 +26,19 @@ checkpoint, and at random moments, and started again each time. Every metric tha
 every batch, and every array of the last checkpoint must be bit-identical. What follows ` -- ` overrides fields of the
 experiment, as in `slmjax train`."""
 CLOCK = {"elapsed", "time", "step_seconds", "tokens_per_second", "mfu", "memory_bytes"}
-"""What a row of metrics holds that measures the machine"""
+"""The metrics that measure the machine, and may differ"""
 
 
 @dataclass(frozen=True)
 class Args:
     steps: int = 20
-    """Steps to compare; a multiple of `every`. The experiment keeps its own schedule, and is stopped there"""
+    """Steps to compare; a multiple of `every`. The experiment keeps its own schedule, and is stopped after them"""
     every: int = 5
     """Steps between checkpoints"""
     kills: int = 4
-    """How often it is killed"""
+    """How often the second run is killed"""
     seed: int = 0
-    """Of the random moments"""
+    """Seed of the random moments"""
     keep: str = ""
     """Keep both run folders here"""
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def verify(experiment: str, args: Args, overrides: Sequence[str]) -> int:
-    """Runs both, compares, says what was compared.
+    """Runs both, compares them and prints what was compared.
 
     Raises:
         UserError: the training fails by itself.
@@ -72,7 +72,7 @@ def verify(experiment: str, args: Args, overrides: Sequence[str]) -> int:
     folder = Path(args.keep or tempfile.mkdtemp(prefix="slmjax-verify-"))
     last = str(args.steps // args.every)
     common = ["--runtime.checkpoints.every", str(args.every), "--runtime.checkpoints.keep-last", last]
-    common += ["--runtime.checkpoints.keep-every", str(args.steps)]  # it may run on before it is stopped
+    common += ["--runtime.checkpoints.keep-every", str(args.steps)]  # it may train further before it is stopped
     common += ["--runtime.tracking.wandb", "disabled", "--runtime.log-every", "1", *overrides]
     runs = [Run(folder / name, [experiment, *common], args.steps) for name in ("undisturbed", "killed")]
     try:
@@ -101,7 +101,7 @@ def _moments(randomness: random.Random) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run that is started as often as it takes."""
+    """One training run, which can be killed and started again."""
 
     folder: Path
     arguments: list[str]
@@ -116,14 +116,14 @@ class Run:
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def finish(self) -> None:
-        """To the end, or until the checkpoint of the last step to compare is there; then it is stopped."""
+        """Trains to the end, or until the checkpoint of the last step to compare is saved, and stops the process."""
         process = self.start()
         self._wait(process, self._saved)
         process.terminate()
         process.wait()
 
     def kill(self, moment: str, randomness: random.Random) -> str:
-        """Starts it and kills it; says when that was."""
+        """Starts the training and kills it at a moment; returns a description of when."""
         process = self.start()
         before = self._rows()
         if moment == "first step":

@@ -1,9 +1,9 @@
 """From a recipe to a token store: clean -> deduplicate -> tokenizer -> tokenise -> write.
 
-Everything is kept in a folder beside the target, in parts of a few megabytes of text, each written under another name
-and renamed when whole. A build that was killed finds them there and goes on; since every part is a pure function of
-the recipe and the files, the store comes out byte for byte the same. The manifest is written last, then the folder is
-renamed: a store is either there and complete, or not there.
+Intermediate results are kept in a folder beside the target, in parts of a few megabytes of text, each written under a
+temporary name and renamed when complete. A build that follows a killed one uses them; since every part is a pure
+function of the recipe and the files, the store is byte for byte the same. The manifest is written last, then the folder
+is renamed: a store is either complete or absent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slmjax import __version__
 from slmjax.data import stages, writing
-from slmjax.data.recipe import Recipe, describe, digest, load_recipe
+from slmjax.data.recipe import Recipe, digest, load_recipe
 from slmjax.data.token_store import CHUNK, SHARD, TokenStore, files_of, read_file, url_of
 from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
@@ -32,16 +32,16 @@ def build(
     part_bytes: int = PART_BYTES,
     work: str | Path | None = None,
 ) -> TokenStore:
-    """Build the store at `out`, a folder or URL; a store of the same recipe that is there already is opened.
+    """Build the store at `out`, a folder or URL; if it exists already, from the same recipe, it is opened.
 
     Args:
-        workers: processes; default one for each core this process may use.
+        workers: number of processes; default: one for each core this process may use.
         shard: values in one file of the store, a multiple of `token_store.CHUNK`.
         part_bytes: text in one unit of work.
         work: folder for intermediate files, removed at the end; default beside `out`, or in the cache for a URL.
 
     Raises:
-        DataError: a source is missing or malformed, the corpus is empty, or `out` holds something else.
+        DataError: a source is missing or malformed, the corpus is empty, or `out` exists and is not this store.
     """
     if shard < 1 or shard % CHUNK:
         raise DataError(f"shard is {shard}; expected a multiple of {CHUNK} values")
@@ -49,16 +49,16 @@ def build(
     files = recipe.files()
     show("checking files", 0, sum(map(len, files)))
     identity = {
-        "recipe": describe(recipe),
+        "recipe": recipe.identity(),
         "files": writing.describe_files(files, Path(recipe.root), show),
         "shard": shard,
         "part_bytes": part_bytes,
     }
-    if given := recipe.tokenizer_files():
-        identity["tokenizer"] = writing.describe_files([given], Path(recipe.root), silent)[0]
+    if tokenizer_files := recipe.tokenizer_files():
+        identity["tokenizer"] = writing.describe_files([tokenizer_files], Path(recipe.root), silent)[0]
     local = _local_folder(out)
-    if (done := _existing(out, local, digest(identity))) is not None:
-        return done
+    if (existing := _existing(out, local, digest(identity))) is not None:
+        return existing
     folder = Path(work) if work else local.with_name(local.name + ".building") if local else _remote_work(out)
     with _locked(folder):
         _keep_or_clear(folder, digest(identity))
@@ -88,7 +88,7 @@ def build(
         if local:
             local.parent.mkdir(parents=True, exist_ok=True)
             if local.exists():
-                local.rmdir()  # empty, or `_existing` had refused
+                local.rmdir()  # it is empty, or `_existing` would have raised
             os.rename(folder / "store", local)
     shutil.rmtree(folder)
     return TokenStore(out)
@@ -103,9 +103,9 @@ def open_source(source: str | Recipe, cache: str | Path | None = None, progress:
     if isinstance(source, str) and not source.endswith(".py"):
         return TokenStore(source)
     recipe = load_recipe(source) if isinstance(source, str) else source
-    given = [files] if (files := recipe.tokenizer_files()) else []
-    seen = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in [*recipe.files(), *given]]
-    folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([describe(recipe), seen])[:12]}"
+    groups = [*recipe.files(), *([files] if (files := recipe.tokenizer_files()) else [])]
+    stats = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in groups]
+    folder = cache_folder(cache) / "stores" / f"{recipe.name}-{digest([recipe.identity(), stats])[:12]}"
     return TokenStore(folder) if (folder / "manifest.json").is_file() else build(recipe, folder, progress=progress)
 
 
@@ -115,7 +115,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def cores() -> int:
-    """Those that this process may use; on systems that do not tell, all."""
+    """Number of CPU cores that this process may use; all of them where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -143,12 +143,12 @@ def _existing(out: str | Path, local: Path | None, wanted: str) -> TokenStore | 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """One build at a time works in a folder. The lock dies with its process."""
-    said = "is building there; wait for it, or choose another --out"
-    return hold(folder / "lock", lambda owner: DataError(f"{folder}: {owner} {said}"))
+    advice = "is building there; wait for it, or choose another --out"
+    return hold(folder / "lock", lambda owner: DataError(f"{folder}: {owner} {advice}"))
 
 
 def _keep_or_clear(folder: Path, identity: str) -> None:
-    """What an interrupted build left is used if it was the same build, and else removed."""
+    """Keeps the files of an interrupted build if its identity is the same, and else removes them."""
     mark = folder / "identity"
     if mark.is_file() and mark.read_text() == identity:
         return

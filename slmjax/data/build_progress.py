@@ -11,7 +11,7 @@ from typing import Any
 from slmjax.data.work import Progress
 
 LINE_SECONDS = 5.0
-"""Between plain progress lines of one stage"""
+"""Seconds between plain progress lines of one stage"""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def show_progress() -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress where nobody can see a bar: a line when a stage ends, and every few seconds within one."""
+    """Progress where stderr is not a terminal: a line when a stage ends, and every few seconds within one."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """Chat templates: a conversation as the text that a chat model was trained on, and the tokens that end a turn.
 
 A template is a Jinja program that comes with a tokenizer (tokenizer_config.json, chat_template.jinja, or the metadata
-of a GGUF file). It runs in Jinja's sandbox, in a process with bounds on time and memory.
+of a GGUF file). It runs in Jinja's sandbox, in a process with limits on time and memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
 WAIT_SECONDS = 60
-MARK = "\ue5f0"  # private use: stands in the text of messages where a special token was spelled out
+MARK = "\ue5f0"  # a private-use character: put around the spelling of a special token in a message's text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ChatTemplate:
     """Special tokens as the template may name them: {"bos_token": "<s>", ...}"""
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """A conversation as text; `generate` adds what stands before an answer.
+        """A conversation as text; `generate` adds the header that comes before the assistant's answer.
 
         Raises:
             DataError: the template refuses the conversation, has a mistake, reaches for Python's internals, or takes
@@ -47,8 +47,8 @@ class ChatTemplate:
         return text
 
     def attempt(self, conversations: Sequence[tuple[Sequence[Message], bool]]) -> list[str | DataError]:
-        """Several (messages, generate) at once; one that fails gives its error."""
-        asked = {
+        """Renders several (messages, generate) pairs; the result of one that fails is its DataError."""
+        request = {
             "template": self.source,
             "variables": dict(self.tokens),
             "conversations": [
@@ -59,7 +59,7 @@ class ChatTemplate:
         command = [sys.executable, "-I", str(Path(chat_render.__file__))]
         try:
             done = subprocess.run(
-                command, input=json.dumps(asked), capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
+                command, input=json.dumps(request), capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
             raise DataError(f"the chat template was stopped: it took more than {WAIT_SECONDS} s") from None
@@ -76,14 +76,14 @@ class Prompt:
 
     ids: tuple[int, ...]
     ends: tuple[int, ...]
-    """Tokens that end an answer besides EOS"""
+    """Ids of the tokens, besides EOS, that end an answer"""
 
 
 def prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
-    """A conversation whose last message is the user's -> token ids, and what ends the answer.
+    """A conversation whose last message is the user's -> token ids, and the tokens that end the answer.
 
-    Special tokens of the template become their ids; the same letters inside a message stay text. What ends a turn is
-    asked of the template: the token that it puts after an answer.
+    Special tokens of the template become their ids; the same letters inside a message stay text. The token that ends a
+    turn is found by rendering an answer: it is the one that the template puts after it.
 
     Args:
         tokenizer: a `slmjax.data.tokenizer.Tokenizer`.
@@ -93,9 +93,9 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     """
     if tokenizer.chat is None:
         raise DataError("the tokenizer has no chat template; use --prompt, or add chat_template.jinja to its folder")
-    special = tokenizer.special
+    special = tokenizer.special_tokens
     spelled = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or r"(?!)")
-    quote = lambda text: spelled.sub(lambda found: MARK + found[0] + MARK, text.replace(MARK, ""))  # noqa: E731
+    quote = lambda text: spelled.sub(lambda match: MARK + match[0] + MARK, text.replace(MARK, ""))  # noqa: E731
     quoted = [{**m, "content": quote(m["content"])} for m in messages]
     answer = f"{MARK}answer{MARK}"
     text, turn = tokenizer.chat.attempt(
@@ -113,7 +113,7 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
 
 
 def ends(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens besides EOS that end a turn; none without a template, or where it cannot be asked."""
+    """Ids of the tokens, besides EOS, that end a turn; none without a template, or if it fails."""
     try:
         return () if tokenizer.chat is None else prompt(tokenizer, [{"role": "user", "content": "?"}]).ends
     except DataError:

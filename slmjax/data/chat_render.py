@@ -1,7 +1,8 @@
 """Renders chat templates, as a program of its own: JSON on standard input, JSON on standard output. See `chat.py`.
 
-A template is code of whoever made the model. Jinja's sandbox keeps it from Python's internals, but not from looping
-for ever or building a text of gigabytes; limits on a process do. Imports nothing of slmjax, so that it starts at once.
+A template is code from whoever published the model. Jinja's sandbox keeps it from Python's internals, but not from
+looping forever or building a text of gigabytes; limits on the process do. Imports nothing of slmjax, so that it starts
+at once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS, MEMORY_BYTES = 5, 1 << 29
 CHARACTERS = 1 << 24
-"""Longer than any context: whoever reads the text would need many times its size to cut it into tokens"""
+"""The longest text that is accepted, longer than any context: tokenizing it takes many times its size in memory"""
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words for training; here they are text."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's tokens for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -35,11 +36,11 @@ class Generation(Extension):
 
 def environment() -> ImmutableSandboxedEnvironment:
     """Jinja as `transformers` sets it up for chat templates."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    made.filters["tojson"] = _to_json
-    made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return made
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env.filters["tojson"] = _to_json
+    env.globals["raise_exception"] = _refuse
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env
 
 
 def _to_json(
@@ -59,7 +60,7 @@ def attempt(function: Callable[[], str]) -> dict[str, str]:
         text = function()
         if len(text) > CHARACTERS:
             return {"error": f"it makes {len(text)} characters; at most {CHARACTERS} are read"}
-        text.encode()  # half of a surrogate pair is no text
+        text.encode()  # raises for a lone surrogate
         return {"text": text}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB"}
@@ -68,7 +69,7 @@ def attempt(function: Callable[[], str]) -> dict[str, str]:
 
 
 def limit() -> None:
-    """Bounds the process, where the system can."""
+    """Limits CPU time and memory of this process, where the system can."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -77,16 +78,16 @@ def limit() -> None:
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     limit()
     compiled: list[Any] = []
-    failed = attempt(lambda: compiled.append(environment().from_string(asked["template"])) or "")
+    failed = attempt(lambda: compiled.append(environment().from_string(request["template"])) or "")
     if "error" in failed:
-        answers = [failed] * len(asked["conversations"])
+        answers = [failed] * len(request["conversations"])
     else:
         answers = [
-            attempt(lambda one=one: compiled[0].render(tools=None, documents=None, **asked["variables"], **one))
-            for one in asked["conversations"]
+            attempt(lambda one=one: compiled[0].render(tools=None, documents=None, **request["variables"], **one))
+            for one in request["conversations"]
         ]
     json.dump(answers, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""What is done to each document before it is counted as text."""
+"""Cleaning of each document, before deduplication."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 @dataclass(frozen=True, kw_only=True)
 class Clean:
-    """Cleaning that keeps meaning: nothing here judges quality."""
+    """Cleaning that keeps the meaning of a text; documents are not filtered by quality."""
 
     normalize: bool = True
-    """Unicode NFC, so that one letter has one spelling"""
+    """Unicode NFC, so that each character has one encoding"""
     whitespace: bool = True
     """One kind of line end, no trailing blanks, at most one empty line in a row, none at the ends"""
     min_chars: int = 1

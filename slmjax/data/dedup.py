@@ -27,12 +27,12 @@ class Dedup:
     threshold: float = 0.8
     """1.0 removes exact duplicates only"""
     ngram: int = 5
-    """Words a shingle"""
+    """Words of a shingle"""
     permutations: int = 128
 
     @property
     def near(self) -> bool:
-        """Whether near duplicates are looked for."""
+        """Whether near duplicates are removed too."""
         return self.threshold < 1.0
 
 
@@ -110,10 +110,11 @@ def near_duplicates(signatures: np.ndarray, keys: np.ndarray, skip: np.ndarray, 
     Args:
         signatures: uint32 [n, permutations], may be a memory map: only candidates are read.
         keys: uint64 [n, bands].
-        skip: bool [n], documents that are out already.
+        skip: bool [n], documents that have been dropped before.
     """
     alive = np.flatnonzero(~skip)
-    shared: dict[int, list[tuple[int, int]]] = defaultdict(list)  # document -> its buckets that hold others too
+    # document -> its (band, bucket) pairs that other documents share
+    shared: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for band in range(keys.shape[1]):
         _, bucket, count = np.unique(keys[alive, band], return_inverse=True, return_counts=True)
         for i in np.flatnonzero(count[bucket] > 1):

@@ -1,4 +1,4 @@
-"""What a batch holds besides tokens: arrays that are made of it, or looked up for it."""
+"""Additional arrays of a batch, computed from it or looked up for it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Extra(abc.ABC):
         """
 
     def identity(self) -> Any:
-        """What decides the numbers, as JSON: this value, with the hash of a file in place of its path."""
+        """This value as JSON, for the experiment's identity: with the hash of a file in place of its path."""
         return to_json(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoExtra(Extra):
-    """Nothing."""
+    """No additional arrays."""
 
     def __call__(self, batch: Batch) -> Mapping[str, Any]:
         return {}

@@ -1,4 +1,4 @@
-"""Labelled text: a text and its label a row, for classifiers. The second kind of data beside packed text."""
+"""Labelled text for classifiers: one text and its label in each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from slmjax.data.build import cache_folder
 from slmjax.data.labelled_files import files_of
 from slmjax.data.labelled_store import ABOUT, VERSION, make
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.spec import Data, Opened, Store, check_seed
 from slmjax.data.stream import Prefetch, Stream, host_rows, shuffled
 from slmjax.data.tokenizer import BPE, File, Tokenizer, TokenizerSpec
@@ -27,10 +27,10 @@ from slmjax.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText(Data):
-    """One text and its label a row: `tokens` padded on the right, weight 1 at the first position alone, so that a batch
-    is weighed by its texts, and `extra["labels"]`, int32 [B].
+    """One text and its label in each row: `tokens` padded on the right, weight 1 at the first position only, so that
+    the weight of a batch is its number of texts, and `extra["labels"]`, int32 [B].
 
-    The texts are tokenised once, into a folder that later runs use again. They are held in memory while that is done.
+    The texts are tokenised once, into a folder that later runs use again. Tokenising holds all of them in memory.
     """
 
     train: tuple[str, ...]
@@ -40,7 +40,7 @@ class LabelledText(Data):
     """Files that are evaluated on; empty: `held_out` of the training rows"""
     held_out: float = 0.1
     """Share of the training rows that is evaluated on where there are no files for it, by a hash of the text: equal
-    texts stay together, and rows that are added later move none"""
+    texts are in the same split, and adding rows later moves no other row"""
     text: str = "text"
     """Column of the text"""
     label: str = "label"
@@ -50,16 +50,16 @@ class LabelledText(Data):
     tokenizer: TokenizerSpec = field(default_factory=BPE)
     """Trained on the training texts, or `File(path=...)`, relative to the working directory"""
     closed: bool = True
-    """Whether EOS stands behind a text, as encoders read it. False for decoders, which are read at the last token:
-    stock `transformers` pads with EOS and would take it for padding"""
+    """Whether EOS is appended to a text, as encoders expect. False for decoders, whose head reads the last token: stock
+    `transformers` pads with EOS and would take it for padding"""
     length: int = 256
-    """Tokens a text; longer ones are cut, and their number is said"""
+    """Tokens a text; longer ones are cut, and the log says how many"""
     batch: int = 32
     """Texts a step, over all hosts"""
     seed: int = 0
-    """Of the order of the texts, which is another one in each epoch"""
+    """Seed of the order of the texts, which differs in each epoch"""
     name: str = ""
-    """For people; empty: the name of the first file"""
+    """Name in logs and on the model card; empty: that of the first file"""
     licence: str = ""
     """Of the texts, for the model card"""
     origin: str = ""
@@ -83,12 +83,11 @@ class LabelledText(Data):
         """
         root = cache_folder(cache)
         train, validation = files_of(self.train, root), files_of(self.validation, root)
-        given = self.tokenizer.files(Path())
-        seen = [
-            [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in (train, validation, given)
-        ]
-        unread = {"train": (), "validation": (), "length": 2, "batch": 1, "seed": 0, "closed": True}  # of the folder
-        key = digest([VERSION, describe(replace(self, **unread | {"train": ("",)})), seen])[:12]
+        groups = (train, validation, self.tokenizer.files(Path()))
+        stats = [[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in group] for group in groups]
+        # the fields that change nothing in the folder; `stats` stands for the files
+        unused = {"train": ("",), "validation": (), "length": 2, "batch": 1, "seed": 0, "closed": True}
+        key = digest([VERSION, to_json(replace(self, **unused)), stats])[:12]
         plain = re.sub(r"[^\w.-]+", "_", self.title)
         folder = root / "labelled" / f"{plain}-{key}"
         if not (folder / ABOUT).is_file():
@@ -102,11 +101,11 @@ class LabelledText(Data):
         return OpenedLabelled(self, folder)
 
     def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> LabelledText:
-        known = tuple(labels) or self.labels
-        return replace(self, train=(), validation=(place,), name="", labels=known, tokenizer=File(path=str(tokenizer)))
+        names = tuple(labels) or self.labels
+        return replace(self, train=(), validation=(place,), name="", labels=names, tokenizer=File(path=str(tokenizer)))
 
     def identity(self) -> dict[str, Any]:
-        """Without files and tokenizer, whose contents the fingerprints of `Opened.stores` stand for."""
+        """Without files and tokenizer, whose contents are part of the fingerprints of `Opened.stores`."""
         where = ("train", "validation", "tokenizer", "name", "licence", "origin")
         return {name: value for name, value in to_json(self).items() if name not in where}
 
@@ -133,7 +132,7 @@ class Texts:
         return self.__dict__ | {"_arrays": None}
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of all texts one after another, where each begins [texts + 1], the number of each label [texts]."""
+        """Ids of all texts one after another, where each begins [texts + 1], the index of each label [texts]."""
         if self._arrays is None:
             names = (self.folder / f"{self.split}_{what}.npy" for what in ("tokens", "offsets", "labels"))
             self._arrays = tuple(np.load(name, mmap_mode="r") for name in names)
@@ -145,7 +144,7 @@ class Texts:
 
     @property
     def cut(self) -> int:
-        """Texts longer than a row."""
+        """Number of texts that are longer than a row."""
         room = self.data.length - len(self.before) - len(self.after)
         return int((np.diff(self.arrays()[1]) > room).sum())
 
@@ -172,14 +171,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class OpenedLabelled(Opened):
-    """Labelled text that has been tokenised."""
+    """Labelled text, tokenised and ready to be read."""
 
     data: LabelledText
     folder: Path
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What was read, and what it became"""
+        """The content of about.json: labels, vocabulary, splits and fingerprints"""
         return json.loads((self.folder / ABOUT).read_text("utf-8"))
 
     @property
@@ -205,9 +204,9 @@ class OpenedLabelled(Opened):
     @property
     def notes(self) -> tuple[str, ...]:
         train, held_out = self._texts("train"), self._texts("validation")
-        known = ", ".join(self.labels)
+        names = ", ".join(self.labels)
         return (
-            f"{train.count:,} texts to train on, {held_out.count:,} held out; labels: {known}; "
+            f"{train.count:,} texts to train on, {held_out.count:,} held out; labels: {names}; "
             f"{train.cut + held_out.cut:,} texts are longer than {self.data.length} tokens and are cut",
         )
 

@@ -1,4 +1,4 @@
-"""Texts with labels from CSV, JSON lines and Parquet. Every mistake in a file is one line with file, row and column."""
+"""Texts with labels from CSV, JSON lines and Parquet. A mistake in a file is reported with file, row and column."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKED = (".gz", ".zst")
 
 
 class Example(NamedTuple):
-    """A text and its label, as it stands in the file."""
+    """A text and its label, as the file has them."""
 
     text: str
     label: str
@@ -27,17 +27,17 @@ class Example(NamedTuple):
 def examples(path: Path, text: str, label: str) -> Iterator[Example]:
     """The rows of one file, in order; the columns `text` and `label` are read and no others.
 
-    The ending says what the file is: .csv (with a header; RFC 4180: quotes, line ends inside quotes), .jsonl (a line
+    The suffix decides the format: .csv (with a header; RFC 4180: quotes, line ends inside quotes), .jsonl (a line
     ends at "\\n" only), both also .gz or .zst; .parquet. Labels are strings or whole numbers.
 
     Raises:
-        DataError: the file is of another kind or damaged, a column is missing, a row has too few or too many fields, or
-            a text or label is empty, not UTF-8 or of another type.
+        DataError: the file has another format or is damaged, a column is missing, a row has too few or too many fields,
+            or a text or label is empty, not UTF-8 or of another type.
     """
     suffix = (path.with_suffix("") if path.suffix in PACKED else path).suffix
     readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if suffix not in readers or (suffix == ".parquet" and path.suffix in PACKED):
-        raise DataError(f"{path}: of an unknown kind; expected .csv or .jsonl (also .gz, .zst), or .parquet")
+        raise DataError(f"{path}: of an unknown format; expected .csv or .jsonl (also .gz, .zst), or .parquet")
     for number, row in enumerate(readers[suffix](path, (text, label)), 1):
         where = f"{path}: row {number}"
         yield Example(_text(row[0], text, where), _label(row[1], label, where), where)
@@ -53,16 +53,16 @@ def files_of(places: Sequence[str], cache: Path) -> list[Path]:
         DataError: no file matches.
         UserError: the Python file fails.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for place in places:
         if place.endswith(".py"):
-            found += _fetched(Path(place), cache)
+            files += _fetched(Path(place), cache)
             continue
         try:
-            found += expand(place, Path())
+            files += expand(place, Path())
         except DataError:
             raise DataError(f"{place}: no such file; data.train and data.validation name files, or globs") from None
-    return found
+    return files
 
 
 def _fetched(file: Path, cache: Path) -> list[Path]:
@@ -75,11 +75,11 @@ def _fetched(file: Path, cache: Path) -> list[Path]:
     with mistakes_in(file, str(file)):
         fetch = runpy.run_path(str(file), run_name="slmjax_recipe").get("fetch")
         if not callable(fetch):
-            raise DataError(f"{file}: has no function fetch(); it is to be `def fetch(folder: Path) -> Path`")
+            raise DataError(f"{file}: has no function fetch(); expected `def fetch(folder: Path) -> Path`")
         folder = cache / "files" / file.stem
         folder.mkdir(parents=True, exist_ok=True)
-        found: Any = fetch(folder)
-    return [found] if isinstance(found, Path) else list(found)
+        fetched: Any = fetch(folder)
+    return [fetched] if isinstance(fetched, Path) else list(fetched)
 
 
 def _csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
@@ -150,7 +150,7 @@ def _place(names: Sequence[str], name: str, where: str) -> int:
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"{where}, column {column!r} holds {kind}; expected a text")
     if not value.strip():
         raise DataError(f"{where}, column {column!r} is empty; expected a text (leave the row out)")

@@ -1,11 +1,11 @@
 """From files of labelled text to a folder of token ids, made once.
 
 ```
-about.json                          the folder exists once this does: name, labels, vocabulary, splits, fingerprints
+about.json                          written last: name, labels, vocabulary, splits, fingerprints
 tokenizer.json tokenizer_config.json
 {train,validation}_tokens.npy       ids of all texts, one after another, without BOS and EOS
 {train,validation}_offsets.npy      [texts + 1]: where each text begins; the last is the number of tokens
-{train,validation}_labels.npy       int32 [texts]: the number of the label
+{train,validation}_labels.npy       int32 [texts]: index of each label
 ```
 """
 
@@ -31,13 +31,13 @@ from slmjax.errors import DataError
 if TYPE_CHECKING:
     from slmjax.data.labelled import LabelledText
 
-VERSION = 1  # raise it when the folder holds other numbers than before
+VERSION = 1  # raise it when the same texts give other arrays than before
 ABOUT = "about.json"
 CHUNK = 1024  # texts that are tokenised at once
 
 
 def make(data: LabelledText, train: Sequence[Path], validation: Sequence[Path], folder: Path, show: Progress) -> None:
-    """Reads, tokenises and writes; the folder appears when it is whole."""
+    """Reads, tokenises and writes; the folder appears when it is complete."""
     rows = list(_read(data, train, show))
     held = list(_read(data, validation, show))
     if not validation:
@@ -56,8 +56,8 @@ def make(data: LabelledText, train: Sequence[Path], validation: Sequence[Path], 
     try:
         tokenizer.save(building)
         splits = {
-            split: _write(building, split, found, labels, tokenizer, show)
-            for split, found in (("train", rows), ("validation", held))
+            split: _write(building, split, some, labels, tokenizer, show)
+            for split, some in (("train", rows), ("validation", held))
         }
         about = {
             "name": data.title,
@@ -72,7 +72,7 @@ def make(data: LabelledText, train: Sequence[Path], validation: Sequence[Path], 
         (building / ABOUT).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
         os.rename(building, folder)
     except OSError:
-        if not (folder / ABOUT).is_file():  # else another run has made it in the meantime
+        if not (folder / ABOUT).is_file():  # else another process has made it in the meantime
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -85,7 +85,7 @@ def _read(data: LabelledText, files: Sequence[Path], show: Progress) -> Iterator
 
 
 def _split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a row is held out if the hash of its text says so."""
+    """(train, held out): a row is held out if the hash of its text, as a fraction of 2^64, is below `share`."""
     out: tuple[list[Example], list[Example]] = ([], [])
     for row in rows:
         part = int.from_bytes(hashlib.sha256(row.text.encode()).digest()[:8], "little") / 2**64
@@ -94,7 +94,7 @@ def _split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[E
 
 
 def _sorted(labels: set[str]) -> tuple[str, ...]:
-    """Whole numbers by value, anything else by letter."""
+    """Whole numbers by value, anything else alphabetically."""
     numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
     return tuple(sorted(labels, key=int if numbers else str))
 
@@ -107,18 +107,18 @@ def _write(
     digest = hashlib.sha256(f"{VERSION} {tokenizer.fingerprint} {json.dumps(list(labels))}\n".encode())
     for row in rows:
         if row.label not in number:
-            raise DataError(f"{row.where}: unknown label {row.label!r}; known are: {', '.join(labels)}")
+            raise DataError(f"{row.where}: unknown label {row.label!r}; expected one of: {', '.join(labels)}")
         digest.update(json.dumps([row.text, row.label]).encode())
     ids, lengths = [np.zeros(0, tokenizer.dtype)], [np.zeros(0, np.int64)]
     for start in range(0, len(rows), CHUNK):
-        found = tokenizer.raw.encode_batch_fast(
+        encodings = tokenizer.raw.encode_batch_fast(
             [row.text for row in rows[start : start + CHUNK]], add_special_tokens=False
         )
-        for row, encoding in zip(rows[start : start + CHUNK], found, strict=True):
+        for row, encoding in zip(rows[start : start + CHUNK], encodings, strict=True):
             if not encoding.ids:
                 raise DataError(f"{row.where}: the tokenizer makes no token of its text; leave the row out")
-        ids.append(np.array([i for encoding in found for i in encoding.ids], tokenizer.dtype))
-        lengths.append(np.array([len(encoding.ids) for encoding in found], np.int64))
+        ids.append(np.array([i for encoding in encodings for i in encoding.ids], tokenizer.dtype))
+        lengths.append(np.array([len(encoding.ids) for encoding in encodings], np.int64))
         show(f"tokenising {split}", min(start + CHUNK, len(rows)), len(rows))
     tokens, sizes = np.concatenate(ids), np.concatenate(lengths)
     np.save(folder / f"{split}_tokens.npy", tokens)

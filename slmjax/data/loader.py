@@ -1,7 +1,8 @@
 """Batches of packed text, for training and evaluation.
 
 The order is a pure function of (stores, seed, global sequence number): sequence n of the run is sequence
-`permutation(part, epoch)[k]` of one part; no array of the corpus' size exists. `stream.Stream` does the rest.
+`permutation(part, epoch)[k]` of one part; no array of the corpus' size exists. `stream.Stream` reads
+ahead and keeps the position.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
 from slmjax.data.extra import Extra, added
-from slmjax.data.recipe import describe
 from slmjax.data.rows import Rows, assemble
 from slmjax.data.spec import Opened, PackedText, Part, Store
 from slmjax.data.stream import Prefetch, ReadProcesses, ReadThreads, Stream, host_rows, shuffled
@@ -23,6 +23,7 @@ from slmjax.data.tokenizer import Tokenizer
 from slmjax.data.weighting import Weighting
 from slmjax.data.work import Progress
 from slmjax.errors import DataError
+from slmjax.serialise import to_json
 from slmjax.types import Batch
 
 __all__ = ["Loader", "OpenedText", "ReadProcesses", "ReadThreads", "open_stores", "shuffled", "validation_batches"]
@@ -85,7 +86,7 @@ class Loader(Stream):
             identity={
                 "stores": [s.fingerprint for s in stores],
                 "shares": [str(share) for share in self._shares],
-                "packing": describe(data.packing),
+                "packing": to_json(data.packing),
                 "length": data.length,
                 "seed": data.seed,
             },
@@ -167,12 +168,12 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class OpenedText(Opened):
-    """Packed text whose token stores are there."""
+    """Packed text with its token stores opened."""
 
     data: PackedText
     train: tuple[TokenStore, ...]
     held_out: tuple[TokenStore, ...]
-    """Those whose validation splits are read"""
+    """Stores whose validation splits are read"""
     cache: str | Path | None = None
 
     @property
@@ -225,7 +226,7 @@ def open_text(data: PackedText, *, cache: str | Path | None, progress: Progress 
 
 
 def _described(store: TokenStore, split: Split, share: float | None) -> Store:
-    """What a run's config.json says of a store."""
+    """What a run's config.json holds about a store."""
     sources = tuple(
         {
             "name": source["name"],

@@ -1,7 +1,7 @@
-"""Which part the n-th sequence of a mixture comes from, and how many each part has given by then.
+"""Which part the n-th sequence of a mixture comes from, and how many sequences each part has given before it.
 
-Both are pure functions of n, in integers, so that any position can be resumed and no counter is kept. The parts are
-peeled off one by one: part 0 has given floor(n * w0) of the first n, the others share the rest in the same way. After
+Both are pure functions of n, in integers, so that any position can be resumed and no counter is kept. Part 0 gives
+floor(n * w0) of the first n sequences, part 1 its share of the rest in the same way, and so on. After
 any n, each part has given its share to within one sequence a part.
 """
 

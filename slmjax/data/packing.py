@@ -55,7 +55,7 @@ class Concatenate(Packing):
     cross_document: bool = False
 
     def blocks(self, offsets: Iterable[np.ndarray], length: int) -> Iterator[Pieces]:
-        held = np.zeros(0, PIECE_DTYPE)  # the row that is not known to be complete
+        held = np.zeros(0, PIECE_DTYPE)  # pieces of the last row, which may be incomplete
         for block in offsets:
             pieces = np.concatenate([held, self._cut(block, length)])
             row = pieces["start"] // length
@@ -120,7 +120,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     bins = np.empty(len(sizes), np.int64)
     if not len(sizes):
         return bins
-    room: dict[int, list[np.ndarray]] = defaultdict(list)  # free space -> bins that have it
+    room: dict[int, list[np.ndarray]] = defaultdict(list)  # free space -> bins with that much
     free = 0  # bit c is set where room[c] is not empty: the lowest set bit from `size` up is the best fit
     opened = 0
     order = np.argsort(-sizes.astype(np.int64), kind="stable")
@@ -161,7 +161,7 @@ class Plan(NamedTuple):
 
 
 def plan(packing: Packing, offsets: Iterable[np.ndarray], length: int, folder: Path) -> Plan:
-    """The plan in `folder`, computed if it is not there. Several processes may ask at once."""
+    """The plan in `folder`, computed if it is not there. Several processes may call this at once."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".plan-") as building:

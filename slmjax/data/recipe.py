@@ -15,6 +15,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.sources import Source
 from slmjax.data.tokenizer import BPE, TokenizerSpec
 from slmjax.errors import DataError, UserError
+from slmjax.serialise import to_json
 from slmjax.user_code import find_beside, mistakes_in
 
 
@@ -55,8 +56,12 @@ class Recipe:
         return [source.files(Path(self.root)) for source in self.sources]
 
     def tokenizer_files(self) -> list[Path]:
-        """Those of the tokenizer: none if it is trained."""
+        """The local files of the tokenizer; none if it is trained."""
         return self.tokenizer.files(Path(self.root))
+
+    def identity(self) -> dict[str, Any]:
+        """This recipe as JSON, without `root`: together with the contents of its files it decides the store."""
+        return {name: value for name, value in to_json(self).items() if name != "root"}
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -79,14 +84,6 @@ def load_recipe(path: str | Path) -> Recipe:
     if recipe.root == ".":
         recipe = dataclasses.replace(recipe, root=str(path.resolve().parent))
     return recipe
-
-
-def describe(value: Any) -> Any:
-    """A nested dataclass as JSON, each object with the name of its class. `root` is where, not what: left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "root"}
-        return {"type": type(value).__name__} | fields
-    return [describe(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def digest(value: Any) -> str:

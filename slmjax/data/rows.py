@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slmjax.data.packing import Packing, Plan, plan
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.token_store import Split, TokenStore
 from slmjax.data.weighting import EveryToken, Weighting
 from slmjax.errors import DataError
+from slmjax.serialise import to_json
 from slmjax.types import Batch
 
 PLAN_VERSION = 1  # raise it when packing gives other rows than before, so that old plans are not used
 
 
 class Rows:
-    """The sequences of one packed split, as arrays. Sent to reading processes by the paths of its files."""
+    """The sequences of one packed split, as arrays. Pickled without its open files, for processes that read ahead."""
 
     def __init__(self, store: TokenStore, split: Split, packing: Packing, length: int, cache: Path):
-        key = digest([store.fingerprint, split, describe(packing), length, PLAN_VERSION])[:32]
+        key = digest([store.fingerprint, split, to_json(packing), length, PLAN_VERSION])[:32]
         self.length = length
         self._plan_of = (packing, length, cache / "plans" / key)
         self._tokens = store.tokens(split)
@@ -47,38 +48,38 @@ class Rows:
 
     def begin(self, row: int) -> list[Read]:
         """Start to read a row: neighbouring pieces in one read."""
-        found = self.pieces(row)
-        stops = found["start"] + found["length"]
-        gap = found["start"][1:] != stops[:-1]
-        starts, last = found["start"][np.append(True, gap)], np.append(gap, True)
+        pieces = self.pieces(row)
+        stops = pieces["start"] + pieces["length"]
+        gap = pieces["start"][1:] != stops[:-1]
+        starts, last = pieces["start"][np.append(True, gap)], np.append(gap, True)
         # one token more where the document goes on: it is the target of the last one
-        ahead = found["ends"][last] == 0
+        ahead = pieces["ends"][last] == 0
         return [
             Read(a, b + more, b - a, self._tokens.read(a, b + more))
             for a, b, more in zip(starts.tolist(), stops[last].tolist(), ahead.tolist(), strict=True)
         ]
 
     def finish(self, row: int, reads: list[Read], out: Batch, i: int) -> None:
-        """Fill row i of `out`, which is zero. Its weights say where there is a target: 1, else 0."""
+        """Fill row i of `out`, which must be zero before. Weights are 1 where there is a target, else 0."""
         at = 0
         for start, stop, inputs, future in reads:
             values = self._tokens.result(future, start, stop)
             out.tokens[i, at : at + inputs] = values[:inputs]
             out.targets[i, at : at + len(values) - 1] = values[1:]
             at += inputs
-        found = self.pieces(row)
-        ends = np.cumsum(found["length"], dtype=np.int64)
-        stopped = ends[found["ends"] == 1] - 1
+        pieces = self.pieces(row)
+        ends = np.cumsum(pieces["length"], dtype=np.int64)
+        stopped = ends[pieces["ends"] == 1] - 1
         out.weights[i, :at] = 1.0
         out.weights[i, stopped] = 0.0
         out.targets[i, stopped] = 0
-        opened = np.repeat(np.cumsum(found["opens"]), found["length"])
+        opened = np.repeat(np.cumsum(pieces["opens"]), pieces["length"])
         out.segment_ids[i, :at] = opened
-        out.positions[i, :at] = np.arange(at) - (ends - found["length"])[found["opens"] == 1][opened - 1]
+        out.positions[i, :at] = np.arange(at) - (ends - pieces["length"])[pieces["opens"] == 1][opened - 1]
 
 
 class Read(NamedTuple):
-    """Tokens [start, stop) on their way; the first `inputs` of them are inputs."""
+    """A pending read of the tokens [start, stop); the first `inputs` of them are inputs."""
 
     start: int
     stop: int
@@ -93,12 +94,12 @@ def assemble(
     *,
     weighting: Weighting = EveryToken(),  # noqa: B008
 ) -> Batch:
-    """Rows as one batch of numpy arrays [size, length]; every read is under way before the first is waited for.
+    """Rows as one batch of numpy arrays [size, length]; every read is started before the first is awaited.
     Rows beyond those given are padding, of weight 0."""
     shape = (size or len(rows), length)
     out = empty_batch(*shape)
-    begun = [part.begin(row) for part, row in rows]
-    for i, ((part, row), reads) in enumerate(zip(rows, begun, strict=True)):
+    pending = [part.begin(row) for part, row in rows]
+    for i, ((part, row), reads) in enumerate(zip(rows, pending, strict=True)):
         part.finish(row, reads, out, i)
     out.weights[...] *= weighting(*map(np.asarray, (out.tokens, out.targets, out.segment_ids, out.positions)))
     return out

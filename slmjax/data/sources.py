@@ -18,7 +18,7 @@ from slmjax.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What every source says about itself."""
+    """What all sources have in common."""
 
     licence: str
     """SPDX name or a sentence; copied to the manifest and the model card"""
@@ -149,8 +149,8 @@ class Folder(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Source):
-    """A data set on the Hugging Face hub, streamed: nothing but the cleaned text is kept on disk. A local copy of its
-    repository does too.
+    """A data set on the Hugging Face hub, streamed: only the cleaned text is kept on disk. `path` may also be a
+    local copy of its repository.
 
     Set `revision` to a commit to make the build reproducible.
     """
@@ -162,7 +162,7 @@ class Hub(Source):
     text_field: str = "text"
 
     def files(self, root: Path) -> list[Path]:
-        return sorted(p for p in (root / self.path).rglob("*") if p.is_file())  # a local copy; of the hub, none
+        return sorted(p for p in (root / self.path).rglob("*") if p.is_file())  # of a local copy; none when streamed
 
     def stream(self, root: Path) -> Iterator[str]:
         import datasets

@@ -1,4 +1,4 @@
-"""What an experiment says about its data: frozen values that JSON can hold, each of which opens what it describes."""
+"""The data of an experiment, as frozen values that JSON can hold; each opens the data that it describes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """One place that data are read from, as a run's config.json lists it: with what the model card says of it."""
+    """One split of a data set, as a run's config.json lists it, with what the model card needs to know of it."""
 
     name: str
     location: str
     """Folder or URL"""
     fingerprint: str
-    """What decides the numbers that come out of it: equal means the same tokens"""
+    """Equal fingerprints mean the same tokens"""
     split: Literal["train", "validation"]
     tokens: int
     """In that split"""
@@ -43,26 +43,26 @@ class Store:
 
 
 class Opened(abc.ABC):
-    """Data that are there, ready to be read."""
+    """Data that are ready to be read."""
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """For people: what is trained on"""
+        """Name of the data, for logs and messages"""
 
     @property
     @abc.abstractmethod
     def stores(self) -> tuple[Store, ...]:
-        """What is read, the parts of training first. Their fingerprints enter that of the experiment"""
+        """The stores that are read, those of training first. Their fingerprints are part of the experiment's"""
 
     @property
     @abc.abstractmethod
     def vocab(self) -> int:
-        """Ids that a model must know: one more than the largest"""
+        """The smallest vocabulary that a model may have: the largest token id plus one"""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of what `Batch.extra["labels"]` numbers; empty where there are no labels"""
+        """Names of the classes that `Batch.extra["labels"]` indexes; empty if the data have no labels"""
         return ()
 
     @property
@@ -72,7 +72,7 @@ class Opened(abc.ABC):
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text, with its special ids (`Tokenizer.roles`)."""
+        """The tokenizer of the text, with its special token ids (`Tokenizer.special`)."""
 
     @property
     @abc.abstractmethod
@@ -81,14 +81,14 @@ class Opened(abc.ABC):
 
     @abc.abstractmethod
     def epochs(self, sequences: int) -> float:
-        """How often so many training sequences go over the data."""
+        """How many epochs this many training sequences are."""
 
     @abc.abstractmethod
     def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> BatchStream:
         """This host's rows of an endless stream, whose position can be saved.
 
         Args:
-            reader: what reads ahead; None: threads.
+            reader: how batches are read ahead; None: in threads.
 
         Raises:
             DataError: the batch cannot be split over the hosts.
@@ -97,7 +97,7 @@ class Opened(abc.ABC):
     @property
     @abc.abstractmethod
     def has_validation(self) -> bool:
-        """Whether anything is held out"""
+        """Whether there is any validation data"""
 
     @abc.abstractmethod
     def validation(self, batches: int | None = None, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
@@ -105,13 +105,13 @@ class Opened(abc.ABC):
         of weight 0.
 
         Args:
-            batches: at most so many; None reads everything that is held out.
+            batches: at most this many; None reads the whole split.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(abc.ABC):
-    """What a run reads. A subclass is a frozen dataclass that opens what it describes."""
+    """The data of a run. A subclass is a frozen dataclass that opens what it describes."""
 
     length: int
     """Tokens a sequence"""
@@ -128,10 +128,10 @@ class Data(abc.ABC):
 
     @abc.abstractmethod
     def open(self, *, cache: str | Path | None = None, progress: Progress | None = None) -> Opened:
-        """Everything that is read, made ready where it is not yet.
+        """Opens everything that is read, and builds what does not exist yet.
 
         Args:
-            cache: folder for what is made from other files, used again by later runs (`build.cache_folder`).
+            cache: folder for built files, which later runs use again (`build.cache_folder`).
 
         Raises:
             DataError: a file is missing or damaged.
@@ -139,31 +139,31 @@ class Data(abc.ABC):
 
     @abc.abstractmethod
     def reopen(self, stores: Sequence[Mapping[str, Any]], *, cache: str | Path | None = None) -> Opened:
-        """What a run held out, to be evaluated on again. Nothing is built anew.
+        """The validation data of an earlier run, to evaluate on again. Nothing is rebuilt.
 
         Args:
-            stores: the `Store`s that the run has listed in config.json.
+            stores: the `Store`s in the run's config.json.
 
         Raises:
-            DataError: it is not there any more.
+            DataError: they do not exist any more.
         """
 
     @abc.abstractmethod
     def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> Data:
-        """The same kind of data, of which the validation is read from `place`: a folder, URL or file.
+        """The same kind of data, with the validation split read from `place`: a folder, URL or file.
 
         Args:
-            tokenizer, labels: folder with the tokenizer of the model that is evaluated, and its labels, where `place`
-                holds text and not ids.
+            tokenizer, labels: folder with the tokenizer of the model that is evaluated, and its labels; used if
+                `place` holds text and not ids.
         """
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers, as JSON: this value without where files lie. What they hold is said by
-        `Opened.stores`."""
+        """This value as JSON, without the locations of files, for the experiment's identity. Their contents are part of
+        the fingerprints of `Opened.stores`."""
         return to_json(self)
 
     def empty(self, rows: int) -> Batch:
-        """A batch of padding with so many rows: numpy zeros, in the shapes that `Opened` gives."""
+        """A batch of padding with this many rows: numpy zeros, in the shapes that `Opened` gives."""
         return empty_batch(rows, self.length)
 
 
@@ -196,9 +196,9 @@ class PackedText(Data):
     weighting: Weighting = field(default_factory=EveryToken)
     """Which tokens count in the loss: every one, or those after a marker"""
     extra: Extra = field(default_factory=NoExtra)
-    """Arrays that each batch holds besides, such as targets of a teacher"""
+    """Additional arrays of each batch, such as targets of a teacher"""
     seed: int = 0
-    """Of the order of the sequences, which is another one in each epoch"""
+    """Seed of the order of the sequences, which differs in each epoch"""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -216,14 +216,14 @@ class PackedText(Data):
         return open_text(self, cache=cache, progress=progress)
 
     def reopen(self, stores: Sequence[Mapping[str, Any]], *, cache: str | Path | None = None) -> OpenedText:
-        """Its validation stores alone, where the run found them; recipes are not built again."""
+        """Its validation stores only, at the locations that the run recorded; recipes are not built again."""
         places = [str(store["location"]) for store in stores][len(self.train) :]
         weights = [part.weight for part in self.validation or self.train]
         parts = tuple(Part(source=_path(a), weight=w) for a, w in zip(places, weights, strict=True))
         return replace(self, train=parts, validation=()).open(cache=cache)
 
     def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> PackedText:
-        """Of a token store, which has its own tokenizer."""
+        """`place` is a token store, whose own tokenizer is used."""
         return replace(self, train=(Part(source=place),), validation=())
 
     def identity(self) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class PackedText(Data):
 def check_seed(seed: int) -> None:
     """
     Raises:
-        DataError: it is no seed of a shuffle.
+        DataError: the seed is out of range.
     """
     if not 0 <= seed < 1 << 32:
         raise DataError(f"data.seed is {seed}; expected 0 to {(1 << 32) - 1}")

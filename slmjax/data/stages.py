@@ -1,4 +1,4 @@
-"""The stages of `build` up to token ids, in order. Each leaves files in the work folder and skips those it finds."""
+"""The stages of `build` up to token ids, in order. Each writes files into the work folder and skips existing ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from slmjax.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What reading and cleaning found."""
+    """The result of reading and cleaning."""
 
     count: int
     """Parts of cleaned text"""
@@ -35,7 +35,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which documents stay, and where they go."""
+    """Which documents are kept, and in which split."""
 
     split: np.ndarray
     """int8 [documents]: index into `SPLITS`, or -1 for a duplicate"""
@@ -44,7 +44,7 @@ class Selection:
     dropped: dict[str, int]
     """Reason -> documents"""
     kept: list[int]
-    """Documents of each source that stay"""
+    """Kept documents of each source"""
 
     def of_part(self, index: int) -> np.ndarray:
         """`split` of the documents of one part."""
@@ -70,9 +70,9 @@ def clean(context: Context) -> Parts:
         for _ in run(context, _clean_part, tasks()):
             context.show("cleaning", sum(n for n, _ in read), None)
         write_bytes(done, json.dumps({"count": count, "read": read}).encode())
-    found = json.loads(done.read_text())
-    context.show("cleaning", sum(n for n, _ in found["read"]), sum(n for n, _ in found["read"]))
-    return Parts(count=found["count"], read=tuple((n, size) for n, size in found["read"]))
+    counts = json.loads(done.read_text())
+    context.show("cleaning", sum(n for n, _ in counts["read"]), sum(n for n, _ in counts["read"]))
+    return Parts(count=counts["count"], read=tuple((n, size) for n, size in counts["read"]))
 
 
 def _batches(context: Context, read: list[list[int]]) -> Iterator[tuple[list[str], list[int]]]:
@@ -140,17 +140,17 @@ def select(context: Context, parts: Parts) -> Selection:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none read"
         raise DataError(f"recipe {context.recipe.name!r}: no document is left of {read} ({reasons}); check the sources")
     hashes = np.concatenate(loaded["hash"])
-    out = np.zeros(len(hashes), bool)
+    removed = np.zeros(len(hashes), bool)
     if (dedup := context.recipe.dedup) is not None:
-        out = dd.exact_duplicates(hashes)
-        dropped["exact duplicate"] = int(out.sum())
+        removed = dd.exact_duplicates(hashes)
+        dropped["exact duplicate"] = int(removed.sum())
         if dedup.near:
             mapped = np.memmap(signatures, np.uint32, "r").reshape(-1, dedup.permutations)
-            near = dd.near_duplicates(mapped, np.concatenate(loaded["keys"]), out, dedup)
+            near = dd.near_duplicates(mapped, np.concatenate(loaded["keys"]), removed, dedup)
             dropped["near duplicate"] = int(near.sum())
-            out |= near
-    split = _split(hashes[:, 0], out, context.recipe.validation)
-    sources = np.concatenate(loaded["source"])[~out]
+            removed |= near
+    split = _split(hashes[:, 0], removed, context.recipe.validation)
+    sources = np.concatenate(loaded["source"])[~removed]
     context.show("deduplicating", 1, 1)
     return Selection(
         split=split,
@@ -160,10 +160,10 @@ def select(context: Context, parts: Parts) -> Selection:
     )
 
 
-def _split(hashes: np.ndarray, out: np.ndarray, fraction: float) -> np.ndarray:
-    """Documents whose hash, as a fraction of 2^64, is below `fraction` validate: at least one, and never all."""
-    split = np.where(out, -1, 0).astype(np.int8)
-    left = np.flatnonzero(~out)
+def _split(hashes: np.ndarray, removed: np.ndarray, fraction: float) -> np.ndarray:
+    """Documents whose hash, as a fraction of 2^64, is below `fraction` are validation: at least one, and never all."""
+    split = np.where(removed, -1, 0).astype(np.int8)
+    left = np.flatnonzero(~removed)
     if fraction > 0 and len(left) > 1:
         ranked = left[np.argsort(hashes[left], kind="stable")]
         number = int((hashes[left] < np.uint64(min(fraction * 2**64, 2**64 - 2048))).sum())
@@ -172,7 +172,7 @@ def _split(hashes: np.ndarray, out: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def make_tokenizer(context: Context, parts: Parts, selection: Selection) -> Tokenizer:
-    """Train the tokenizer on the training split, or load it. What is used is what was written."""
+    """Train the tokenizer on the training split, or load it. It is always read back from the written files."""
     folder = context.folder / "tokenizer"
     if not folder.is_dir():
         context.show("tokenizer", 0, 1)

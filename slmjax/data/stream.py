@@ -1,7 +1,7 @@
 """An endless stream of batches whose whole position is one number, read ahead through Grain.
 
-What a batch holds is a pure function of global sequence numbers: sequence n of the run is the same whoever asks. Host h
-of H reads a contiguous part of each global batch: hosts may come and go between runs, and no sequence is repeated or
+What a batch holds is a pure function of global sequence numbers: sequence n of the run is the same on every host. Host
+h of H reads a contiguous part of each global batch: hosts may come and go between runs, and no sequence is repeated or
 dropped.
 """
 
@@ -26,7 +26,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ReadThreads:
-    """Read ahead in threads: right unless reading is far away or tokens are few."""
+    """Read ahead in threads: fast enough unless Python itself is the bottleneck."""
 
     count: int = 2
     """Threads"""
@@ -39,7 +39,7 @@ class ReadThreads:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadProcesses:
-    """Read ahead in processes, where Python itself is what is slow."""
+    """Read ahead in processes, for data where Python itself is the bottleneck."""
 
     count: int = 2
     """Processes"""
@@ -68,7 +68,7 @@ class _HostBatches:
         self.offset = host * self.size
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a process that reads ahead: it ends with the one that trains, even if that is killed."""
+        """In a process that reads ahead: makes it end with the training process, even if that is killed."""
         self.__dict__.update(state)
         parent = multiprocessing.parent_process()
         if parent is not None:
@@ -110,7 +110,7 @@ class Stream:
             read: global sequence numbers -> these rows; pure, and can be sent to another process.
             batch: sequences a step, over all hosts.
             epoch: sequences in one pass over the data.
-            identity: JSON: what a position means nothing without. Kept in the state and checked by `restore`.
+            identity: JSON: data, order and length, which a position refers to. Kept in the state, checked by `restore`.
 
         Raises:
             DataError: the batch cannot be split over the hosts.
@@ -134,26 +134,26 @@ class Stream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the batch given last, the same on every host. JSON.
+        """The position after the last batch that was returned, the same on every host. JSON.
 
-        `next` is the whole position; `epoch` is for people, the rest is checked by `restore`."""
+        `next` is the whole position; `epoch` is for logs, the rest is checked by `restore`."""
         return {"version": STATE_VERSION, "next": self._next, "epoch": self._next / self._epoch, **self._identity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that was last when `state` was taken, by any number of hosts.
+        """Go on after the last batch before `state` was taken, on any number of hosts.
 
         Raises:
-            DataError: the data, their order or the length are others, so that the position means nothing.
+            DataError: the data, their order or the length differ, so that the position does not apply.
         """
-        mine = {"version": STATE_VERSION, **self._identity}
-        for name, value in mine.items():
+        expected = {"version": STATE_VERSION, **self._identity}
+        for name, value in expected.items():
             if state.get(name) != value:
                 raise DataError(f"data of the checkpoint differs in {name}: it has {state.get(name)}, this run {value}")
         self.close()
         self._next = int(state["next"])
 
     def close(self) -> None:
-        """Stop reading ahead. The stream goes on from its position if asked for more."""
+        """Stop reading ahead. The next batch is read again from the current position."""
         close = getattr(self._batches, "close", None)
         self._batches = None
         if close is not None:
@@ -170,7 +170,7 @@ class Stream:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers are handed the flags of absl, which nobody else parses
+            flags.FLAGS.mark_as_parsed()  # Grain's workers are handed the flags of absl, which nothing else here parses
         options = grain.MultiprocessingOptions(num_workers=how.count, per_worker_buffer_size=how.batches)
         single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         return iter(grain.MapDataset.source(source).to_iter_dataset(single).mp_prefetch(options))

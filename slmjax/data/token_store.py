@@ -32,7 +32,7 @@ FORMAT = "slmjax token store"
 VERSION = 1
 CHUNK = 1 << 14  # values: 32 KiB of uint16, what one random read costs
 SHARD = 1 << 25  # values: 64 MiB of uint16 a file
-CACHE_BYTES = 4 << 20  # of an open array: its shard indices (32 KiB each); chunks read at random are not met again soon
+CACHE_BYTES = 4 << 20  # of an open array: its shard indices (32 KiB each); randomly read chunks are seldom read again
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -90,11 +90,11 @@ class Array:
         return ts.open(self._spec() | {"metadata": metadata}, create=True, open=True).result()
 
     def read(self, start: int, stop: int) -> ts.Future:
-        """Begin to read values [start, stop). Give the future to `result`."""
+        """Begin to read values [start, stop). Pass the future to `result`."""
         return self._array()[start:stop].read()
 
     def result(self, future: ts.Future, start: int, stop: int) -> np.ndarray:
-        """What was read.
+        """The values of a read that `read` has begun.
 
         Raises:
             DataError: a shard is missing or damaged; the message names it.
@@ -154,7 +154,7 @@ class TokenStore:
     def __init__(self, location: str | Path):
         """
         Raises:
-            DataError: no manifest there, or not of this format.
+            DataError: there is no manifest, or it has another format.
         """
         self.location = url_of(location)
         raw = read_file(files_of(location), MANIFEST)
@@ -186,7 +186,7 @@ class TokenStore:
         return Array(self.location, f"{split}/tokens", shard=self.manifest["shard"])
 
     def offsets(self, split: Split, documents: int = 1 << 16) -> Iterator[np.ndarray]:
-        """Document boundaries, int64, in blocks of so many documents; the last of a block is the first of the next."""
+        """Document boundaries, int64, in blocks of this many documents; a block begins where the last one ended."""
         array, total = (
             Array(self.location, f"{split}/offsets", shard=self.manifest["shard"]),
             self.count(split, "documents"),
@@ -209,14 +209,15 @@ class TokenStore:
         """The tokenizer that wrote the store.
 
         Raises:
-            DataError: it was changed since.
+            DataError: tokenizer.json has changed since then.
         """
-        known = self.manifest["tokenizer"]
-        tokenizer = Tokenizer.load(self.tokenizer_path, bos=known["bos"] or "", eos=known["eos"] or "")
-        if tokenizer.fingerprint != known["fingerprint"]:
+        recorded = self.manifest["tokenizer"]
+        tokenizer = Tokenizer.load(self.tokenizer_path, bos=recorded["bos"] or "", eos=recorded["eos"] or "")
+        if tokenizer.fingerprint != recorded["fingerprint"]:
             raise DataError(
                 f"{self.location}tokenizer.json is not the one that wrote this store (fingerprint "
-                f"{tokenizer.fingerprint[:12]}, manifest says {known['fingerprint'][:12]}); restore it or build again"
+                f"{tokenizer.fingerprint[:12]}, manifest says {recorded['fingerprint'][:12]}); restore it or build "
+                "again"
             )
         return tokenizer
 

@@ -32,20 +32,20 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSpec:
-    """How the tokenizer of a store comes to be."""
+    """How the tokenizer of a store is made."""
 
     def make(self, texts: Iterable[str], root: Path) -> Tokenizer:
         """Train on `texts`, or load relative to `root`."""
         raise TypeError(f"{type(self).__name__} is not a tokenizer: use Bytes, BPE or File")
 
     def files(self, root: Path) -> list[Path]:
-        """The local files that decide it: with others a build is another build."""
+        """The local files that it is read from; a build with other files is another build."""
         return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(TokenizerSpec):
-    """One token a byte: ids 0 to 255 are the bytes of UTF-8, 256 is BOS, 257 is EOS. Nothing is trained."""
+    """One token for each byte: ids 0 to 255 are the bytes of UTF-8, 256 is BOS, 257 is EOS. Nothing is trained."""
 
     def make(self, texts: Iterable[str], root: Path) -> Tokenizer:
         letters = _letters_of_bytes()
@@ -81,12 +81,12 @@ class BPE(TokenizerSpec):
             show_progress=False,
         )
         raw.train_from_iterator(texts, trainer)
-        return self._made(_finish(raw))
+        return self._wrapped(_finish(raw))
 
     def _special(self) -> list[str]:
         return [BOS, EOS]
 
-    def _made(self, raw: tokenizers.Tokenizer) -> Tokenizer:
+    def _wrapped(self, raw: tokenizers.Tokenizer) -> Tokenizer:
         return Tokenizer(raw, bos=BOS, eos=EOS)
 
 
@@ -97,7 +97,7 @@ class MaskedBPE(BPE):
     def _special(self) -> list[str]:
         return [BOS, EOS, MASK]
 
-    def _made(self, raw: tokenizers.Tokenizer) -> Tokenizer:
+    def _wrapped(self, raw: tokenizers.Tokenizer) -> Tokenizer:
         return Tokenizer(raw, bos=BOS, eos=EOS, mask=MASK)
 
 
@@ -149,12 +149,12 @@ class Tokenizer:
     ):
         """
         Args:
-            bos, eos: what begins and ends a document; None or "" if nothing does.
-            mask: what stands for a hidden token, if there is such a token.
+            bos, eos: the tokens before and after a document; None or "" for none.
+            mask: the token that replaces masked tokens, if there is one.
             chat: for conversations, if there is a template.
         """
         raw.encode_special_tokens = True
-        raw.no_padding()  # which the files of sentence encoders ask for; documents have the length they have
+        raw.no_padding()  # files of sentence encoders turn padding on; documents are not padded here
         raw.no_truncation()
         self.raw, self.chat = raw, chat
         self.bos, self.eos = bos or None, eos or None
@@ -181,7 +181,7 @@ class Tokenizer:
             raise DataError(f"{file}: not a tokenizer.json: {error}") from error
         config = tokenizer_config.read(file.with_name(FILES[1]))
         names = tokenizer_config.special_tokens(config, file.with_name(FILES[1]))
-        # a BOS that only the chat template uses
+        # add_bos_token false: only the chat template uses BOS, documents get none
         begins = None if config.get("add_bos_token") is False else names.get("bos_token")
         source = tokenizer_config.template(file.with_name(TEMPLATE), config)
         try:
@@ -213,30 +213,30 @@ class Tokenizer:
 
     @property
     def names(self) -> dict[str, Any]:
-        """Special tokens by the names that `transformers` and templates have for them, and whether BOS is added."""
+        """Special tokens by their names in `transformers` and templates, and whether BOS is added."""
         names: dict[str, Any] = dict(self.chat.tokens) if self.chat is not None else {}
-        mine = {"bos_token": self.bos, "eos_token": self.eos, "mask_token": self.mask}
-        names |= {k: v for k, v in mine.items() if v is not None}
+        own = {"bos_token": self.bos, "eos_token": self.eos, "mask_token": self.mask}
+        names |= {k: v for k, v in own.items() if v is not None}
         return names | ({"add_bos_token": False} if self.bos is None and "bos_token" in names else {})
 
     @property
-    def special(self) -> dict[str, int]:
-        """Tokens that ordinary text never becomes, with their ids."""
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of each special token. Encoding a document never gives one of them."""
         return {t.content: i for i, t in self.raw.get_added_tokens_decoder().items() if t.special}
 
     @property
     def rows(self) -> int:
-        """Rows that an embedding table needs. Special tokens that frame no document may have higher ids, for no text
-        becomes one: a model for text may keep the tokenizer of one for images."""
-        framing = {self.bos_id, self.eos_id, self.mask_id}
-        unused = {i for i in self.special.values() if i not in framing}
+        """Rows that an embedding table needs. Special tokens other than BOS, EOS and mask may have higher ids, since
+        encoded text never contains them: a text model may keep the tokenizer of an image model."""
+        used = {self.bos_id, self.eos_id, self.mask_id}
+        unused = {i for i in self.special_tokens.values() if i not in used}
         return 1 + max((i for i in self.raw.get_vocab(with_added_tokens=True).values() if i not in unused), default=-1)
 
     @property
-    def roles(self) -> Special:
-        """The mask and all ids that are no text."""
+    def special(self) -> Special:
+        """The ids of the special tokens, and which of them is the mask."""
         named = {i for i in (self.bos_id, self.eos_id, self.mask_id) if i is not None}
-        return Special(mask=self.mask_id, all=tuple(sorted({*self.special.values(), *named})))
+        return Special(mask=self.mask_id, all=tuple(sorted({*self.special_tokens.values(), *named})))
 
     @property
     def fingerprint(self) -> str:
@@ -250,12 +250,12 @@ class Tokenizer:
         return np.uint16 if self.vocab <= 1 << 16 else np.uint32
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """The ids of one text, with BOS and EOS where asked for and defined."""
+        """The ids of one text, with BOS and EOS if requested and defined."""
         ids = self.raw.encode(text, add_special_tokens=False).ids
         return self._before * bos + ids + self._after * eos
 
     def encode_template(self, text: str) -> list[int]:
-        """The ids of what a chat template wrote: here, and only here, special tokens are recognised in a text."""
+        """The ids of a chat template's output: here, and only here, special tokens are recognised in a text."""
         self.raw.encode_special_tokens = False
         try:
             return self.raw.encode(text, add_special_tokens=False).ids
@@ -288,14 +288,14 @@ class Tokenizer:
     def _id_of(self, token: str | None) -> int | None:
         if token is None:
             return None
-        found = self.raw.token_to_id(token)
-        if found is None:
+        token_id = self.raw.token_to_id(token)
+        if token_id is None:
             raise DataError(f"special token {token!r} is not in the vocabulary")
-        return found
+        return token_id
 
 
 def _finish(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Decoding, and BOS before a prompt as `transformers` encodes it."""
+    """Sets the decoder, and puts BOS before a prompt that `transformers` encodes."""
     raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, raw.token_to_id(BOS))]

@@ -13,7 +13,7 @@ def read(file: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty if it is not there.
 
     Raises:
-        DataError: it is no JSON object.
+        DataError: it is not a JSON object.
     """
     try:
         config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -28,7 +28,7 @@ def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
     """The special tokens that tokenizer_config.json names, as text or as objects with `content`: bos_token, ...
 
     Raises:
-        DataError: BOS or EOS is something else than that.
+        DataError: BOS or EOS is of another type.
     """
     named = {}
     for field in sorted(key for key in config if key.endswith("_token")):
@@ -48,7 +48,7 @@ def template(file: Path, config: dict[str, Any]) -> str | None:
             return file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as text: {error}") from None
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
-    return found if isinstance(found, str) and found else None
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}.get("default")
+    return source if isinstance(source, str) and source else None

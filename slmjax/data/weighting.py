@@ -1,4 +1,4 @@
-"""Which tokens of a batch count in the loss, decided by the data: a value that gives each target its weight."""
+"""Which tokens of a batch count in the loss: a value that gives each target its weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Weighting:
         self, tokens: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """The weights, float32 [B, T]. Where there is no target (padding, the last token of a document) the weight is 0
-        whatever this says.
+        whatever this returns.
 
         Args:
             tokens, targets, segment_ids, positions: int32 [B, T], as in `types.Batch`.
@@ -27,7 +27,7 @@ class Weighting:
 
 @dataclass(frozen=True, kw_only=True)
 class EveryToken(Weighting):
-    """Weight 1 for every target: a language model of the whole text."""
+    """Weight 1 for every target."""
 
     def __call__(
         self, tokens: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray

@@ -1,4 +1,4 @@
-"""What the stages of a build share: the folder they work in, processes, and files that appear whole or not at all."""
+"""What the stages of a build share: the folder they work in, processes, and files written atomically."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def silent(stage: str, done: int, total: int | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every stage needs to know."""
+    """The settings of a build, which every stage reads."""
 
     recipe: Recipe
     folder: Path
@@ -43,7 +43,7 @@ class Context:
 
     @property
     def quiet(self) -> Context:
-        """For a worker: what shows progress stays in this process."""
+        """A copy to send to a worker process, without the function that shows progress."""
         return replace(self, show=silent)
 
     def part(self, stage: str, index: int, suffix: str = "npz") -> Path:
@@ -58,7 +58,7 @@ def run(context: Context, function: Callable, tasks: Iterable[tuple]) -> Iterato
     if context.workers == 1 or len(head) < 2:
         yield from (function(*task) for task in itertools.chain(head, tasks))
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads of jax and TensorStore half
+    spawn = multiprocessing.get_context("spawn")  # a fork would break the threads of jax and TensorStore
     with ProcessPoolExecutor(context.workers, spawn, _begin_worker) as pool:
         waiting: collections.deque = collections.deque()
         try:

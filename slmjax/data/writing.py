@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.data.recipe import describe, digest
+from slmjax.data.recipe import digest
 from slmjax.data.stages import Parts, Selection
 from slmjax.data.token_store import FORMAT, MANIFEST, SPLITS, VERSION, Array, files_of, read_file
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
@@ -21,9 +21,9 @@ from slmjax.data.work import Context, Progress
 
 
 def write(context: Context, parts: Parts, location: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write the arrays of both splits, shard by shard -> the manifest's account of each split."""
+    """Write the arrays of both splits, shard by shard -> what the manifest says of each split."""
     (context.folder / "written").mkdir(exist_ok=True)
-    account = {}
+    splits = {}
     for name in SPLITS:
         lengths, size = [np.zeros(1, np.int64)], 0
         ends = [0]
@@ -43,8 +43,8 @@ def write(context: Context, parts: Parts, location: str, tokenizer: Tokenizer) -
             shards |= _write_array(
                 context, Array(location, f"{name}/offsets", shard=context.shard), len(offsets), np.int64, between
             )
-        account[name] = {"documents": len(offsets) - 1, "tokens": ends[-1], "bytes": size, "shards": shards}
-    return account
+        splits[name] = {"documents": len(offsets) - 1, "tokens": ends[-1], "bytes": size, "shards": shards}
+    return splits
 
 
 def _tokens_between(context: Context, split: str, ends: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -81,19 +81,19 @@ def write_manifest(
     splits: dict[str, Any],
     build: dict[str, Any],
 ) -> None:
-    """The tokenizer's files, and last the manifest: from here on the store exists."""
+    """The tokenizer's files, and last the manifest, which makes the store complete."""
     files = files_of(location)
     for name in TOKENIZER_FILES:
         files.write(name, (context.folder / "tokenizer" / name).read_bytes()).result()
     tokens, size = (sum(s[what] for s in splits.values()) for what in ("tokens", "bytes"))
     sources = [
-        {"name": s.title, "licence": s.licence, "origin": s.origin, "files": found}
+        {"name": s.title, "licence": s.licence, "origin": s.origin, "files": used}
         | {"documents_read": n, "bytes_read": b, "documents_kept": kept}
-        for s, found, (n, b), kept in zip(
+        for s, used, (n, b), kept in zip(
             context.recipe.sources, build["files"], parts.read, selection.kept, strict=True
         )
     ]
-    known = {
+    about_tokenizer = {
         "kind": type(context.recipe.tokenizer).__name__,
         "vocab": tokenizer.vocab,
         "bos": tokenizer.bos,
@@ -107,8 +107,8 @@ def write_manifest(
         "format": FORMAT,
         "version": VERSION,
         "name": context.recipe.name,
-        "fingerprint": digest([known["fingerprint"], dtype, [s["shards"] for s in splits.values()]]),
-        "tokenizer": known,
+        "fingerprint": digest([about_tokenizer["fingerprint"], dtype, [s["shards"] for s in splits.values()]]),
+        "tokenizer": about_tokenizer,
         "dtype": dtype,
         "shard": context.shard,
         "documents": {"read": sum(n for n, _ in parts.read), "kept": sum(selection.kept), "dropped": selection.dropped},
@@ -117,7 +117,7 @@ def write_manifest(
         "tokens_per_byte": tokens / size,
         "splits": splits,
         "sources": sources,
-        "recipe": describe(context.recipe),
+        "recipe": context.recipe.identity(),
         "build": {"digest": build["digest"], "slmjax": build["version"]},
     }
     files.write(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()).result()

@@ -22,14 +22,14 @@ class Beginning(NamedTuple):
     hash: str
     """`content_hash` of its parameters"""
     params: Params | None
-    """None where the model is gone, and a run that began with it goes on from its own checkpoints"""
+    """None if the model no longer exists, and the run resumes from its own checkpoints"""
 
 
 def read(experiment: Experiment, folder: Path) -> Beginning | None:
     """What `experiment.start` begins with; None if parameters are drawn from the seed.
 
     Args:
-        folder: the run's; if it has begun already, the model that it started from need not be there any more.
+        folder: of the run; if it has begun already, the model that it started from need not exist any more.
 
     Raises:
         UserError: no such model.
@@ -47,7 +47,7 @@ def read(experiment: Experiment, folder: Path) -> Beginning | None:
 
 
 def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> None:
-    """Whether the tensors fit, without computing anything.
+    """Checks the names and shapes of the tensors, without computing anything.
 
     Raises:
         UserError: see `Start.parameters`.
@@ -57,7 +57,7 @@ def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> 
 
 
 def starting(experiment: Experiment, built: Built, beginning: Beginning | None) -> Callable[[], TrainState]:
-    """What makes the state of step 0, in place of `Program.init`."""
+    """The function that makes the state of step 0, in place of `Program.init`."""
 
     def init() -> TrainState:
         if beginning is None:
@@ -76,7 +76,7 @@ def starting(experiment: Experiment, built: Built, beginning: Beginning | None) 
 
 
 def _combined(experiment: Experiment, built: Built, given: Params, *, drawn: bool) -> Params:
-    """`drawn`: whether parameters are drawn from the seed, for those that are new, or stand as their shapes."""
+    """`drawn`: whether new parameters are drawn from the seed, or given as shapes only."""
     key = jax.random.fold_in(jax.random.key(experiment.seed), 0)  # as train/state.py draws them
     init = built.model.init
     fresh: Any = jax.device_get(jax.jit(init)(key)) if drawn else jax.eval_shape(init, key)

@@ -1,4 +1,4 @@
-"""From an experiment to functions: the one place where its values are put together."""
+"""Builds the functions that an experiment describes: model, objective, optimizer and step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slmjax.types import Model, Objective, Optimizer, ParamView
 
 
 class Pieces(NamedTuple):
-    """What the training state of an experiment consists of. No objective: a checkpoint is opened without it."""
+    """The parts that define the training state of an experiment. A checkpoint is opened without the objective."""
 
     model: Model
     view: ParamView
@@ -47,12 +47,12 @@ def pieces(experiment: Experiment, compute: Compute = Compute()) -> Pieces:  # n
 
 def states_of(experiment: Experiment) -> States:
     """The states of an experiment on one device, for opening its checkpoints."""
-    made = pieces(experiment)
+    parts = pieces(experiment)
     return states(
-        made.model.init,
-        made.model.axes,
-        made.optimizer,
-        made.view,
+        parts.model.init,
+        parts.model.axes,
+        parts.optimizer,
+        parts.view,
         mesh=Mesh(data=1).build(jax.local_devices()[:1]),
         layout=Layout(),
         seed=experiment.seed,
@@ -61,28 +61,28 @@ def states_of(experiment: Experiment) -> States:
 
 
 def compute_of(runtime: Runtime) -> Compute:
-    """How this machine computes a model, as the runtime says or as is fastest."""
+    """How to compute on this machine: as `runtime` says, else the default of this backend."""
     compute = runtime.compute or for_backend(jax.default_backend())
     return compute if runtime.dtype == "auto" else replace(compute, dtype=runtime.dtype)
 
 
 def build(experiment: Experiment, runtime: Runtime) -> Built:
-    """The model and the jitted step of an experiment, on the devices of this process group."""
+    """The model and the jitted step of an experiment, on the devices of `runtime.mesh`."""
     compute = compute_of(runtime)
-    made = pieces(experiment, compute)
-    objective = experiment.objective.build(made.model)
+    parts = pieces(experiment, compute)
+    objective = experiment.objective.build(parts.model)
     compiled = program(
-        made.model.init,
-        made.model.axes,
+        parts.model.init,
+        parts.model.axes,
         objective,
-        made.optimizer,
-        made.view,
+        parts.optimizer,
+        parts.view,
         seed=experiment.seed,
         mesh=runtime.mesh.build(),
         layout=runtime.layout,
         accumulate=experiment.accumulate,
         micro_tokens=compute.micro_tokens(experiment.model.width),
         guard=experiment.guard,
-        schedule=made.schedule,
+        schedule=parts.schedule,
     )
-    return Built(made.model, made.view, objective, compiled, compute)
+    return Built(parts.model, parts.view, objective, compiled, compute)

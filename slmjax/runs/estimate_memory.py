@@ -34,7 +34,7 @@ FUSED = frozenset(
     optimization_barrier
     """.split()  # noqa: SIM905
 )
-"""Primitives that XLA computes inside their consumer"""
+"""Primitives that XLA fuses into the operation that reads them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,15 @@ def estimate(
     Args:
         mesh: the sizes of its axes.
     """
-    made = pieces(experiment, compute)
-    view, objective = made.view, experiment.objective.build(made.model)
+    parts = pieces(experiment, compute)
+    view, objective = parts.view, experiment.objective.build(parts.model)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: init_state(made.model.init, made.optimizer, view, experiment.guard, key), key)
-    axes = tree.flatten(stored.join(made.model.axes, view.axes), is_leaf=tree.is_axes)
+    state = jax.eval_shape(lambda key: init_state(parts.model.init, parts.optimizer, view, experiment.guard, key), key)
+    axes = tree.flatten(stored.join(parts.model.axes, view.axes), is_leaf=tree.is_axes)
     trained = stored.trained(state.params, view.frozen)
 
-    def mine(params: Any) -> float:
-        """Bytes of them on one device."""
+    def on_one_device(params: Any) -> float:
+        """Bytes of these parameters on one device."""
         return sum(x.size * x.dtype.itemsize / layout.split(axes[path], x.shape, mesh)
                    for path, x in tree.flatten(params).items())  # fmt: skip
 
@@ -88,11 +88,11 @@ def estimate(
         trained, state.params, frozen, state.view, batch, key
     )
     working = peak(trace.jaxpr) - tree.nbytes(trained)  # the trace's outputs are the gradients
-    share = mine(state.params) / tree.nbytes(state.params)
+    share = on_one_device(state.params) / tree.nbytes(state.params)
     return Memory(
-        params=mine(state.params) + tree.nbytes(objective.frozen),
+        params=on_one_device(state.params) + tree.nbytes(objective.frozen),
         optimizer=(tree.nbytes(state.opt) + tree.nbytes(state.view)) * share,
-        gradients=(2 if n > 1 else 1) * mine(trained),
+        gradients=(2 if n > 1 else 1) * on_one_device(trained),
         activations=max(0.0, working) / mesh["tensor"] + tree.nbytes(batch),
     )
 
@@ -110,24 +110,24 @@ def micro_batches(
 
 
 def batch_of(data: Data, rows: int) -> Batch:
-    """An abstract batch of so many rows."""
+    """A batch of this many rows, as shapes and dtypes."""
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, data.empty(rows)))
 
 
 def peak(jaxpr: Any) -> float:
-    """Most bytes that the arrays made inside `jaxpr` take at one time; its inputs are the caller's."""
+    """The most bytes that arrays computed inside `jaxpr` take at one time; its inputs are not counted."""
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not _literal(v)}
     live: dict[Any, float] = {}
     now = most = 0.0
     for i, eqn in enumerate(jaxpr.eqns):
-        made = {v: _size(v) for v in eqn.outvars if v in last}
+        results = {v: _size(v) for v in eqn.outvars if v in last}
         inner = max((peak(sub) for sub in _subs(eqn)), default=0.0)
-        outputs = sum(made.values())
+        outputs = sum(results.values())
         if inner or eqn.primitive.name not in FUSED:
             loop = eqn.primitive.name in ("scan", "while")
             most = max(most, now + (outputs + inner if loop else max(outputs, inner)))
-        live |= made
+        live |= results
         now += outputs
         for v in {v for v in eqn.invars if not _literal(v) and last[v] == i} & live.keys():
             now -= live.pop(v)
@@ -136,8 +136,8 @@ def peak(jaxpr: Any) -> float:
 
 def _subs(eqn: Any) -> list[Any]:
     """The jaxprs inside an equation."""
-    found = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-    return [getattr(x, "jaxpr", x) for x in found if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    return [getattr(x, "jaxpr", x) for x in values if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
 
 
 def _size(v: Any) -> float:
@@ -154,7 +154,7 @@ class Change:
     """One setting that makes an experiment fit."""
 
     setting: str
-    """As typed on the command line"""
+    """As given on the command line"""
     cost: str
     memory: Memory
 
@@ -168,7 +168,7 @@ def one_change(
 ) -> Change | None:
     """The mildest single setting under which the step fits into `limit` bytes a device, or None.
 
-    In order: more micro-batches (no change of results), fsdp over the devices that are there, remat (slower), bfloat16
+    In order: more micro-batches (no change of results), fsdp over the same devices, remat (slower), bfloat16
     activations, then a smaller batch (which changes the experiment).
     """
     from slmjax.nn.compute import Remat
@@ -182,8 +182,8 @@ def one_change(
     ]
     if mesh["data"] > 1:
         split = {**mesh, "data": 1, "fsdp": devices}
-        said = f"--runtime.mesh.data 1 --runtime.mesh.fsdp {devices}"
-        candidates.append((said, "same results, more communication", experiment, compute, split))
+        setting = f"--runtime.mesh.data 1 --runtime.mesh.fsdp {devices}"
+        candidates.append((setting, "same results, more communication", experiment, compute, split))
     if not isinstance(compute.remat, Remat):
         slower = "same results, up to a third slower"
         candidates.append(

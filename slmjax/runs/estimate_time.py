@@ -1,4 +1,4 @@
-"""Expected speed of a training step from two seconds of matrix products, and what the run takes then."""
+"""Expected speed of a training step, and time and power of a run, from two seconds of matrix products."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from slmjax.nn.compute import Compute
 from slmjax.track.progress import duration
 
 EFFICIENCY = {"cpu": 0.6, "gpu": 0.5, "tpu": 0.6}
-"""What a whole step reaches of the speed that its matrix products reach alone: attention, norms, the loss and the
+"""FLOP/s of a whole step as a fraction of those of its matrix products alone: attention, norms, the loss and the
 optimizer take the rest. Of the order measured for the experiments of this repository; yours may differ by a third"""
 WORTH_TELLING = 3e12
-"""FLOPs of a run from which its time is estimated before it begins: half a minute on a laptop"""
+"""FLOPs of the shortest run whose time is estimated before it begins: half a minute on a laptop"""
 MOST_TOKENS = 2048
-"""Tokens in a calibration product: enough to be as fast as more"""
+"""Tokens in a calibration product: more are not faster"""
 WATTS = {"h200": 700.0, "h100": 700.0, "a100": 400.0, "l40s": 350.0, "l4": 72.0, "v100": 300.0, "tpu": 200.0}
-"""Board power by device kind (lower case, contained), from the makers' data sheets; TPU: an assumption"""
+"""Board power by device kind (lower case, contained), from the manufacturers' data sheets; TPU: an assumption"""
 
 
 class Speed(NamedTuple):
-    """What was measured."""
+    """Measured speed, and how much of it a step is expected to reach."""
 
     flops: float
     """FLOP/s of the model's matrix products, on all devices together"""
     efficiency: float
-    """The share of it that a step is expected to reach"""
+    """The fraction of `flops` that a step is expected to reach"""
 
     def tokens_per_second(self, flops_per_token: float) -> float:
         return self.flops * self.efficiency / flops_per_token
@@ -43,7 +43,7 @@ def products(decoder: Assembly) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer of each kind, and of the head."""
     axes = tree.flatten(decoder.axes(), is_leaf=tree.is_axes)
     head = decoder.logit_products()
-    found = [(head // decoder.vocab, decoder.vocab)] if head else []
+    shapes = [(head // decoder.vocab, decoder.vocab)] if head else []
     for path, shape in tree.flatten(decoder.declared()).items():
         names, sizes = axes[path.removesuffix("/value")], shape.shape
         if names[0] != "layers" or len(names) < 3 or path.removesuffix("/value").endswith("bias"):
@@ -51,12 +51,12 @@ def products(decoder: Assembly) -> list[tuple[int, int]]:
         if names[1] in STACKED:  # one matrix of many
             names, sizes = names[1:], sizes[1:]
         cut = 2 if names[1] == "embed" else len(sizes) - 1
-        found.append((math.prod(sizes[1:cut]), math.prod(sizes[cut:])))
-    return found
+        shapes.append((math.prod(sizes[1:cut]), math.prod(sizes[cut:])))
+    return shapes
 
 
 def calibrate(decoder: Assembly, dtype: str, tokens: int, seconds: float = 2.0) -> Speed:
-    """Times the products of the model's shapes, forward and both of the backward pass, on the first device."""
+    """Times products of the model's shapes, one forward and two backward each, on the first device."""
     rows = min(tokens, MOST_TOKENS)
     shapes = products(decoder)
     weights = [jnp.full(shape, 0.01, dtype) for shape in shapes]
@@ -89,15 +89,15 @@ def about_time(experiment: Experiment, compute: Compute, flops_per_token: float)
 
 
 def watts() -> tuple[float, str]:
-    """Power while training, of all devices, and where the figure is from. An estimate."""
+    """Estimated watts of all devices while training, and where the figure is from."""
     import os
 
     from slmjax.track.energy import watts_per_thread
 
     if jax.default_backend() == "cpu":
-        each, said = watts_per_thread()
+        each, source = watts_per_thread()
         threads = os.cpu_count() or 1
-        return each * threads, f"{threads} threads; {said}"
+        return each * threads, f"{threads} threads; {source}"
     kind = jax.devices()[0].device_kind.lower()
     each = next((w for name, w in WATTS.items() if name in kind), 300.0)
     return each * jax.device_count(), f"{jax.device_count()} x {each:g} W board power of {kind}"

@@ -1,4 +1,4 @@
-"""A model on held-out data: which data, whether they belong to it, and what is measured."""
+"""A model on held-out data: which data, whether they fit the model, and what is measured."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class HeldOut:
     length: int | None = None
     """Tokens a sequence; None: as in training, or the model's context up to 1024"""
     text: str = "text"
-    """Column of the texts, where a classifier from elsewhere is given a file"""
+    """Column of the texts in `data`, for a classifier that is not a run of slmjax"""
     label: str = "label"
-    """Column of the labels there"""
+    """Column of the labels, likewise"""
 
 
 def compute_of(dtype: str | None) -> Compute:
-    """How to compute on this platform, in another precision if one is given."""
+    """How to compute on this machine, in the given precision or else the fastest."""
     compute = compute_here()
     return compute if dtype is None else replace(compute, dtype=dtype)
 
@@ -57,21 +57,21 @@ def opened(held_out: HeldOut, loaded: Loaded) -> Opened:
         raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
     if held_out.batch < 1:
         raise UserError(f"--batch is {held_out.batch}; expected at least 1")
-    found = _opened(held_out, loaded, length)
-    check_tokenizer(found, loaded.tokenizer(), str(loaded.source))
-    return found
+    data = _opened(held_out, loaded, length)
+    check_tokenizer(data, loaded.tokenizer(), str(loaded.source))
+    return data
 
 
 def _opened(held_out: HeldOut, loaded: Loaded, length: int) -> Opened:
     run, labels = loaded.experiment, loaded.decoder.labels
     if held_out.data is None:
         assert run is not None
-        found = replace(run.data, length=length, batch=held_out.batch).reopen(loaded.config["stores"])
-        if labels and not found.labels:
+        reopened = replace(run.data, length=length, batch=held_out.batch).reopen(loaded.config["stores"])
+        if labels and not reopened.labels:
             raise UserError(
                 f"{loaded.source} was trained on data without labels; add --data with a file of labelled texts"
             )
-        return found
+        return reopened
     data: Any = PackedText(train=(Part(source=held_out.data),)) if run is None else run.data
     if labels and not isinstance(data, LabelledText):
         data = LabelledText(train=(held_out.data,), closed=loaded.decoder.reads_end)
@@ -86,16 +86,16 @@ def check_tokenizer(data: Opened, tokenizer: Tokenizer, model: str) -> None:
     Raises:
         DataError: the data were written by another tokenizer than the model's.
     """
-    theirs = data.tokenizer()
-    if tokenizer.fingerprint != theirs.fingerprint and _ids_of(theirs) != _ids_of(tokenizer):
+    of_data = data.tokenizer()
+    if tokenizer.fingerprint != of_data.fingerprint and _ids_of(of_data) != _ids_of(tokenizer):
         raise DataError(
-            f"{data.name} was written by another tokenizer ({theirs.fingerprint[:12]}) than that of "
+            f"{data.name} was written by another tokenizer ({of_data.fingerprint[:12]}) than that of "
             f"{model} ({tokenizer.fingerprint[:12]}); build the store with the model's tokenizer.json"
         )
 
 
 def _ids_of(tokenizer: Tokenizer) -> tuple[Any, ...]:
-    """What decides the ids of a text: everything but how a prompt is framed, which an export may rewrite."""
+    """All that decides the ids of a text: not the template of BOS and EOS around it, which an export may rewrite."""
     spec = json.loads(tokenizer.raw.to_str())
     deciding = {k: v for k, v in spec.items() if k not in ("post_processor", "truncation", "padding", "version")}
     return deciding, tokenizer.bos_id, tokenizer.eos_id
@@ -109,10 +109,10 @@ def measure(
     compute: Compute | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Result | Classified:
-    """Loss, perplexity and bits per byte on what is held out; of a classifier, accuracy and loss.
+    """Loss, perplexity and bits per byte on the validation data; of a classifier, accuracy and loss.
 
     Args:
-        batches: at most so many; None: the whole split.
+        batches: at most this many; None: the whole split.
         progress: called with the number of batches done.
     """
     if batches is not None and batches < 1:
@@ -127,6 +127,6 @@ def measure(
         loaded.params,
         rows,
         token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
-        prepare=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.roles),
+        prepare=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.special),
         progress=progress,
     )

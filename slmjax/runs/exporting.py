@@ -1,4 +1,4 @@
-"""A model in a format that stock runtimes load, with what its run knows of it."""
+"""Writes a model in a format that stock runtimes load, with the facts that its run recorded."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Export:
     reference_python: str | None = None
     """A Python with the stock runtime; see `convert.gate.find_python`"""
     name: str | None = None
-    """On the card or in the file; None: the run's"""
+    """The model's name on its card or in the file; None: the run's"""
     licence: str | None = None
 
     def about(self, loaded: Loaded) -> Facts:
-        """What is known of the model."""
+        """Facts about the model, for its card."""
         if loaded.experiment is None:
             imported = loaded.config.get("imported", {})
             return Facts(
@@ -96,4 +96,4 @@ FORMATS: Mapping[str, tuple[Callable[[Export], None], Callable[..., Any]]] = {
     "hf": (check_hf, write_hf),
     "gguf": (check_gguf, write_gguf),
 }
-"""Format -> (what is checked before the model is read, what writes it)"""
+"""Format -> (the check before the model is read, the function that writes it)"""

@@ -1,4 +1,4 @@
-"""What a run's own records say of its model, for the model card. Nothing that is not written down is claimed."""
+"""Facts about a model from the records of its run, for the model card. What is not recorded is left out."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def _hardware(environment: dict[str, Any]) -> str | None:
 
 
 def _results(run: Path, step: int, unit: str) -> tuple[Result, ...]:
-    """The last validation loss up to this step, with its standard error where the run knows it; and the accuracy of
-    labels, with that of a share of so many texts."""
+    """The last validation loss up to this step, with its standard error if recorded; of a classifier also the accuracy,
+    with the standard error of a proportion."""
     rows = read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    known = [row for row in rows if row.get("step", 0) <= step and "validation/loss" in row]
-    if not known:
+    evaluated = [row for row in rows if row.get("step", 0) <= step and "validation/loss" in row]
+    if not evaluated:
         return ()
-    row = known[-1]
+    row = evaluated[-1]
     where = f"validation split, after step {row['step']}"
     error = row.get("validation/loss_se")
     loss = Result(
@@ -95,14 +95,14 @@ def _results(run: Path, step: int, unit: str) -> tuple[Result, ...]:
     )
     if unit != "text":
         return (loss,)
-    share, texts = float(row["validation/accuracy"]), float(row["validation/weight"])
-    spread = math.sqrt(share * (1 - share) / texts)
-    return Result(metric="accuracy", value=share, standard_error=spread, data=where), loss
+    accuracy, texts = float(row["validation/accuracy"]), float(row["validation/weight"])
+    spread = math.sqrt(accuracy * (1 - accuracy) / texts)
+    return Result(metric="accuracy", value=accuracy, standard_error=spread, data=where), loss
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        data = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""A run's folder: made once, continued only by the experiment that it was made for."""
+"""A run's folder: made once, and continued only by the same experiment."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from slmjax.serialise import differences, fingerprint, to_json
 def describe(
     experiment: Experiment, runtime: Runtime, stores: Sequence[Store], start: str | None = None
 ) -> dict[str, Any]:
-    """What config.json holds. `stores`: of the opened data. `start`: the content hash of the parameters that the run
-    starts from, if they are given."""
-    is_of = identity(experiment, [store.fingerprint for store in stores], start)
+    """The content of config.json. `stores`: of the opened data. `start`: the content hash of the parameters that the
+    run starts from, if they are given."""
+    identified_by = identity(experiment, [store.fingerprint for store in stores], start)
     return {
         "format": 1,
         "slmjax": __version__,
-        "fingerprint": fingerprint(is_of),
-        "identity": is_of,
+        "fingerprint": fingerprint(identified_by),
+        "identity": identified_by,
         "stores": [dataclasses.asdict(store) for store in stores],
         "experiment": to_json(experiment),
         "runtime": to_json(runtime),
@@ -42,7 +42,7 @@ def open_folder(path: Path, config: dict[str, Any], source: Path | None, *, acce
         The fields that differ from those that the run began with: none, unless `accept_changes`.
 
     Raises:
-        UserError: the folder holds something else, or a run of another experiment.
+        UserError: the folder exists and is not a run folder, or holds a run of another experiment.
         StorageError: it cannot be written.
     """
     file = path / "config.json"

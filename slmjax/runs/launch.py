@@ -69,7 +69,7 @@ def folder_of(experiment: Experiment, runtime: Runtime) -> Path:
 
 
 def train(experiment: Experiment, runtime: Runtime, source: Path | None = None, hooks: Sequence[Hook] = ()) -> int:
-    """Trains, or goes on, or says that the work is done; together with the other processes of `runtime.distributed`.
+    """Trains, resumes, or reports that the run is complete; together with the other processes of `runtime.distributed`.
 
     Raises:
         UserError, DataError, StorageError, Diverged, Preempted: see `errors`.
@@ -80,7 +80,7 @@ def train(experiment: Experiment, runtime: Runtime, source: Path | None = None, 
 
 
 def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook]) -> None:
-    """In one process, of one or several."""
+    """What each process does, once the processes have met."""
     from slmjax.data.build_progress import show_progress
 
     folder = folder_of(experiment, runtime)
@@ -118,25 +118,25 @@ def _run(
     start: beginning.Beginning | None,
     hooks: Sequence[Hook],
 ) -> None:
-    """The training itself, in a folder that is held. `code`: the folder of the experiment's file."""
+    """The training itself, in a locked run folder. `code`: the folder of the experiment's file."""
     first = jax.process_index() == 0
     if first:
         _copy_tokenizer(opened.tokenizer_path, folder)
 
     compute, why = settle(runtime, folder)
     built = build(
-        replace(experiment, objective=experiment.objective.with_special(opened.tokenizer().roles)),
+        replace(experiment, objective=experiment.objective.with_special(opened.tokenizer().special)),
         replace(runtime, compute=compute, dtype="auto"),
     )
     beginning.check(experiment, built, start)
     frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
     peak, peak_source = peak_flops(built.compute.dtype)
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
-    tracker, say = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
-    say(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
+    tracker, log = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
+    log(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
     for line in (_summary(experiment, built, opened, peak, peak_source), *opened.notes):
-        say(line)
-    say(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
+        log(line)
+    log(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
         built.program._replace(init=beginning.starting(experiment, built, start)),
         data=opened.training(host=jax.process_index(), hosts=jax.process_count(), reader=runtime.reader),
@@ -149,14 +149,14 @@ def _run(
         frozen=frozen,
         speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
         log_every=runtime.log_every,
-        say=say,
+        say=log,
     )
 
 
 def _open_trackers(
     experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str], code: Path
 ) -> tuple[Tracker, Callable[[str], None]]:
-    """Everything that records the run, with the run's identities of the checkpoint it goes on from."""
+    """Everything that records the run, in the state of the checkpoint that it resumes from; and what prints a line."""
     about = environment.collect(devices=jax.devices(), folder=code)
     runs.write_json(folder / "environment.json", about)
     (folder / "git.diff").write_text(environment.git_diff(code))
@@ -182,7 +182,7 @@ def _open_trackers(
 
 
 def _hooks(experiment: Experiment, runtime: Runtime, opened: Opened, built: Built, done: int) -> list[Hook]:
-    """Evaluation, samples and profiling, those that are asked for."""
+    """Evaluation, samples and profiling, where they are switched on."""
     hooks: list[Hook] = []
     evaluation = experiment.evaluation
     if evaluation.every and opened.has_validation:
@@ -209,23 +209,23 @@ def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Bu
     generator = Generator(model, None, opened.tokenizer(), built.compute, numerics=numerics)
 
     def write(params: Params) -> str:
-        made = generator.with_params(params)(
+        results = generator.with_params(params)(
             samples.prompts, sampler=rule, max_tokens=samples.tokens, seed=experiment.seed
         )
-        return "\n\n".join(prompt + new.text for prompt, new in zip(samples.prompts, made, strict=True))
+        return "\n\n".join(prompt + result.text for prompt, result in zip(samples.prompts, results, strict=True))
 
     return write
 
 
 def _summary(experiment: Experiment, built: Built, opened: Opened, peak: float, source: str) -> str:
-    """Two lines on what is about to happen."""
+    """Sizes of model, data and machine, for the log."""
     mesh = ", ".join(f"{name}={n}" for name, n in built.program.mesh.shape.items())
     tokens = experiment.steps * experiment.data.batch * experiment.data.length
     epochs = opened.epochs(experiment.steps * experiment.data.batch)
-    parameters, seen, ceiling = (si(x).strip() for x in (parameter_count(experiment.model), tokens, peak))
+    parameters, total, ceiling = (si(x).strip() for x in (parameter_count(experiment.model), tokens, peak))
     return (
         f"{parameters} parameters; {experiment.steps} steps of {experiment.data.batch} x {experiment.data.length}: "
-        f"{seen} tokens, {epochs:.2f} epochs of {opened.name}; "
+        f"{total} tokens, {epochs:.2f} epochs of {opened.name}; "
         f"{jax.device_count()} {jax.devices()[0].platform} ({mesh}), {built.compute.dtype}, "
         f"matmul ceiling {ceiling}FLOP/s ({source})"
     )
@@ -240,7 +240,7 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
 def _check_agreement(fingerprint: str) -> None:
     """
     Raises:
-        UserError: this process was given another experiment than the first.
+        UserError: this process has another experiment or other data than process 0.
     """
     if of_the_first(fingerprint) != fingerprint:
         raise UserError(

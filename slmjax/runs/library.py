@@ -1,4 +1,4 @@
-"""What a notebook or a script calls: train an experiment, open a model, use it."""
+"""The Python interface for notebooks and scripts: train an experiment, open a model, use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from slmjax.types import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that `train` has brought to its end."""
+    """A run that `train` has completed."""
 
     folder: Path
     metrics: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ def train(
     runtime: Runtime | None = None,
     hooks: Sequence[Any] = (),
 ) -> Run:
-    """Trains an experiment to its end, as `slmjax train` does: goes on where a run in the same folder has stopped.
+    """Trains an experiment to its end, as `slmjax train` does: resumes a run that was stopped in the same folder.
 
     Args:
         experiment: a value, or the path of a Python file with `def experiment() -> Experiment`, or of a config.json.
@@ -61,13 +61,15 @@ def train(
     """
     for hook in hooks:
         if not isinstance(hook, Hook):
-            raise UserError(f"hooks: {hook!r} is no hook; it needs due(step, last) and __call__(at) (train/hooks.py)")
+            raise UserError(
+                f"hooks: {hook!r} is not a hook; it needs due(step, last) and __call__(at) (train/hooks.py)"
+            )
     value, source = (experiment, None) if isinstance(experiment, Experiment) else load_experiment(str(experiment))
-    where = runtime or Runtime()
+    settings = runtime or Runtime()
     if workdir is not None:
-        where = replace(where, workdir=str(workdir))
-    launch.train(value, where, source, hooks)
-    folder = launch.folder_of(value, where)
+        settings = replace(settings, workdir=str(workdir))
+    launch.train(value, settings, source, hooks)
+    folder = launch.folder_of(value, settings)
     return Run(folder=folder, metrics=_columns(read(folder / "metrics.jsonl")))
 
 
@@ -85,7 +87,7 @@ def load(path: str | Path, *, step: int | None = None) -> LoadedModel:
 
 
 class LoadedModel:
-    """A model that can be asked and exported."""
+    """A loaded model, to evaluate, sample from and export."""
 
     def __init__(self, loaded: loading.Loaded):
         self.loaded = loaded
@@ -119,7 +121,7 @@ class LoadedModel:
 
         Args:
             data: a token store, or of a classifier a file of labelled texts; default: the validation data of the run.
-            batches: at most so many batches of `batch` sequences of `length` tokens; default: the whole split.
+            batches: at most this many batches of `batch` sequences of `length` tokens; default: the whole split.
         """
         place = None if data is None else str(data)
         held_out = evaluating.HeldOut(data=place, batch=batch, length=length)
@@ -144,12 +146,12 @@ class LoadedModel:
             temperature: 0 takes the likeliest token.
 
         Returns:
-            The new text; of several prompts, a list of texts.
+            The new text; for several prompts, a list of texts.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         rule = sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-        made = self._generator(prompts, sampler=rule, max_tokens=tokens, stop=tuple(stop), seed=seed)
-        texts = [one.text for one in made]
+        results = self._generator(prompts, sampler=rule, max_tokens=tokens, stop=tuple(stop), seed=seed)
+        texts = [result.text for result in results]
         return texts[0] if isinstance(prompt, str) else texts
 
     def logits(self, ids: Any) -> np.ndarray:
@@ -157,18 +159,20 @@ class LoadedModel:
         gives for each token.
 
         Raises:
-            UserError: an id is outside of the vocabulary, or the sequence is longer than the model's context.
+            UserError: an id is not in the vocabulary, or the sequence is longer than the model's context.
         """
-        given = np.asarray(ids)
-        if given.ndim not in (1, 2) or not np.issubdtype(given.dtype, np.integer):
-            raise UserError(f"ids has shape {given.shape} and dtype {given.dtype}; expected integers [T] or [B, T]")
-        rows = np.atleast_2d(given).astype(np.int32)
+        array = np.asarray(ids)
+        if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"ids has shape {array.shape} and dtype {array.dtype}; expected integers [T] or [B, T]")
+        rows = np.atleast_2d(array).astype(np.int32)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.config.vocab:
-            raise UserError(f"ids go from {rows.min()} to {rows.max()}; the model knows 0 to {self.config.vocab - 1}")
+            raise UserError(
+                f"ids go from {rows.min()} to {rows.max()}; the model's vocabulary is 0 to {self.config.vocab - 1}"
+            )
         if rows.shape[1] > self.config.context:
             raise UserError(f"ids has {rows.shape[1]} tokens a row; the model's context is {self.config.context}")
-        found = np.asarray(self._logits(self.params, jnp.asarray(rows)))
-        return found[0] if given.ndim == 1 else found
+        logits = np.asarray(self._logits(self.params, jnp.asarray(rows)))
+        return logits[0] if array.ndim == 1 else logits
 
     def export(
         self,

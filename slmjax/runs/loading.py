@@ -25,7 +25,7 @@ EXPECTED = "expected a run folder, a checkpoint (RUN/checkpoints/STEP), a Huggin
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model with what is known of where it came from."""
+    """A model, and where it came from."""
 
     decoder: Assembly
     params: Params
@@ -35,9 +35,9 @@ class Loaded:
     source: Path
     """The run, import or Hugging Face folder, or the GGUF file"""
     step: int | None = None
-    """The optimizer updates behind the parameters; None where unknown"""
+    """The number of optimizer updates that made the parameters; None where unknown"""
     experiment: Experiment | None = None
-    """What the run computes; None for models that no run of ours made"""
+    """The experiment of the run; None for models that slmjax has not trained"""
     config: dict[str, Any]
     """config.json of the folder"""
     embedded: Tokenizer | None = None
@@ -45,7 +45,7 @@ class Loaded:
 
     @property
     def numerics(self) -> Numerics:
-        """What the model computes besides its definition: as the run trained it; the default if no run of ours did."""
+        """How the model computes (`Experiment.numerics`): as in training; the default if slmjax did not train it."""
         return Numerics() if self.experiment is None else self.experiment.numerics
 
     @property
@@ -59,19 +59,19 @@ class Loaded:
         """
         if self.embedded is None and self.tokenizer_path is None:
             raise UserError(f"{self.source} has no tokenizer.json; copy the one that the model was trained with there")
-        found = self.embedded or Tokenizer.load(self.tokenizer_path or self.source)
-        return fitting(found, self.decoder.vocab, self.source)
+        tokenizer = self.embedded or Tokenizer.load(self.tokenizer_path or self.source)
+        return fitting(tokenizer, self.decoder.vocab, self.source)
 
 
 def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print) -> Loaded:
-    """Reads a model; of a run the newest checkpoint whose every byte is as written.
+    """Reads a model; of a run, its newest undamaged checkpoint.
 
     Args:
         step: the checkpoint of a run to take, and no other.
-        say: told where an older checkpoint had to do, in one line.
+        say: called with one line if an older checkpoint is used because a newer one is damaged.
 
     Raises:
-        UserError: the path is none of these; the message says what was found.
+        UserError: the path is none of these; the message says what is there.
         StorageError: no checkpoint, or only damaged ones.
     """
     if Path(path).suffix == ".gguf" and not Path(path).is_dir():
@@ -117,10 +117,10 @@ def _gguf(file: Path, step: int | None) -> Loaded:
 
 
 def fitting(tokenizer: Tokenizer, rows: int, source: str | Path) -> Tokenizer:
-    """The tokenizer of a model with so many rows in its table of tokens.
+    """Checks that the tokenizer fits a model with this many rows in its table of tokens, and returns it.
 
     Raises:
-        DataError: it has more ids, which would be read as those of other tokens.
+        DataError: it has ids that the table does not have.
     """
     if tokenizer.rows > rows:
         raise DataError(
@@ -140,7 +140,7 @@ def generative(model: Assembly) -> Decoder:
         raise UserError(CANNOT)
     if not model.predicts_tokens:
         raise UserError(
-            f"this model is a classifier ({', '.join(model.labels)}): it labels texts and continues none; "
+            f"this model is a classifier ({', '.join(model.labels)}): it labels texts and cannot continue them; "
             "`slmjax eval` measures it"
         )
     return model
@@ -155,7 +155,7 @@ def _resolve(path: Path, step: int | None) -> tuple[Path, int | None]:
     whole = path.absolute()
     if whole.name.isdigit() and whole.parent.name == "checkpoints":
         if step not in (None, int(whole.name)):
-            raise UserError(f"{path} is the checkpoint of step {whole.name}, but step {step} was asked for; drop one")
+            raise UserError(f"{path} is the checkpoint of step {whole.name}, but step is {step}; leave out one of them")
         return path.parent.parent, int(whole.name)
     if whole.name == "checkpoints":
         return path.parent, step
@@ -166,8 +166,8 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         inside = sorted(p.name for p in folder.iterdir())
-        found = f"{', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}" if inside else "nothing"
-        raise UserError(f"{folder} has no config.json (it holds {found}); {EXPECTED}")
+        content = f"{', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}" if inside else "nothing"
+        raise UserError(f"{folder} has no config.json (it holds {content}); {EXPECTED}")
     try:
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -178,27 +178,27 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]) -> int:
-    """The newest intact step, or the wanted one. Nothing is moved: the run may be going on."""
+    """The newest undamaged step, or the wanted one. Damaged checkpoints are not moved: the run may be training."""
     from slmjax.train import manifest
     from slmjax.train.checkpoint_folder import newest_good, steps
 
     if wanted is not None:
-        there = steps(checkpoints)
-        if wanted not in there:
-            raise StorageError(f"{checkpoints}: no checkpoint of step {wanted}; there are: {_list(there)}")
+        existing = steps(checkpoints)
+        if wanted not in existing:
+            raise StorageError(f"{checkpoints}: no checkpoint of step {wanted}; there are: {_list(existing)}")
         if wrong := manifest.problems(checkpoints / str(wanted)):
-            hint = f"choose another step of: {_list([s for s in there if s != wanted])}"
+            hint = f"choose another step of: {_list([s for s in existing if s != wanted])}"
             raise StorageError(f"{checkpoints}: checkpoint {wanted} is damaged ({wrong[0]}); {hint}")
         return wanted
     damaged: list[str] = []
-    found = newest_good(checkpoints, lambda step, wrong: damaged.append(f"checkpoint {step} is damaged ({wrong[0]})"))
-    if found is None and damaged:
+    newest = newest_good(checkpoints, lambda step, wrong: damaged.append(f"checkpoint {step} is damaged ({wrong[0]})"))
+    if newest is None and damaged:
         raise StorageError(f"{checkpoints}: {damaged[0]}; none of them can be used")
-    if found is None:
+    if newest is None:
         raise StorageError(f"{checkpoints}: no checkpoint yet; train on, or name another run")
     if damaged:
-        say(f"{damaged[0]}; using step {found} instead")
-    return found
+        say(f"{damaged[0]}; using step {newest} instead")
+    return newest
 
 
 def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
@@ -206,8 +206,8 @@ def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
     from slmjax.runs.build import states_of
     from slmjax.train.checkpoint_folder import restore
 
-    made = states_of(experiment)
-    return made.params(restore(checkpoints, step, made.abstract).state)
+    states = states_of(experiment)
+    return states.params(restore(checkpoints, step, states.abstract).state)
 
 
 def _on_device(params: Params) -> Params:

@@ -1,10 +1,10 @@
-"""The matmul ceiling that model-FLOPs utilisation is a fraction of: published for accelerators, measured on a CPU."""
+"""Peak FLOP/s, the denominator of model-FLOPs utilisation: published for accelerators, measured on a CPU."""
 
 from __future__ import annotations
 
 import time
 
-PUBLISHED = {  # device kind (lower case, contained) -> dense bf16 FLOP/s of one device, from its maker's data sheet
+PUBLISHED = {  # part of the device kind, lower case -> dense bf16 FLOP/s of one device, by its data sheet
     "h200": 989e12,
     "h100": 989e12,
     "a100": 312e12,
@@ -37,8 +37,9 @@ def peak_flops(dtype: str, seconds: float = 0.3) -> tuple[float, str]:
 def measured_flops(dtype: str, seconds: float) -> float:
     """FLOP/s of the fastest matrix product that fits into `seconds`. Simulated devices share the cores.
 
-    Square and of a layer's shapes, and in float32 as well: where a processor has no instructions for bfloat16, XLA
-    converts it to float32, and the step's own products would be faster than a ceiling of bfloat16 products alone.
+    Products are square or have a layer's shapes, and are also measured in float32: where a processor has no
+    instructions for bfloat16, XLA converts it to float32, and the step's own products would be faster than a ceiling of
+    bfloat16 products alone.
     """
     import jax
     import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""How to compute on this processor: what it has, and a measurement of a second or two that is kept on disk.
+"""How to compute on this processor: by its features, and a measurement of a second or two that is kept on disk.
 
 The measurement is of one layer's matrix products and one layer's attention, forward and backward, in each precision
-that the processor has instructions for and in each form that slmjax knows. It is taken once for each combination of
-processor, cores, jaxlib and XLA flags: the same machine then always computes in the same way.
+that the processor has instructions for and with each implementation that slmjax has. It is taken once for each
+combination of processor, cores, jaxlib and XLA flags: the same machine then always computes in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from slmjax.nn.processor import Processor, processor
 from slmjax.serialise import fingerprint
 
 SWITCH = "SLMJAX_CPU_PROBE"
-"""Environment variable: `off` measures nothing, and reads no earlier measurement; the processor's features decide"""
+"""Environment variable: with `off` nothing is measured, nor read from disk; the processor's features decide"""
 
 EINSUMS: Mapping[str, Callable] = {"cpu_einsum": cpu_einsum, "einsum": einsum}
 ATTENTIONS: Mapping[str, Callable] = {
@@ -39,14 +39,14 @@ ATTENTIONS: Mapping[str, Callable] = {
     "reference_attention": reference_attention,
     "xla_attention": xla_attention,
 }
-"""The forms that are compared, the one that is preferred first"""
+"""The implementations that are compared, the preferred one first"""
 CLEARLY = 0.95
-"""Another form or precision than the preferred one is chosen if it takes at most this share of its time: differences
-that a repetition might turn round decide nothing"""
+"""Another implementation or precision than the preferred one is chosen only if it takes at most this fraction of its
+time: smaller differences may be noise"""
 SECONDS = 1.0
-"""For which the forms are timed in turn, after they have been compiled"""
+"""Seconds for which the implementations are timed in turn, after they have been compiled"""
 ROUNDS = 15
-"""Times that each form runs, at most"""
+"""How often each implementation runs at most"""
 TOKENS, LENGTH, WIDTH, HIDDEN, HEADS = 1024, 256, 256, 704, 4
 """The layer: a micro-batch of a model of 4 million parameters"""
 
@@ -56,7 +56,7 @@ Seconds: TypeAlias = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was measured and what was chosen."""
+    """The measurement, and the choice that follows from it."""
 
     compute: Compute
     processor: Processor
@@ -64,7 +64,7 @@ class Verdict:
     """Empty: nothing was measured"""
 
     def lines(self) -> tuple[str, str]:
-        """For people: the processor, and the choice with what it rests on."""
+        """Two lines for the terminal: the processor; the choice, with its measurements."""
         c = self.compute
         chosen = f"fastest: {c.dtype}, {_name(c.einsum)}, {_name(c.attention)}"
         if not self.seconds:
@@ -97,21 +97,21 @@ def verdict(backend: str | None = None, cache: str | Path | None = None) -> Verd
 
 
 def compute_here() -> Compute:
-    """The fastest known way on this machine, of whatever kind it is."""
-    found = verdict()
-    return for_backend(jax.default_backend()) if found is None else found.compute
+    """The fastest known way to compute on this machine, on any backend."""
+    measured = verdict()
+    return for_backend(jax.default_backend()) if measured is None else measured.compute
 
 
 def precisions(of: Processor) -> tuple[str, ...]:
-    """Those worth measuring, the one that is preferred first: without instructions for it bfloat16 is converted to
-    float32 and back, which gains nothing. Where the features are not known, both."""
+    """The precisions worth measuring, the preferred one first. A processor without instructions for bfloat16 converts
+    it to float32 and back, which gains nothing. Where the features are not known, both are measured."""
     return ("bfloat16", "float32") if of.bfloat16 or not of.features else ("float32",)
 
 
 def choose(seconds: Seconds, dtype: str | None = None) -> Compute:
-    """From what was measured, the fastest form of each part in the fastest precision, or in `dtype`.
+    """The fastest implementation of each part in the fastest precision, or in `dtype`, by the measurements.
 
-    Nothing measured in `dtype`: the preferred forms.
+    If nothing was measured in `dtype`: the preferred implementations.
     """
     if dtype is not None and dtype not in seconds:
         return for_cpu(dtype)
@@ -138,14 +138,14 @@ def _file(folder: Path, here: Processor, jaxlib: str, xla_flags: str) -> Path:
 
 
 def read(file: Path, dtypes: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """The measurement that a file holds; None if there is none, or the file is damaged or of another form."""
+    """The measurement that a file holds; None if there is none, or the file is damaged or of another version."""
     try:
         seconds = json.loads(file.read_text())["seconds"]
-        found = {d: {name: float(seconds[d][name]) for name in (*EINSUMS, *ATTENTIONS)} for d in dtypes}
+        measured = {d: {name: float(seconds[d][name]) for name in (*EINSUMS, *ATTENTIONS)} for d in dtypes}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    good = all(math.isfinite(x) and x > 0 for forms in found.values() for x in forms.values())
-    return found if good else None
+    good = all(math.isfinite(x) and x > 0 for forms in measured.values() for x in forms.values())
+    return measured if good else None
 
 
 def _write(file: Path, here: Processor, seconds: Seconds) -> None:
@@ -166,7 +166,7 @@ def _name(form: Callable) -> str:
 
 
 def measure(dtypes: Sequence[str], seconds: float = SECONDS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Compiles every form and times them in turn, so that a moment in which the machine is busy meets all of them."""
+    """Compiles every implementation and times them in turn, so that other load on the machine affects all alike."""
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for dtype in dtypes:
         for parts, layer in ((EINSUMS, _products), (ATTENTIONS, _attention)):
@@ -174,7 +174,7 @@ def measure(dtypes: Sequence[str], seconds: float = SECONDS, rounds: int = ROUND
                 f, args = layer(form, dtype)
                 runs[dtype, name] = jax.jit(f).lower(*args).compile()
                 jax.block_until_ready(runs[dtype, name](*args))
-                runs[dtype, name] = _bound(runs[dtype, name], args)
+                runs[dtype, name] = _with_args(runs[dtype, name], args)
     clocks = (time.perf_counter, time.process_time)
     best = {clock: dict.fromkeys(runs, math.inf) for clock in clocks}
     end = time.monotonic() + seconds
@@ -190,12 +190,12 @@ def measure(dtypes: Sequence[str], seconds: float = SECONDS, rounds: int = ROUND
 
 
 def undisturbed(elapsed: dict[Any, float], work: dict[Any, float]) -> dict[Any, float]:
-    """Elapsed seconds, or the processor's seconds of work, summed over cores, if others kept the cores busy: work that
-    is not waiting for a core takes at most as long as it would on one."""
+    """Elapsed seconds; or, if other programs kept the cores busy, CPU seconds summed over the cores, which do not
+    include waiting for a core."""
     return elapsed if all(elapsed[key] <= 1.1 * work[key] for key in elapsed) else work
 
 
-def _bound(f: Callable, args: tuple) -> Callable[[], Any]:
+def _with_args(f: Callable, args: tuple) -> Callable[[], Any]:
     return lambda: f(*args)
 
 

@@ -1,7 +1,7 @@
 """A run computes in one way: in all of its processes, and from its first step to its last however often it resumes.
 
-What was chosen is written to RUN/compute.json when the run begins. Rounding differs between the choices, so that a run
-that went on with another would not be bit for bit the one that was never stopped.
+The choice is written to RUN/compute.json when the run begins. Rounding differs between the choices, so that a run
+that resumes with another choice would not be bit for bit equal to one that was never stopped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from slmjax.config import Runtime
 from slmjax.errors import UserError
@@ -21,34 +19,33 @@ from slmjax.nn.compute import Compute, for_backend
 from slmjax.runs import probe
 from slmjax.runs.folder import write_json
 from slmjax.serialise import from_json, to_json
+from slmjax.train.processes import of_the_first
 
 FILE = "compute.json"
-MOST_BYTES = 8192
-"""Of a choice as JSON, for the broadcast: several times what one takes"""
 
 
 class Choice(NamedTuple):
     """How a run computes, and why."""
 
     compute: Compute
-    said: str
-    """One line for people"""
+    reason: str
+    """Why, in a few words for the log"""
 
 
 def settle(runtime: Runtime, folder: Path) -> Choice:
-    """How the run in this folder computes, the same in all processes: what the user asks for; else as it began; else
-    the fastest that process 0 finds on its machine. Process 0 writes it to the folder."""
+    """How the run in this folder computes, the same in all processes: as `runtime.compute` says; else as the run began;
+    else in the way that process 0 has measured to be the fastest on its machine. Process 0 writes it to the folder."""
     first = jax.process_index() == 0
     choice = choice_of(runtime, folder) if first else Choice(Compute(), "")
-    if runtime.compute is None:  # else every process was given it
-        choice = _from_the_first(choice)
+    if runtime.compute is None:  # else every process has it from its command line
+        choice = _of_process_0(choice)
     if first:
         write_json(folder / FILE, {"backend": jax.default_backend(), "compute": to_json(choice.compute)})
     return choice
 
 
 def choice_of(runtime: Runtime, folder: Path) -> Choice:
-    """What process 0 finds for the run in this folder, which need not exist."""
+    """What process 0 chooses for the run in this folder, which need not exist."""
     dtype = None if runtime.dtype == "auto" else runtime.dtype
     if runtime.compute is not None:
         return Choice(replace(runtime.compute, dtype=dtype or runtime.compute.dtype), "as runtime.compute says")
@@ -66,7 +63,7 @@ def choice_of(runtime: Runtime, folder: Path) -> Choice:
 
 
 def recorded(file: Path, backend: str) -> Compute | None:
-    """What the run began with; None if it has not begun, ran on a device of another kind, or the file cannot be read
+    """The recorded choice; None if the run has not begun, ran on a device of another kind, or the file cannot be read
     by this version."""
     try:
         data: Any = json.loads(file.read_text())
@@ -76,12 +73,7 @@ def recorded(file: Path, backend: str) -> Compute | None:
     return compute if isinstance(compute, Compute) else None
 
 
-def _from_the_first(choice: Choice) -> Choice:
-    """That of process 0, in all of them."""
-    if jax.process_count() == 1:
-        return choice
-    text = json.dumps([to_json(choice.compute), choice.said]).encode()
-    assert len(text) <= MOST_BYTES, "a Compute of several kilobytes"
-    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(MOST_BYTES), np.uint8))
-    compute, said = json.loads(bytes(np.asarray(sent, np.uint8)))
-    return Choice(from_json(compute), said)
+def _of_process_0(choice: Choice) -> Choice:
+    """The choice that process 0 made, in every process."""
+    compute, reason = of_the_first([to_json(choice.compute), choice.reason])
+    return Choice(from_json(compute), reason)

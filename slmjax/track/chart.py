@@ -20,7 +20,7 @@ class Series(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     dots: bool = False
-    """Marks each point: for few of them"""
+    """Whether points are marked, which suits few points"""
 
 
 class Bucket(NamedTuple):
@@ -65,7 +65,7 @@ def label(value: float) -> str:
 
 
 def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_zero: bool = False) -> str:
-    """An SVG element, at home in a page with the style of `report`. Empty series are left out of the picture."""
+    """An SVG element for a page with the style sheet of `report_style`. Empty series are left out."""
     drawn = [(s, buckets) for s in series if (buckets := downsample(s.x, s.y))]
     if not drawn:
         return (
@@ -86,16 +86,16 @@ def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_z
         parts.append(_line(px, py, buckets, f"s{number}", s.dots))
     legend = "".join(f'<span class="key s{n}">{escape(s.name)}</span>' for n, (s, _) in enumerate(drawn))
     legend = legend if len(drawn) > 1 else ""
-    said = ", ".join(f"{s.name} ends at {b[-1].mean:.4g}" for s, b in drawn)
+    summary = ", ".join(f"{s.name} ends at {b[-1].mean:.4g}" for s, b in drawn)
     return (
         f'<figure class="chart"><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {summary}")}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
 
 def _range(buckets: Sequence[Bucket], from_zero: bool) -> tuple[float, float]:
-    """What the axis spans: everything, but of a few wild values (compilation, spikes) only up to what the rest need."""
+    """Limits of the y axis: all values, but a few extreme ones (compilation, spikes) may be cut off."""
     lows, highs = sorted(b.low for b in buckets), sorted(b.high for b in buckets)
     low, high = lows[0], highs[-1]
     usual_low, usual_high = lows[len(lows) // 50], highs[-1 - len(highs) // 50]

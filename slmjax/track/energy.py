@@ -1,4 +1,4 @@
-"""How much energy a run takes, measured where the machine has meters and otherwise estimated, which it says.
+"""How much energy a run takes: measured where the machine has meters, else estimated; the record says which.
 
 | method | part | what it is |
 |---|---|---|
@@ -33,9 +33,8 @@ WORLD_AVERAGE = 475.0
 
 
 @runtime_checkable
-@runtime_checkable
 class Meter(Protocol):
-    """One part of the machine."""
+    """Measures the energy of one part of the machine."""
 
     method: str
     part: str
@@ -97,7 +96,7 @@ class ProcessorTime:
     method, part = "tdp-estimate", "cpu"
 
     def __init__(self, since: float):
-        """`since`: `time.process_time()` from when on it counts."""
+        """`since`: the value of `time.process_time()` from which CPU time is counted."""
         self.watts, self.detail = watts_per_thread()
         self._last = since
 
@@ -136,27 +135,27 @@ def _tdp(name: str) -> float | None:
 
 
 def meters(since: float = 0.0) -> list[Meter]:
-    """What this machine has: every meter that works, and an estimate for the processor if none measures it.
+    """The meters of this machine: every one that works, and an estimate for the processor if none measures it.
 
-    `since`: `time.process_time()` from when on the estimate counts.
+    `since`: the value of `time.process_time()` from which the estimate counts CPU time.
     """
     from codecarbon.external.logger import logger
 
     logger.setLevel(logging.CRITICAL)
-    found: list[Meter] = []
+    working: list[Meter] = []
     for kind in (Rapl, Gpus):
         try:
-            found.append(kind())
+            working.append(kind())
         except Exception:  # a missing driver, library, file or permission: each raises in its own way
             continue
-    if not any(meter.part == "cpu" for meter in found):
-        found.append(ProcessorTime(since))
-    return found
+    if not any(meter.part == "cpu" for meter in working):
+        working.append(ProcessorTime(since))
+    return working
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How dirty a kilowatt-hour is."""
+    """Carbon intensity of the electricity of a country."""
 
     grams: float
     """gCO2e a kWh"""
@@ -181,11 +180,11 @@ def grid(country: str = "") -> Grid:
 
 
 class Energy(Tracker):
-    """Meters the run from its making on, and keeps `energy.json`. No metric of a step holds any of it: those of an
-    interrupted run have to come out the same, bit for bit.
+    """Meters the run from construction on, and keeps `energy.json`. The metrics of a step hold no energy: those of an
+    interrupted run have to be the same, bit for bit.
 
-    Energy is spent even if the steps it paid for are rolled back or lost in a crash, so the file, not the checkpoint,
-    has the last word; the checkpoint's copy counts where the file is gone.
+    Energy is spent even if the steps it paid for are rolled back or lost in a crash, so the file takes
+    precedence over the checkpoint, whose copy is used only if the file is gone.
     """
 
     def __init__(
@@ -197,13 +196,13 @@ class Energy(Tracker):
         interval: float = 15.0,
         using: Sequence[Meter] | None = None,
     ):
-        """`pue`: power usage effectiveness, what the building takes for each kWh that its computers take; `interval`:
+        """`pue`: power usage effectiveness, the kWh that the building draws for each kWh of its computers; `interval`:
         seconds between readings; `using`: the meters, found in the background if None."""
         self.path = Path(path)
         self._pue, self._country, self._interval = pue, country, interval
         self._meters, self._since = using, time.process_time()
         before = _read(self.path)
-        self._known = before is not None
+        self._had_file = before is not None
         self._total = before or {"parts": {}, "seconds": 0.0}
         self._lock = threading.Lock()
         self._last = time.monotonic()
@@ -212,16 +211,16 @@ class Energy(Tracker):
         self._thread.start()
 
     def _work(self) -> None:
-        found = meters(self._since) if self._meters is None else self._meters
+        working = meters(self._since) if self._meters is None else self._meters
         while not self._stop.wait(self._interval):
-            self._tick(found)
-        self._tick(found)
+            self._tick(working)
+        self._tick(working)
 
-    def _tick(self, found: Sequence[Meter]) -> None:
+    def _tick(self, working: Sequence[Meter]) -> None:
         with self._lock:
             now = time.monotonic()
             seconds, self._last = now - self._last, now
-            for meter in found:
+            for meter in working:
                 part = self._total["parts"].setdefault(meter.part, {"kwh": 0.0})
                 part |= {"kwh": part["kwh"] + meter.kwh(seconds), "method": meter.method, "detail": meter.detail}
             self._total["seconds"] += seconds
@@ -247,12 +246,12 @@ class Energy(Tracker):
         return {"parts": {k: dict(v) for k, v in self._total["parts"].items()}, "seconds": self._total["seconds"]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Adds what the checkpoint knows of earlier attempts, unless the file knew it."""
+        """Adds the energy of earlier attempts from the checkpoint, unless energy.json had it."""
         with self._lock:
-            if state and not self._known:
+            if state and not self._had_file:
                 for name, part in state["parts"].items():
-                    mine = self._total["parts"].setdefault(name, {"kwh": 0.0})
-                    mine |= {**part, "kwh": mine["kwh"] + part["kwh"]}
+                    total = self._total["parts"].setdefault(name, {"kwh": 0.0})
+                    total |= {**part, "kwh": total["kwh"] + part["kwh"]}
                 self._total["seconds"] += state["seconds"]
 
     def finish(self, status: str) -> None:

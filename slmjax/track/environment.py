@@ -1,6 +1,6 @@
-"""What a run ran on and from: versions, machine, git commit and diff, command line. Secrets are taken out.
+"""What produced a run: versions, machine, git commit and diff, command line. Secrets are taken out.
 
-The environment's variables are never recorded: keys live there.
+Environment variables are never recorded: they may hold keys.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def collect(argv: Sequence[str] | None = None, devices: Sequence[Any] = (), fold
 
 def packages() -> dict[str, str]:
     """{name: version} of what is installed."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 def git(folder: str | Path = ".") -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def _git(folder: str | Path, *command: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel tells it."""
+    """The processor's name, from the kernel."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,9 +1,9 @@
-"""Files of one JSON object a line that survive being killed, and `metrics.jsonl` made of it.
+"""Files of one JSON object a line that survive a kill of their writer, and `metrics.jsonl`, one of them.
 
-A line is written by one system call, so a killed process leaves whole lines and at most one torn at the end, which
-readers drop and the next writer removes. Floats are written with the digits that give the same float back, bit for bit.
-JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and read back as
-floats.
+A line is written by one system call, so a killed process leaves whole lines and at most one partial line at the end,
+which readers drop and the next writer removes. Floats are written with the digits that give the same float back, bit
+for bit. JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and read
+back as floats.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """All rows; none where there is no file. What a killed writer left torn at the end is dropped.
+    """All rows; none where there is no file. A partial last line, left by a killed writer, is dropped.
 
     Raises:
         StorageError: a line before the last good one is not JSON.
@@ -65,7 +65,7 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = decode(line)
             if not line.endswith(b"\n"):
-                raise ValueError("torn")
+                raise ValueError("partial line")
         except ValueError:
             bad = bad or number
             continue

@@ -1,7 +1,7 @@
-"""The run's own record of what happened to it: `ledger.jsonl`, append-only and on disk before the call returns.
+"""The events of a run: `ledger.jsonl`, append-only and on disk before the call returns.
 
 The state of a run is read from here, and never guessed from an exit code. As a tracker, the ledger writes down the
-events that the training loop tells of.
+events that the training loop reports.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Ledger(Tracker):
         return state_of(self.events())
 
     def resume(self, step: int) -> None:
-        """`resumed` where there is something to resume; later on, `rolled back`."""
+        """`resumed` if the run has a checkpoint; `rolled back` at later calls."""
         if step > 0 or self._begun:
             self.append("rolled back" if self._begun else "resumed", step=step)
         self._begun, self._skipped = True, None
@@ -90,7 +90,7 @@ class Ledger(Tracker):
         self.append("saved" if kind == "checkpoint" else "exported", path=str(path), **metadata)
 
     def finish(self, status: str) -> None:
-        """The status as an event, with the reason where an exception is on its way out."""
+        """The status as an event, with the reason if an exception is being raised."""
         error = sys.exception()
         reason = {"reason": redact(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])} if error else {}
         self.append(status, **reason)
@@ -100,7 +100,7 @@ class Ledger(Tracker):
 def state_of(events: Sequence[Mapping[str, Any]]) -> str:
     """`queued`, `running`, `preempted`, `failed`, `diverged` or `complete`.
 
-    A run whose process was killed stays `running` until it is started again: only then is it known.
+    A run whose process was killed stays `running` until it is started again: only then is the kill noticed.
     """
     state = "queued"
     for event in events:

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: a progress bar on a terminal, plain lines elsewhere, and `log.txt`."""
+"""Shows a run while it trains: a progress bar on a terminal, plain lines elsewhere, and `log.txt`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Progress(Tracker):
         if self._live is not None and now - self._drawn >= REFRESH:
             self._drawn = now
             with self._lock:
-                self._live.update(self._task, completed=step, say=self._latest(), eta=self._eta(now))
+                self._live.update(self._task, completed=step, shown=self._latest(), eta=self._eta(now))
         if line_due:
             self._lined = now
             new = {name: x for name, x in self._metrics.items() if evaluated or name != VALIDATION}
@@ -87,7 +87,7 @@ class Progress(Tracker):
                 self._write(text)
 
     def _latest(self) -> str:
-        """For the bar, which keeps the last validation loss in sight: it says of which step that is."""
+        """Text of the bar, which keeps showing the last validation loss, with its step."""
         return describe(self._metrics, self._evaluated)
 
     def _eta(self, now: float) -> str:
@@ -106,7 +106,7 @@ class Progress(Tracker):
         """Leaves the last state of the bar standing. Further lines still go to the stream."""
         with self._lock:
             if self._live is not None:
-                self._live.update(self._task, completed=self._step, say=self._latest(), eta=status)
+                self._live.update(self._task, completed=self._step, shown=self._latest(), eta=status)
                 self._live.stop()
                 self._live = None
             if self._log:
@@ -122,16 +122,16 @@ def _bar(steps: int, stream: Any):
     bar = Bar(
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[say]}", markup=False),
+        TextColumn("{task.fields[shown]}", markup=False),
         TextColumn("{task.fields[eta]}", style="cyan", markup=False),
         console=Console(file=stream),
         refresh_per_second=1 / REFRESH,
     )
-    return bar, bar.add_task("", total=steps, say="compiling", eta="")
+    return bar, bar.add_task("", total=steps, shown="compiling", eta="")
 
 
 def describe(metrics: Mapping[str, float], evaluated: int | None = None) -> str:
-    """The metrics that a person watches, in one line; `evaluated` is the step of the validation loss, if it is said."""
+    """The main metrics in one line; `evaluated` is the step of the validation loss, if it is to be shown."""
     parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     if VALIDATION in metrics:
         of = "" if evaluated is None else f" (step {evaluated})"

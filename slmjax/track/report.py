@@ -1,7 +1,7 @@
-"""`report.html` of a run folder: one file, no network, no script, legible in light and dark.
+"""`report.html` of a run folder: one file, no network, no script, readable in light and dark.
 
-It is made from config.json, metrics.jsonl, ledger.jsonl, environment.json and energy.json alone, so it can be remade at
-any time, also of a run that is still going or has been moved to another machine.
+It is written from config.json, metrics.jsonl, ledger.jsonl, environment.json and energy.json alone, so it can be
+written again at any time, also for a run that still trains or has been moved to another machine.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from slmjax.track.tracker import Tracker
 Rows = Sequence[Mapping[str, Any]]
 
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore", "grain", "wandb")
-"""Packages worth a line; environment.json has all"""
+"""Packages that are listed; environment.json has all"""
 
 
 def write(folder: str | Path) -> Path:
-    """Makes or remakes `report.html` in a run folder, and returns its path.
+    """Writes `report.html` in a run folder, and returns its path.
 
     Raises:
         StorageError: the folder holds no run, its records are damaged, or the report cannot be written.
@@ -172,8 +172,8 @@ def _evaluations(rows: Rows) -> Iterable[tuple[str, ...]]:
 def _energy(energy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if not energy:
         return
-    said = "an estimate, not a measurement" if energy["estimate"] else "measured"
-    yield "energy", f"{kwh(energy['kwh'])} over {duration(energy['seconds'])}: {said}"
+    kind = "an estimate, not a measurement" if energy["estimate"] else "measured"
+    yield "energy", f"{kwh(energy['kwh'])} over {duration(energy['seconds'])}: {kind}"
     for name, part in energy["parts"].items():
         yield name, f"{kwh(part['kwh'])}, {part['method']}: {part['detail']}"
     grid = energy["grid"]
@@ -190,7 +190,7 @@ def kwh(value: float) -> str:
 def _experiment(experiment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for name, value in experiment.items():
         if name not in ("$type", "name", "data"):
-            yield name, _said(value)
+            yield name, _formatted(value)
 
 
 def _data(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -198,17 +198,17 @@ def _data(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield str(store["name"]), f"{store['location']}, fingerprint {str(store.get('fingerprint'))[:12]}"
     for name, value in (config.get("experiment", {}).get("data") or {}).items():
         if name != "$type":
-            yield name, _said(value)
+            yield name, _formatted(value)
 
 
-def _said(value: Any) -> str:
-    """A value of config.json as one would write it."""
+def _formatted(value: Any) -> str:
+    """A value of config.json as Python would write it."""
     if isinstance(value, Mapping):
-        fields = ", ".join(f"{k}={_said(v)}" for k, v in value.items() if not k.startswith("$"))
+        fields = ", ".join(f"{k}={_formatted(v)}" for k, v in value.items() if not k.startswith("$"))
         kind = value.get("$type") or value.get("$function") or ""
         return f"{str(kind).rpartition(':')[2]}({fields})" if "$type" in value else str(kind).rpartition(":")[2]
     if isinstance(value, list):
-        return f"({', '.join(map(_said, value))})"
+        return f"({', '.join(map(_formatted, value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -232,7 +232,7 @@ def _events(events: Rows) -> Iterable[tuple[str, str, str]]:
     for event in [*events[:4], *events[-16:]] if len(events) > 20 else events:
         at = datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
         rest = {k: v for k, v in event.items() if k in ("step", "loss", "grad_norm", "reason")}
-        yield at, event["event"], ", ".join(f"{k} {_said(v)}" for k, v in rest.items())
+        yield at, event["event"], ", ".join(f"{k} {_formatted(v)}" for k, v in rest.items())
 
 
 def _when(events: Rows) -> str:
@@ -253,7 +253,7 @@ def _table(title: str, rows: Iterable[tuple[str, ...]], head: Sequence[str] = ()
 
 
 class Report(Tracker):
-    """The tracker that remakes the report: every few minutes in the background, and at the end."""
+    """The tracker that writes the report: every few minutes in the background, and at the end."""
 
     def __init__(self, folder: str | Path, *, every: float = 300.0, say: Callable[[str], None] = print):
         """`every`: seconds between two versions."""
@@ -273,7 +273,7 @@ class Report(Tracker):
         self._write()
 
     def _write(self) -> None:
-        """A report that cannot be made stops nothing: it can be remade from the same files."""
+        """A report that cannot be written does not stop the run: it can be written later from the same files."""
         try:
             write(self.folder)
         except Exception as error:

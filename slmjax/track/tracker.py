@@ -1,4 +1,4 @@
-"""What the training loop tells, and whom."""
+"""The interface through which the training loop reports what happens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Tracker:
-    """Takes note of nothing. Subclasses take note of what concerns them.
+    """Ignores everything. Subclasses override the methods for what they record.
 
     All calls come from one thread of the first process: `restore` where there is a checkpoint, then `resume`, then
     `log` and `artifact`, `resume` again at each rollback, and `finish` in the end, also after an exception.
@@ -18,7 +18,7 @@ class Tracker:
         """The `state` that a checkpoint kept."""
 
     def resume(self, step: int) -> None:
-        """Training goes on after `step` (0: begins); what was logged of later steps is void."""
+        """Training goes on after `step` (0: begins); what was logged for later steps is to be discarded."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of a step."""

@@ -1,4 +1,4 @@
-"""Several trackers as one: what a run folder is recorded by."""
+"""Several trackers as one, and the trackers of a run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slmjax.track.wandb_run import Mode, WandbRun
 
 
 class Trackers(Tracker):
-    """Tells each tracker in turn; `state` is by name."""
+    """Passes each call on to every tracker; `state` is a dict by the trackers' names."""
 
     def __init__(self, **trackers: Tracker):
         self.trackers = trackers
@@ -42,7 +42,7 @@ class Trackers(Tracker):
                 tracker.restore(state[name])
 
     def finish(self, status: str) -> None:
-        """Tells every tracker, even where one fails; the first failure is raised afterwards."""
+        """Finishes every tracker, even if one fails; the first failure is raised afterwards."""
         failures = []
         for tracker in self.trackers.values():
             try:
@@ -70,7 +70,7 @@ def open_trackers(
 ) -> tuple[Trackers, Progress]:
     """Everything that records a run: ledger, metrics.jsonl, energy, progress, W&B and report, in its folder.
 
-    Begins an attempt in the ledger. `config` is what config.json holds; the progress is also where `say` is.
+    Begins an attempt in the ledger. `config` is the content of config.json; the `Progress` is returned for its `say`.
 
     Raises:
         StorageError: the folder cannot be written, or its records are damaged.
@@ -97,7 +97,7 @@ def open_trackers(
         say=progress.say,
     )
     energy = Energy(folder / "energy.json", pue=pue, country=country)
-    # In this order they finish: the report reads what the first three wrote, and the terminal is let go last.
+    # They finish in this order: the report reads what the first three wrote, and the terminal is released last.
     trackers = Trackers(
         metrics=metrics, ledger=ledger, energy=energy, report=Report(folder), wandb=wandb_run, progress=progress
     )

@@ -1,7 +1,7 @@
-"""Weights & Biases, kept at a distance: whatever it does, training goes on.
+"""Weights & Biases, such that its failures never stop training.
 
-All calls are made by one background thread. Online with an API key, offline without; where the server cannot be
-reached or the key is refused, it says so and goes on offline (`wandb sync` uploads later). The run's id lies in the run
+All calls are made by one background thread. Online with an API key, offline without; where the server cannot be reached
+or the key is refused, it reports that and goes on offline (`wandb sync` uploads later). The run's id lies in the run
 folder and in each checkpoint, so a resumed run continues the same W&B run. Steps are logged as `global_step`, which
 every chart uses as its axis: W&B drops rows below its own last step, and after a resume there are some.
 """
@@ -25,7 +25,7 @@ from slmjax.track.tracker import Tracker
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 MAX_WAITING = 100_000
-"""Calls that may wait for a slow W&B; further ones are dropped, which is said once"""
+"""Calls that may wait for a slow W&B; further ones are dropped, which is reported once"""
 
 
 class WandbRun(Tracker):
@@ -113,7 +113,7 @@ class WandbRun(Tracker):
         self._put(None)
         self._thread.join(self._finish_timeout)
         if self._thread.is_alive():
-            say, self._say = self._say, lambda text: None  # the thread is left behind, and says no more
+            say, self._say = self._say, lambda text: None  # the thread is abandoned, and prints no more
             _stop_service()
             say(
                 f"W&B did not finish within {self._finish_timeout:g} s; "
@@ -144,16 +144,16 @@ class WandbRun(Tracker):
         except Exception as error:
             self._say(f"W&B does not start ({_short(error)}); training goes on without it")
             run = None
-        said = run is None
+        reported = run is None
         while (call := self._calls.get()) is not None:
             if run is None:
                 continue
             try:
                 call(run)
             except Exception as error:
-                if not said:
+                if not reported:
                     self._say(f"W&B fails ({_short(error)}); training goes on")
-                said = True
+                reported = True
         if run is not None:
             try:
                 run.finish(exit_code=0)
@@ -179,7 +179,7 @@ class WandbRun(Tracker):
             save_code=False,
         )
         start = {**self._init, "dir": str(self.folder), "id": self.id, "config": self._config, "settings": settings}
-        wandb.setup(settings)  # else it greets before `init` has read them
+        wandb.setup(settings)  # else it prints a greeting before `init` has read them
         if self.mode == "online":
             try:
                 return _defined(wandb.init(mode="online", resume="allow", **start))
@@ -187,7 +187,7 @@ class WandbRun(Tracker):
                 self._say(f"W&B cannot be reached ({_short(error)}); going on offline")
             self.mode = "offline"
             _stop_service()  # it holds the run id, and would go on trying
-            with contextlib.suppress(Exception, SystemExit):  # its connection is lost, as it should be
+            with contextlib.suppress(Exception, SystemExit):  # its connection was closed on purpose
                 wandb.teardown()
             wandb.setup(settings)
         return _defined(wandb.init(mode="offline", **start))
@@ -200,7 +200,7 @@ def _defined(run: Any) -> Any:
 
 
 def _stop_service() -> None:
-    """Ends this process's own W&B service, which waits for its server without an end. What it was told is on disk."""
+    """Ends this process's own W&B service, which would wait for its server forever. What was logged is on disk."""
     import psutil
 
     for child in psutil.Process().children():
@@ -213,10 +213,10 @@ def _stop_service() -> None:
 def resolve(mode: Mode, environ: Mapping[str, str] = os.environ) -> Literal["online", "offline", "disabled"]:
     """What "auto" means here; other modes are returned as they are, but without a key there is no "online"."""
     if mode == "auto":
-        asked = environ.get("WANDB_MODE", "").lower()
-        if environ.get("WANDB_DISABLED", "").lower() in ("true", "1") or asked in ("disabled", "dryrun-disabled"):
+        requested = environ.get("WANDB_MODE", "").lower()
+        if environ.get("WANDB_DISABLED", "").lower() in ("true", "1") or requested in ("disabled", "dryrun-disabled"):
             return "disabled"
-        mode = "offline" if asked in ("offline", "dryrun") else "online"
+        mode = "offline" if requested in ("offline", "dryrun") else "online"
     return "offline" if mode == "online" and not has_key(environ) else mode
 
 

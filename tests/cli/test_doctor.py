@@ -126,7 +126,7 @@ def test_verdicts(tiny):
     mesh = ("--runtime.mesh.data", "1", "--runtime.mesh.fsdp", "8")
     cannot = slmjax("doctor", tiny.file, *mesh, "--memory-gb", "0.00001")
     assert cannot.code == 2
-    assert "no single setting mends it" in cannot.out
+    assert "no single setting is enough" in cannot.out
 
 
 @pytest.mark.fast

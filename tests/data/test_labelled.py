@@ -102,7 +102,7 @@ def test_numbers_are_labels_and_parquet_is_read(tmp_path):
         ("x.csv", b"", r"has no column 'text'; there are: none"),
         ("x.jsonl", b'{"text": "a"}\n', r"row 1 has no column 'label'; there are: text"),
         ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', r"row 2, column 'text' holds a int"),
-        ("x.jsonl", b'{"text": null, "label": 1}\n', r"row 1, column 'text' holds nothing"),
+        ("x.jsonl", b'{"text": null, "label": 1}\n', r"row 1, column 'text' holds null"),
         ("x.jsonl", b'{"text": "a", "label": 0.5}\n', r"row 1, column 'label' holds 0.5; expected a label"),
         ("x.jsonl", b'{"text": "a", "label": true}\n', r"column 'label' holds True"),
         ("x.jsonl", b'{"text": "\\ud800", "label": 1}\n', r"row 1, column 'text' is not UTF-8"),
@@ -110,7 +110,7 @@ def test_numbers_are_labels_and_parquet_is_read(tmp_path):
         ("x.jsonl", b"[1]\n", r"expected a JSON object"),
         ("x.csv.gz", b"no gzip", r"cannot be decompressed"),
         ("x.parquet", b"no parquet", r"not a readable Parquet file"),
-        ("x.txt", b"text", r"of an unknown kind; expected .csv"),
+        ("x.txt", b"text", r"of an unknown format; expected .csv"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, name, raw, message):
@@ -234,8 +234,8 @@ def test_refusals(tmp_path):
     other = write_csv(tmp_path / "v.csv", [("good", "maybe")])
     cache = tmp_path / "cache"
     for fields, message in (
-        ({"validation": (str(other),)}, r"v.csv: row 1: unknown label 'maybe'; known are: neg, pos"),
-        ({"labels": ("pos", "great")}, r"unknown label 'neg'; known are: pos, great"),
+        ({"validation": (str(other),)}, r"v.csv: row 1: unknown label 'maybe'; expected one of: neg, pos"),
+        ({"labels": ("pos", "great")}, r"unknown label 'neg'; expected one of: pos, great"),
         ({"train": ("nowhere.csv",)}, r"nowhere.csv: no such file; data.train and data.validation"),
         ({"tokenizer": File(path="nowhere")}, r"nowhere: no such tokenizer"),
         ({"train": (str(other),), "held_out": 0.0}, r"labels are maybe; a classifier needs at least two"),

@@ -84,11 +84,11 @@ def test_an_export_is_the_same_model(run, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.logits([0, 10**6]), "ids go from 0 to 1000000; the model knows 0 to 383"),
+        (lambda model: model.logits([0, 10**6]), "ids go from 0 to 1000000; the model's vocabulary is 0 to 383"),
         (lambda model: model.logits([0.5]), "expected integers"),
         (lambda model: model.logits([1] * 65), "65 tokens a row; the model's context is 64"),
         (lambda model: slmjax.train("nowhere.py"), "nowhere.py: no such file"),
-        (lambda model: slmjax.train("nowhere.py", hooks=[print]), "is no hook"),
+        (lambda model: slmjax.train("nowhere.py", hooks=[print]), "is not a hook"),
         (lambda model: slmjax.load("nowhere"), "no such folder"),
     ],
 )

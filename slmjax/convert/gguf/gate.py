@@ -121,7 +121,7 @@ def _compare(
     limit *= max(1.0, float(np.abs(logits).max()))
     scores = _log_softmax(logits)
     worst, lead, same, made = 0.0, 0.0, 0, 0
-    ends = set(tokenizer.special.values())
+    ends = set(tokenizer.special_tokens.values())
     for score, prompt, row in zip(scores, prompts, rows, strict=True):
         for step, token in enumerate(row["tokens"]):
             here = score[len(prompt) + step - 1]
