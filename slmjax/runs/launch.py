@@ -29,6 +29,7 @@ from slmjax.runs.same_compute import settle
 from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import open_trackers
+from slmjax.train import stored
 from slmjax.train.checkpoint_folder import extra, latest_step
 from slmjax.train.hooks import Evaluate, Hook, Profile, Sample, Silent, Tracker, silent
 from slmjax.train.lock import lock
@@ -134,7 +135,7 @@ def _run(
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
     tracker, log = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
     log(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
-    for line in (_summary(experiment, built, opened, peak, peak_source), *opened.notes):
+    for line in (_summary(experiment, built, opened, peak, peak_source), *_replicated(built, runtime), *opened.notes):
         log(line)
     log(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
     loop(
@@ -215,6 +216,15 @@ def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Bu
         return "\n\n".join(prompt + result.text for prompt, result in zip(samples.prompts, results, strict=True))
 
     return write
+
+
+def _replicated(built: Built, runtime: Runtime) -> list[str]:
+    """A line on parameters that the layout would split, but which the mesh does not divide."""
+    axes = stored.join(built.model.axes, built.view.axes)
+    whole = runtime.layout.replicated(built.program.abstract.params, axes, built.program.mesh.shape)
+    return (
+        [f"replicated on every device: {', '.join(f'{path} ({why})' for path, why in whole.items())}"] if whole else []
+    )
 
 
 def _summary(experiment: Experiment, built: Built, opened: Opened, peak: float, source: str) -> str:
