@@ -18,6 +18,7 @@ from slmjax.config import Runtime
 from slmjax.experiment_file import load_experiment, load_module
 from slmjax.optim.matrices import matrix
 from slmjax.runs.build import build
+from slmjax.runs.loading import load
 from slmjax.track.jsonl import read
 from slmjax.train import stored
 from slmjax.train.checkpoint_folder import restore_params
@@ -160,6 +161,16 @@ def test_the_teacher_is_frozen(student, teacher):
     assert metrics["good"] == 1
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)))
     jax.tree.map(np.testing.assert_array_equal, frozen, saved)
+
+
+def test_a_student_opens_when_its_teacher_is_gone(student, teacher):
+    """Evaluation and export need the model, its optimizer and its view; not what it was trained towards."""
+    load_module(DISTILLED)
+    moved = teacher.rename(teacher.with_name("elsewhere"))
+    try:
+        assert load(student).step == 30
+    finally:
+        moved.rename(teacher)
 
 
 def test_a_student_that_equals_the_teacher_has_nothing_to_learn(teacher):
