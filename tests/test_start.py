@@ -66,7 +66,7 @@ def without(params, path):
             {"drawn": DRAWN, "given": LARGER},
             r"embed/table has shape \[13, 8\] in m and \[11, 8\] in this model",
         ),
-        ({"new": ("head/*",)}, {}, r"start.new: 'head/\*' matches no parameter; there are: embed/table"),
+        ({"new": ("head/*",)}, {}, r"start.new: 'head/\*' matches no parameter; the parameters are: embed/table"),
         ({"dropped": ("head/*",)}, {}, r"start.dropped: 'head/\*' matches no parameter"),
     ],
 )
