@@ -66,11 +66,11 @@ def serve(folder: str, dtype: str) -> None:
     from slmjax.data.tokenizer import Bytes, Tokenizer
     from slmjax.evals.generate import Generator
     from slmjax.nn.compute import Compute
-    from slmjax.runs.loading import load
+    from slmjax.runs.loading import generative, load
 
     loaded = load(folder)
     tokenizer = Tokenizer(Bytes().make([], HERE).raw, bos=None, eos=None)  # no EOS: every row is made in full
-    generator = Generator(loaded.decoder, loaded.params, tokenizer, Compute(dtype=dtype))
+    generator = Generator(generative(loaded.decoder), loaded.params, tokenizer, Compute(dtype=dtype))
     for line in sys.stdin:
         request = json.loads(line)
         limits = np.full(len(request["ids"]), request["new"], np.int32)

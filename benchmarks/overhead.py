@@ -19,26 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slmjax.platform import configure
+import slmjax_step as ours  # before jax: it sets the flags
+from workload import WORKLOADS, tokens
 
-configure()
+# isort: split
+import jax
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from workload import PEAK_LR, WORKLOADS, tokens  # noqa: E402
-
-from slmjax.models.families.llama import llama  # noqa: E402
-from slmjax.objectives import NextToken  # noqa: E402
-from slmjax.optim.recipes import AdamW  # noqa: E402
-from slmjax.optim.schedules import Constant  # noqa: E402
-from slmjax.runs.probe import compute_here  # noqa: E402
-from slmjax.train import loop  # noqa: E402
-from slmjax.train.checkpoint import Checkpoints  # noqa: E402
-from slmjax.train.guard import Skip  # noqa: E402
-from slmjax.train.sharding import Mesh  # noqa: E402
-from slmjax.train.step import Program, program  # noqa: E402
-from slmjax.types import Batch  # noqa: E402
-from slmjax.views import IDENTITY  # noqa: E402
+from slmjax.train import loop
+from slmjax.train.checkpoint import Checkpoints
+from slmjax.train.guard import Skip
+from slmjax.train.step import Program
+from slmjax.types import Batch
 
 BAR = 0.02
 
@@ -84,22 +75,7 @@ class Rows:
 def built() -> tuple[Program, list[Batch]]:
     """Configuration B, and 8 batches of it."""
     b = WORKLOADS["B"]
-    decoder = llama(
-        layers=b.layers, width=b.width, heads=b.heads, kv_heads=b.heads, hidden=b.hidden, vocab=b.vocab,
-        context=b.length, tied=True,
-    )  # fmt: skip
-    compute = compute_here()
-    model = decoder.build(compute)
-    schedule = Constant(peak_lr=PEAK_LR).build(1000)
-    run = program(
-        model.init, model.axes, NextToken().build(model), AdamW().build(schedule, model.axes), IDENTITY,
-        mesh=Mesh().build(), micro_tokens=compute.micro_tokens(b.width), schedule=schedule,
-    )  # fmt: skip
-    positions = np.broadcast_to(np.arange(b.length, dtype=np.int32), (b.batch, b.length))
-    weights, segments = np.ones(positions.shape, np.float32), np.ones(positions.shape, np.int32)
-    rows = [(np.ascontiguousarray(t[:, :-1]), np.ascontiguousarray(t[:, 1:])) for t in tokens(b, 8)]
-    batches = [Batch(inputs, targets, weights.copy(), positions.copy(), segments.copy()) for inputs, targets in rows]
-    return run, batches
+    return ours.built(b), [ours.batch_of(rows) for rows in tokens(b, 8)]
 
 
 def bare(run: Program, batches: list[Batch], steps: int) -> float:
@@ -153,7 +129,7 @@ def host_work(run: Program, batches: list[Batch], steps: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=8, help="steps of each side in each round")
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()

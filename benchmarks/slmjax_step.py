@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 import workload as w
 
@@ -34,8 +35,16 @@ from slmjax.views import Identity  # noqa: E402
 
 def decoder(work: w.Workload):
     """The workload's model."""
-    shape = {"layers": work.layers, "width": work.width, "hidden": work.hidden, "vocab": work.vocab}
-    return llama(**shape, heads=work.heads, kv_heads=work.heads, context=work.length, tied=True)
+    return llama(
+        layers=work.layers,
+        width=work.width,
+        heads=work.heads,
+        kv_heads=work.heads,
+        hidden=work.hidden,
+        vocab=work.vocab,
+        context=work.length,
+        tied=True,
+    )
 
 
 def built(work: w.Workload, compute=None) -> Program:
@@ -49,7 +58,7 @@ def built(work: w.Workload, compute=None) -> Program:
         model.axes,
         NextToken().build(model),
         optimizer.build(schedule, model.axes),
-        Identity().build(),
+        Identity().build(model.axes),
         mesh=Mesh().build(),
         micro_tokens=compute.micro_tokens(work.width),
         schedule=schedule,
@@ -59,9 +68,9 @@ def built(work: w.Workload, compute=None) -> Program:
 def batch_of(rows: np.ndarray) -> Batch:
     """[B, T + 1] tokens -> a batch of whole documents."""
     tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-    ones = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy()
-    return Batch(tokens, targets, ones.astype(np.float32), positions, ones)
+    arrays: list[Any] = [tokens, targets, np.ones(tokens.shape, np.float32), positions, np.ones_like(tokens)]
+    return Batch(*arrays)
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def compare(name: str, python: str, rounds: int, steps: int, peers: list[str], c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference-python", required=True)
+    parser.add_argument("--reference-python", required=True, type=os.path.abspath)
     parser.add_argument("--workloads", nargs="+", choices=sorted(w.WORKLOADS), default=sorted(w.WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=6)
@@ -155,6 +155,13 @@ def main() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     os.environ.update(ISA.get(args.isa, {}))
     os.environ["XLA_FLAGS"] = f"{given} {ISA[args.isa]['XLA_FLAGS']}" if args.isa else given
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what another processor compiled may crash on this one
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints the processor, the ceilings and a table for each workload."""
     where = processor("")  # all that it has
     print(f"{where}{f'; emulated: {args.isa}' if args.isa else ''}")
     ceiling = ceilings(args.reference_python, len(os.sched_getaffinity(0)))

@@ -12,9 +12,9 @@ import argparse
 import contextlib
 import os
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import workload as w
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 STACKED = ("layers", "experts")
 """Axes whose every entry has a matrix of its own. They come first"""
-APART = ("vocab", "context", "type", "tap")
-"""Axes whose entries are not columns of one matrix: rows that are looked up, and what a convolution has for each
-channel"""
+APART = ("vocab", "context", "type", "tap", "block")
+"""Axes whose entries are not columns of one matrix: rows that are looked up, what a convolution has for each channel,
+and the scales of quantized weights"""
 KNOWN = {
     "layers": "the layers of a stage, stacked",
     "experts": "the experts of a mixture, stacked",
@@ -18,6 +18,7 @@ KNOWN = {
     "context": "positions",
     "type": "token types",
     "tap": "taps of a convolution",
+    "block": "groups of input channels that share a quantization scale",
     "embed": "channels of the residual stream",
     "heads": "query heads",
     "kv_heads": "key and value heads",

@@ -121,6 +121,11 @@ class Group:
     """Decoupled, in place of the optimizer's"""
 
 
+def nothing_packed(params: Params, own: Params, state: Any) -> dict[str, Any]:
+    """`ParamView.pack` of views whose effective parameters have no shorter form."""
+    return {}
+
+
 class ParamView(NamedTuple):
     """Stored parameters -> the effective parameters that the model computes with.
 
@@ -144,6 +149,9 @@ class ParamView(NamedTuple):
     """How each of the view's own parameters is optimized, by path; those not named: `Group()`"""
     frozen: frozenset[str] = frozenset()
     """Paths of the model's parameters that are not trained: no gradient, no optimizer state, no copy"""
+    pack: Callable[[Params, Params, Any], Mapping[str, Any]] = nothing_packed
+    """(model's parameters, own, state), as `evaluate` gets them, of concrete values -> {path: the codes of a parameter
+    that `evaluate` rounds to a grid} (compress.quant.view.Packed)"""
 
 
 def unchanged(batch: Batch, key: Key) -> Batch:

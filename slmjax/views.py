@@ -39,6 +39,9 @@ class View(ABC):
             axes: logical axes of the model's parameters (`Model.axes`), a nested dict of tuples of names.
         """
 
+    def check(self, steps: int) -> None:  # noqa: B027  nothing to check, unless a view says so
+        """Raises UserError if the view makes no sense in a run of this many steps."""
+
 
 def stateless(
     apply: Callable[[Params, Params], Params],
@@ -89,6 +92,9 @@ class Identity(View):
 class EMA(View):
     """Evaluates and exports an exponential moving average of the parameters; training does not see it.
 
+    What is averaged are the model's parameters and those that the view `of` adds (learned scales, adapters); parameters
+    that it freezes are not copied. `EMA(of=Quantize(...))` evaluates the rounded average with averaged scales.
+
     After the update of step t (from 0), `average = d * average + (1 - d) * params` with
     `d = min(decay, (1 + t) / (10 + t))`: early on it forgets faster, or the initial values would linger.
 
@@ -97,22 +103,44 @@ class EMA(View):
     """
 
     decay: float = 0.999
+    of: View = Identity()
+    """The view that is trained"""
 
     def __post_init__(self):
         if not 0.0 <= self.decay < 1.0:
             raise UserError(f"view.decay is {self.decay}; it must be at least 0 and below 1, such as 0.999")
 
+    def check(self, steps: int) -> None:
+        self.of.check(steps)
+
     def build(self, axes: Any) -> ParamView:
-        def update(average, params, own, step):
+        of = self.of.build(axes)
+
+        def averaged(params, own):
+            flat = tree.flatten(params)
+            return {path: x for path, x in flat.items() if path not in of.frozen}, own
+
+        def init(params, key):
+            own, state = of.init(params, key)
+            return own, (jax.tree.map(jnp.copy, averaged(params, own)), state)
+
+        def update(states, params, own, step):
+            average, state = states
             t = jnp.asarray(step, jnp.float32)
             keep = jnp.minimum(self.decay, (1.0 + t) / (10.0 + t))
-            return jax.tree.map(lambda a, p: a + (1.0 - keep) * (p - a), average, params)
+            new = jax.tree.map(lambda a, p: a + (1.0 - keep) * (p - a), average, averaged(params, own))
+            return new, of.update(state, params, own, step)
 
-        return ParamView(
-            init=lambda params, key: ({}, jax.tree.map(jnp.copy, params)),
-            apply=lambda params, own, average: params,
+        def parts(params, states):
+            (flat, own), state = states
+            return tree.unflatten(tree.flatten(params) | flat), own, state
+
+        return of._replace(
+            init=init,
+            apply=lambda params, own, states: of.apply(params, own, states[1]),
             update=update,
-            evaluate=lambda params, own, average: average,
+            evaluate=lambda params, own, states: of.evaluate(*parts(params, states)),
+            pack=lambda params, own, states: of.pack(*parts(params, states)),
         )
 
 
@@ -122,6 +150,10 @@ class Chain(View):
 
     views: tuple[View, ...]
 
+    def check(self, steps: int) -> None:
+        for view in self.views:
+            view.check(steps)
+
     def build(self, axes: Any) -> ParamView:
         return chain(*(view.build(axes) for view in self.views))
 
@@ -130,7 +162,8 @@ def chain(*views: ParamView) -> ParamView:
     """The composition: each view takes the effective parameters of the one before as its stored ones.
 
     Its state is the tuple of the views' states (for a single view, that view's state; for none, `()`). Its own
-    parameters are those of view i under the key i. A parameter that any view freezes is frozen.
+    parameters are those of view i under the key i. A parameter that any view freezes is frozen. Only what the last view
+    rounds can be packed, for a later view might change it.
     """
     if not views:
         return IDENTITY
@@ -166,11 +199,18 @@ def chain(*views: ParamView) -> ParamView:
             params = view.evaluate(params, view_own, state)
         return params
 
+    def pack(params, own, states):
+        *before, (last, last_own, last_state) = each(own, states)
+        for view, view_own, state in before:
+            params = view.evaluate(params, view_own, state)
+        return last.pack(params, last_own, last_state)
+
     return ParamView(
         init=init,
         apply=apply,
         update=update,
         evaluate=evaluate,
+        pack=pack,
         axes={str(i): view.axes for i, view in enumerate(views) if view.axes},
         groups={f"{i}/{path}": group for i, view in enumerate(views) for path, group in view.groups.items()},
         frozen=frozenset().union(*(view.frozen for view in views)),

@@ -28,7 +28,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,
-    "compress": BASE,
+    "compress": BASE | {"nn", "optim", "views"},
     "optim": BASE,
     "data": BASE - {"tree"},
     "track": BASE - {"tree"},

@@ -1,0 +1,1 @@
+"""Compression: quantization, pruning. Views and numerics; the training step knows none of them."""

@@ -1,0 +1,1 @@
+"""Quantization of weights, activations and the key-value cache."""
