@@ -93,15 +93,13 @@ def to_theirs(
         moved(lambda p: np.broadcast_to(np.float32(MARK - kinds.index(kind_of(p))), p.blocks.shape)),
     )
     for (key, plain), (_, codes), (_, steps), (_, zeros), (_, numbers) in zip(*streams, strict=True):
-        first, last = int(numbers.min()), int(numbers.max())
-        if last == 0 or first != last:
-            if first != last:
-                raise UserError(
-                    f"{key} holds parameters that are quantized differently; one rule has to cover them all"
-                )
+        first, last = float(numbers.min()), float(numbers.max())
+        if first > MARK:
             yield key, plain
             continue
-        kind = kinds[last - 1]
+        if first != last:
+            raise UserError(f"{key} holds parameters that are quantized differently; let one rule cover them all")
+        kind = kinds[int(MARK - first)]
         size = codes.shape[-1] if kind.group is None else kind.group
         some = reduced(key, zeros, size).astype(np.int16) if kind.zeros else None
         yield key, PackedTensor(codes.astype(np.int16), reduced(key, steps, size), some, kind.grid)
