@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class Loaded:
     """config.json of the folder"""
     embedded: Tokenizer | None = None
     """The tokenizer inside a GGUF file"""
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    """The codes of the parameters that the run's view rounds to a grid, by path (`compress.quant.view.Packed`); their
+    values are in `params`"""
 
     @property
     def numerics(self) -> Numerics:
@@ -91,8 +94,8 @@ def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None
     step = _good_step(folder / "checkpoints", step, say)
     if "experiment" in config:
         experiment = from_json(config["experiment"])
-        params = _run_params(folder / "checkpoints", step, experiment)
-        return Loaded(decoder=experiment.model, params=params, step=step, experiment=experiment, **about)
+        params, packed = _run_params(folder / "checkpoints", step, experiment)
+        return Loaded(decoder=experiment.model, params=params, packed=packed, step=step, experiment=experiment, **about)
     from slmjax.train.checkpoint_folder import restore_params
 
     params = restore_params(folder / "checkpoints", step)
@@ -201,13 +204,17 @@ def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]
     return newest
 
 
-def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> Params:
-    """The parameters that training evaluated with: after the optimizer's averaging and the view."""
-    from slmjax.runs.build import states_of
+def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> tuple[Params, Mapping[str, Any]]:
+    """The parameters that training evaluated with: after the optimizer's averaging and the view; and the codes of those
+    that the view rounds."""
+    from slmjax.runs.build import pieces, states_of
     from slmjax.train.checkpoint_folder import restore
+    from slmjax.train.state import evaluation_params
 
-    states = states_of(experiment)
-    return states.params(restore(checkpoints, step, states.abstract).state)
+    states, parts = states_of(experiment), pieces(experiment)
+    state = restore(checkpoints, step, states.abstract).state
+    packed = evaluation_params(state, parts.optimizer, parts.view._replace(evaluate=parts.view.pack))
+    return states.params(state), packed
 
 
 def _on_device(params: Params) -> Params:

@@ -1,7 +1,9 @@
 """Quantizers of weights: which grid, which scale, and whether the scale is learned.
 
-A learned step is `exp(own) * reference * base`: `own` is trained and starts at 0, `reference` is measured on the
-weights when quantization begins, `base` is computed from the current weights (1 unless the quantizer has one).
+A learned step is `(1 + own) * reference * base`: `own` is trained and starts at 0, `reference` is measured on the
+weights when quantization begins, `base` is computed from the current weights (1 unless the quantizer has one). So a
+learning rate means the same for scales of any size, and a scale is computed to the same bits in every program (an
+exponential would not be).
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from slmjax.compress.quant.grids import (
     rounded,
     stored,
 )
+
+LEAST = 2.0**-6
+"""The smallest factor `1 + own`: a scale stays positive"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class Quantizer(abc.ABC):
         base = jax.lax.stop_gradient(self.base(w, blocks))
         if own is None:
             return stored(base, self.scale_type)
-        factor = _scaled_gradient(jnp.exp(own), self.sensitivity(blocks)) * reference
+        factor = jnp.maximum(1 + _scaled_gradient(own, self.sensitivity(blocks)), LEAST) * reference
         return stored(factor.reshape(blocks.broadcast) * base, self.scale_type)
 
     def fake(self, w: Any, blocks: Blocks, own: Any = None, reference: Any = None) -> Any:

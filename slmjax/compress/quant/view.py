@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.axes import APART
-from slmjax.compress.quant.blocks import Axes, Blocks
+from slmjax.compress.quant.blocks import Axes, Blocks, sides
 from slmjax.compress.quant.grids import Codes, Grid, decoded
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.errors import UserError
@@ -47,7 +47,7 @@ def chosen(axes: Any, rules: tuple[Rule, ...]) -> dict[str, Quantizer]:
     """{path: its quantizer}: that of the first rule with a matching pattern.
 
     Raises:
-        UserError: a pattern matches no parameter.
+        UserError: a pattern matches no parameter, or one that is not a matrix.
     """
     flat = tree.flatten(axes, is_leaf=tree.is_axes)
     out: dict[str, Quantizer] = {}
@@ -58,6 +58,8 @@ def chosen(axes: Any, rules: tuple[Rule, ...]) -> dict[str, Quantizer]:
         else:
             paths = [path for path, a in flat.items() if of_layers(path, a)]
         out |= {path: rule.quantizer for path in paths if path not in out}
+    for path in out:
+        sides(flat[path], path)
     return {path: out[path] for path in flat if path in out}
 
 
