@@ -90,18 +90,26 @@ def test_a_row_of_a_table_is_a_channel():
     np.testing.assert_allclose(packed.codes.steps, most / 127, rtol=1e-3)
 
 
-QUANTIZERS = [LSQ(bits=3), SEQ(), SEQ(levels=3), Balanced(), Binary(), BitNet(), LSQ(granularity=PerGroup(size=8))]
+EACH = {
+    "attn/q": LSQ(bits=3),
+    "attn/k": SEQ(),
+    "attn/v": SEQ(levels=3),
+    "attn/o": Balanced(),
+    "mlp/gate": Binary(),
+    "mlp/up": BitNet(),
+    "mlp/down": LSQ(granularity=PerGroup(size=8)),
+}
+"""A quantizer for each matrix of a layer"""
+ALL = Quantize(rules=tuple(Rule(quantizer=q, patterns=(f"layers/{name}",)) for name, q in EACH.items()))
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: type(q).__name__)
-def test_training_moves_weights_and_scales_and_packs_what_it_computes_with(quantizer):
-    state, view, tx = trained(Quantize(rules=(Rule(quantizer=quantizer),)), 4)
-    before, _ = parts(trained(Quantize(rules=(Rule(quantizer=quantizer),)), 0)[0])
-    after, own = parts(state)
-    for name in LAYERS:
-        assert np.mean(np.asarray(after[f"layers/{name}"] != before[f"layers/{name}"])) > 0.5
+def test_training_moves_weights_and_scales_and_packs_what_it_computes_with():
+    state, view, tx = trained(ALL, 4)
+    before, after = tree.flatten(MODEL.init(jax.random.fold_in(KEY, 0))), parts(state)[0]
+    for name, quantizer in EACH.items():
+        assert np.mean(np.asarray(after[f"layers/{name}"] != before[f"layers/{name}"])) > 0.5, name
         if quantizer.learned:
-            assert np.all(np.asarray(own[f"layers/{name}"]) != 0), f"a scale of {name} never moved"
+            assert np.all(np.asarray(parts(state)[1][f"layers/{name}"]) != 0), f"a scale of {name} never moved"
     effective = tree.flatten(jax.jit(lambda state: evaluation_params(state, tx, view))(state))
     packed = evaluation_params(state, tx, view._replace(evaluate=view.pack))
     assert set(packed) == {f"layers/{name}" for name in LAYERS}
@@ -111,12 +119,13 @@ def test_training_moves_weights_and_scales_and_packs_what_it_computes_with(quant
 
 def test_learned_scales_are_not_decayed_and_have_their_own_rate():
     view = Quantize(rules=(Rule(quantizer=SEQ()),), scale_rate=0.0)
-    state, *_ = trained(view, 3)
+    state, *_ = trained(view, 2)
     assert all(not np.any(x) for x in parts(state)[1].values())
-    for optimizer in (AdamW(weight_decay=10.0), Muon()):  # a matrix of scales [groups, channels] is no matrix for Muon
-        grouped = Quantize(rules=(Rule(quantizer=LSQ(granularity=PerGroup(size=8))),))
-        state, *_ = trained(grouped, 2, optimizer=optimizer)
-        assert all(np.abs(x).max() < 0.02 for x in parts(state)[1].values())
+    # a matrix of scales [groups, channels] is no matrix for Muon: it would make an orthogonal one of its momentum
+    grouped = Quantize(rules=(Rule(quantizer=LSQ(granularity=PerGroup(size=8)), patterns=("layers/mlp/up",)),))
+    state, *_ = trained(grouped, 1, optimizer=Muon(weight_decay=10.0))
+    (own,) = parts(state)[1].values()
+    np.testing.assert_allclose(np.abs(own), 3e-3, rtol=1e-2)  # the first step of Adam, not decayed
 
 
 def test_full_precision_first_then_rounded():
@@ -154,7 +163,7 @@ def test_an_average_of_weights_and_scales_is_evaluated():
 def test_a_chain_packs_what_its_last_view_rounds():
     rule = Rule(quantizer=Symmetric(bits=4))
     chained = Chain(views=(EMA(decay=0.9), Quantize(rules=(rule,))))
-    state, built, tx = trained(chained, 3)
+    state, built, tx = trained(chained, 1)
     packed = evaluation_params(state, tx, built._replace(evaluate=built.pack))
     effective = tree.flatten(evaluation_params(state, tx, built))
     for path, p in packed.items():

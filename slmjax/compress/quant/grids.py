@@ -153,11 +153,15 @@ def rounded(grid: Grid, w: Any, step: Any, zero: Any, over: tuple[int, ...]) -> 
     return decode(_encode(grid, w, step, zero), step, zero, grid.offset)
 
 
+def units(w: Any, step: Any) -> Any:
+    """Weights in units of the step, `w * (1 / step)`. Not `w / step`: XLA turns that into this product in some programs
+    and not in others, and near a tie two programs would choose different codes."""
+    return w * (1 / step)
+
+
 def _encode(grid: Grid, w: Any, step: Any, zero: Any) -> Any:
-    # v is rounded first and then shifted by the zero point: jnp.round(v + zero) would round twice
-    if zero is None:
-        return grid.encode(w / step)
-    return jnp.clip(jnp.round(w / step) + zero, grid.low, grid.high)
+    v = units(w, step)
+    return grid.encode(v) if zero is None else jnp.clip(jnp.round(v) + zero, grid.low, grid.high)
 
 
 def _forward(grid: Grid, w: Any, step: Any, zero: Any, over: tuple[int, ...]) -> Any:
@@ -166,7 +170,7 @@ def _forward(grid: Grid, w: Any, step: Any, zero: Any, over: tuple[int, ...]) ->
 
 def _backward(grid: Grid, over: tuple[int, ...], kept: Any, g: Any) -> Any:
     w, step, zero = kept
-    v = w / step
+    v = units(w, step)
     codes = _encode(grid, w, step, zero)
     if zero is None:
         value, passes, follows = codes + grid.offset, grid.passes(v), grid.follows(v)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.compress.quant.blocks import Blocks
-from slmjax.compress.quant.grids import Clipped, Floor, Grid, Sign, Stretched, decode
+from slmjax.compress.quant.grids import Clipped, Floor, Grid, Sign, Stretched, decode, units
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.compress.quant.uniform import check_bits
 from slmjax.errors import UserError
@@ -101,10 +101,10 @@ class Balanced(Quantizer):
         base, grid = jnp.maximum(self.base(w, blocks), 1e-8), self.grid
 
         def error(f: Any) -> Any:
-            value = decode(grid.encode(w / (f * base)), f * base, None, grid.offset)
+            value = decode(grid.encode(units(w, f * base)), f * base, None, grid.offset)
             return jnp.sum(jnp.square(value - w), axis=blocks.over)
 
-        factors = jnp.arange(1, self.candidates + 1, dtype=jnp.float32) / self.candidates
+        factors = jnp.arange(1, self.candidates + 1, dtype=w.dtype) / self.candidates
         errors = jax.lax.map(error, factors)
         return factors[jnp.argmin(errors, axis=0)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from slmjax.compress.quant.blocks import Blocks, Granularity, PerTensor
-from slmjax.compress.quant.grids import Everywhere, Grid, Nearest
+from slmjax.compress.quant.grids import Everywhere, Grid, Nearest, units
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.errors import UserError
 
@@ -39,7 +39,7 @@ class Symmetric(Quantizer):
 
     def base(self, w: Any, blocks: Blocks) -> Any:
         reach = 2 ** (self.bits - 1) - (0.5 if self.fill else 1.0)
-        return jnp.max(jnp.abs(w), axis=blocks.over, keepdims=True) / reach
+        return jnp.max(jnp.abs(w), axis=blocks.over, keepdims=True) * (1 / reach)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Asymmetric(Quantizer):
 
     def base(self, w: Any, blocks: Blocks) -> Any:
         low, high = _range(w, blocks)
-        return (high - low) / (2**self.bits - 1)
+        return (high - low) * (1 / (2**self.bits - 1))
 
     def zero(self, w: Any, step: Any, blocks: Blocks) -> Any:
         low, _ = _range(w, blocks)
-        return jnp.clip(jnp.round(-low / step), 0, 2**self.bits - 1)
+        return jnp.clip(jnp.round(units(-low, step)), 0, 2**self.bits - 1)
 
 
 def _range(w: Any, blocks: Blocks) -> tuple[Any, Any]:
@@ -89,4 +89,20 @@ class BitNet(Quantizer):
         return Everywhere(low=-1, high=1)
 
     def base(self, w: Any, blocks: Blocks) -> Any:
-        return jnp.mean(jnp.abs(w), axis=blocks.over, keepdims=True) + self.eps
+        return ordered_mean(jnp.abs(w), blocks.over) + self.eps
+
+
+def ordered_mean(x: Any, over: tuple[int, ...]) -> Any:
+    """The mean over some dimensions, which are kept with size 1: of halves, quarters and so on.
+
+    `jnp.mean` adds in another order in another program, so the scale of an export would not be that of training to the
+    last bit.
+    """
+    x = jnp.moveaxis(x, over, tuple(range(len(over))))
+    kept = x.shape[len(over) :]
+    x = x.reshape(-1, *kept)
+    count = len(x)
+    x = jnp.pad(x, ((0, 2 ** (count - 1).bit_length() - count), *((0, 0),) * len(kept)))
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return jnp.expand_dims(x[0], over) * (1 / count)

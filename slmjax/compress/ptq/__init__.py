@@ -1,0 +1,1 @@
+"""Post-training quantization: weights rounded after training, with or without calibration data."""
