@@ -91,7 +91,7 @@ class Experiment:
                 f"data.length is {self.data.length}, longer than model.context {self.model.context}; "
                 "shorten the sequences or raise model.context"
             )
-        self.view.check(self.steps)
+        self.view.over(self.steps)
         self.objective.fits(self.model)
         self.objective.reads(self.model, self.data)
         if self.data.batch % self.accumulate:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,8 +39,13 @@ class View(ABC):
             axes: logical axes of the model's parameters (`Model.axes`), a nested dict of tuples of names.
         """
 
-    def check(self, steps: int) -> None:  # noqa: B027  nothing to check, unless a view says so
-        """Raises UserError if the view makes no sense in a run of this many steps."""
+    def over(self, steps: int) -> View:
+        """This view in a run of that many steps: shares of the run become numbers of steps.
+
+        Raises:
+            UserError: it makes no sense in such a run.
+        """
+        return self
 
 
 def stateless(
@@ -110,8 +115,8 @@ class EMA(View):
         if not 0.0 <= self.decay < 1.0:
             raise UserError(f"view.decay is {self.decay}; it must be at least 0 and below 1, such as 0.999")
 
-    def check(self, steps: int) -> None:
-        self.of.check(steps)
+    def over(self, steps: int) -> View:
+        return replace(self, of=self.of.over(steps))
 
     def build(self, axes: Any) -> ParamView:
         of = self.of.build(axes)
@@ -150,9 +155,8 @@ class Chain(View):
 
     views: tuple[View, ...]
 
-    def check(self, steps: int) -> None:
-        for view in self.views:
-            view.check(steps)
+    def over(self, steps: int) -> View:
+        return replace(self, views=tuple(view.over(steps) for view in self.views))
 
     def build(self, axes: Any) -> ParamView:
         return chain(*(view.build(axes) for view in self.views))

@@ -11,7 +11,7 @@ short run like this one has fewer, so a quarter of the steps is the least.
 
 from dataclasses import replace
 
-from slmjax.compress.quant.budget import fraction, start
+from slmjax.compress.quant.budget import fraction
 from slmjax.compress.quant.learned import SEQ
 from slmjax.compress.quant.view import Quantize, Rule
 from slmjax.config import Experiment
@@ -28,5 +28,5 @@ def experiment() -> Experiment:
         base,
         name="two-bits",
         schedule=WSD(peak_lr=2e-3, warmup_steps=30, decay_fraction=share),
-        view=Quantize(rules=(Rule(quantizer=SEQ(levels=4)),), start=start(base.steps, share)),
+        view=Quantize(rules=(Rule(quantizer=SEQ(levels=4)),), share=share),
     )

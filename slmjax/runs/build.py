@@ -39,7 +39,7 @@ class Built(NamedTuple):
 def pieces(experiment: Experiment, compute: Compute = Compute()) -> Pieces:  # noqa: B008
     """The model of an experiment with its view and optimizer."""
     model = experiment.model.build(compute, experiment.numerics)
-    view = experiment.view.build(model.axes)
+    view = experiment.view.over(experiment.steps).build(model.axes)
     schedule = experiment.schedule.build(experiment.steps)
     optimizer = experiment.optimizer.build(schedule, *stored.optimized(model.axes, view))
     return Pieces(model, view, optimizer, schedule)

@@ -17,6 +17,7 @@ from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.encoder import CANNOT
 from slmjax.nn.numerics import Numerics
+from slmjax.runs import packed_folder
 from slmjax.serialise import from_json
 from slmjax.types import Params
 
@@ -91,6 +92,11 @@ def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None
             raise UserError(f"{folder} is a Hugging Face folder, without checkpoints: there is no step {step} to take")
         imported = import_hf(folder)
         return Loaded(decoder=imported.decoder, params=to_device(imported.params), **about)
+    if packed_folder.KEY in config:
+        if step is not None:
+            raise UserError(f"{folder} was written by slmjax quantize, without checkpoints: there is no step {step}")
+        decoder, params, packed = packed_folder.read(folder, config)
+        return Loaded(decoder=decoder, params=_on_device(params), packed=packed, **about)
     step = _good_step(folder / "checkpoints", step, say)
     if "experiment" in config:
         experiment = from_json(config["experiment"])

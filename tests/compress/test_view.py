@@ -179,6 +179,14 @@ def test_a_mesh_changes_nothing():
         np.testing.assert_allclose(x, tree.flatten(spread.params)[path], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(("share", "start"), [(1.0, 0), (0.25, 75), (0.001, 99)])
+def test_a_share_of_the_run(share, start):
+    rules = (Rule(quantizer=SEQ()),)
+    views = (EMA(of=Quantize(rules=rules, share=share)), Chain(views=(Identity(), Quantize(rules=rules, share=share))))
+    assert views[0].over(100).of.start == start
+    assert views[1].over(100).views[1].start == start
+
+
 def rounding(pattern):
     return Quantize(rules=(Rule(quantizer=Symmetric(bits=2), patterns=(pattern,)),))
 
@@ -192,7 +200,9 @@ def rounding(pattern):
             lambda: Quantize(rules=(Rule(quantizer=SEQ(), patterns=("final_norm/*",)),)).build(MODEL.axes),
             "not a matrix",
         ),
-        (lambda: Quantize(rules=(Rule(quantizer=SEQ()),), start=5).check(5), "view.start is 5, but the run has 5"),
+        (lambda: Quantize(rules=(Rule(quantizer=SEQ()),), start=5).over(5), "view.start is 5, but the run has 5"),
+        (lambda: Quantize(rules=(Rule(quantizer=SEQ()),), share=0.0), "view.share is 0"),
+        (lambda: Quantize(rules=(Rule(quantizer=SEQ()),), share=0.5).build(MODEL.axes), "unknown number of steps"),
     ],
 )
 def test_mistakes(make, message):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from slmjax.errors import UserError
-
 
 def fraction(tokens: float, params: float, bits: float) -> float:
     """The share of tokens in quantization-aware training with the lowest final loss: exp(-6.7297 / ln S), with
@@ -21,15 +19,3 @@ def fraction(tokens: float, params: float, bits: float) -> float:
     """
     per_byte = tokens / (params * bits / 8)
     return math.exp(-6.7297 / math.log(per_byte)) if per_byte > 1 else 0.0
-
-
-def start(steps: int, share: float) -> int:
-    """The step at which the last `share` of a run begins: `Quantize.start`.
-
-    Raises:
-        UserError: no step would be left.
-    """
-    begin = steps - round(steps * share)
-    if not 0 <= begin < steps:
-        raise UserError(f"a share of {share} leaves none of {steps} steps for quantization; give more, such as 0.25")
-    return begin

@@ -4,7 +4,7 @@ weights of full precision."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -77,24 +77,35 @@ class Quantize(View):
     """
 
     rules: tuple[Rule, ...]
-    start: int = 0
-    """The step from which weights are rounded; full precision before. The scales begin from the weights of that step"""
+    share: float = 1.0
+    """The share of the steps, at the end of the run, in which weights are rounded; full precision before"""
+    start: int | None = None
+    """The step from which weights are rounded; None: as `share` says. The scales begin from the weights of that step"""
     scale_rate: float = 1.0
     """Learning rate of learned scales, as a factor on that of the weights"""
 
     def __post_init__(self):
         if not self.rules:
             raise UserError("view.rules is empty; give at least one Rule(quantizer=...)")
-        if self.start < 0:
+        if not 0 < self.share <= 1:
+            raise UserError(f"view.share is {self.share}; expected more than 0 and at most 1, such as 0.25")
+        if self.start is not None and self.start < 0:
             raise UserError(f"view.start is {self.start}; expected a step, 0 or more")
 
-    def check(self, steps: int) -> None:
-        if self.start >= steps:
+    def over(self, steps: int) -> Quantize:
+        start = steps - max(1, round(steps * self.share)) if self.start is None else self.start
+        if start >= steps:
             raise UserError(
-                f"view.start is {self.start}, but the run has {steps} steps: no weight would ever be rounded; lower it"
+                f"view.start is {start}, but the run has {steps} steps: no weight would ever be rounded; lower it"
             )
+        return replace(self, start=start)
 
     def build(self, axes: Any) -> ParamView:
+        if self.start is None:
+            if self.share < 1:
+                raise UserError(f"view.share is {self.share} of an unknown number of steps; call over(steps) first")
+            return replace(self, start=0).build(axes)
+        start = self.start
         flat = tree.flatten(axes, is_leaf=tree.is_axes)
         quantizers = chosen(axes, self.rules)
         if not quantizers:
@@ -115,7 +126,7 @@ class Quantize(View):
         def init(params: Params, key: Any) -> tuple[Params, Any]:
             found = references(params)
             own = tree.unflatten({path: jnp.zeros_like(x) for path, x in found.items()})
-            return own, {"begun": jnp.asarray(self.start == 0), "references": found}
+            return own, {"begun": jnp.asarray(start == 0), "references": found}
 
         def arguments(path: str, w: Any, own: Mapping[str, Any], state: Any) -> tuple[Any, ...]:
             return w, blocks(path, w), own.get(path), state["references"].get(path)
@@ -126,16 +137,16 @@ class Quantize(View):
 
         def apply(params: Params, own: Params, state: Any) -> Params:
             weights = {path: w for path, w in tree.flatten(params).items() if path in quantizers}
-            if self.start == 0:
+            if start == 0:
                 new = fake(weights, own, state)
             else:
                 new = jax.lax.cond(state["begun"], fake, lambda weights, own, state: weights, weights, own, state)
             return tree.map_with_path(lambda path, w: new.get(path, w), params)
 
         def update(state: Any, params: Params, own: Params, step: Any) -> Any:
-            if self.start == 0:
+            if start == 0:
                 return state
-            now = step + 1 == self.start
+            now = step + 1 == start
             found = jax.lax.cond(now, references, lambda params: state["references"], params)
             return {"begun": state["begun"] | now, "references": found}
 

@@ -1,0 +1,104 @@
+"""What the inputs of a model's products look like on data: their Gram matrices, for post-training methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+
+from slmjax.compress.quant.activations import summed
+from slmjax.errors import UserError
+from slmjax.models.assembly import Assembly
+from slmjax.nn.compute import Compute
+from slmjax.nn.numerics import Numerics, Product
+from slmjax.types import Batch, Params
+
+
+class Grams:
+    """Sums over tokens of x^T x, for the inputs x of each product, by path and layer."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[np.ndarray]] = {}
+        self.tokens = 0
+        self._calls: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Called before each batch: its layers are counted from 0 again."""
+        self._calls = {}
+
+    def add(self, path: str, gram: np.ndarray) -> None:
+        """Adds [in, in] of the next layer that has this path."""
+        layer = self._calls.get(path, 0)
+        self._calls[path] = layer + 1
+        rows = self.sums.setdefault(path, [])
+        if layer == len(rows):
+            rows.append(np.zeros(gram.shape, np.float64))
+        rows[layer] += gram
+
+    def of(self, path: str) -> np.ndarray:
+        """float64 [layers, in, in].
+
+        Raises:
+            UserError: the model has no product with this parameter.
+        """
+        if path not in self.sums:
+            raise UserError(f"{path} is in no product of the model; there are: {', '.join(self.sums)}")
+        return np.stack(self.sums[path])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Product):
+    """Products without rounding that give the Gram matrix of their inputs to `add`, layer after layer."""
+
+    add: Callable[[str, np.ndarray], None] = field(compare=False)
+
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
+        over = summed(equation)
+        tokens = tuple(i for i in range(x.ndim) if i not in over)
+        flat = jnp.transpose(x, (*tokens, *over)).reshape(-1, int(np.prod([x.shape[i] for i in over])))
+        gram = jnp.matmul(flat.T, flat, precision="highest")
+
+        def record(gram: Any) -> None:
+            self.add(path, np.asarray(gram, np.float64))
+
+        io_callback(record, None, gram, ordered=True)
+        return einsum(equation, x, weight)
+
+
+def grams(
+    model: Assembly, params: Params, batches: Iterable[Batch], progress: Callable[[int], None] = lambda done: None
+) -> Grams:
+    """The Gram matrices of the inputs of every product inside the layers, in float32.
+
+    Rows with padding are left out, for padding would be counted as tokens.
+
+    Args:
+        progress: called with the number of batches done.
+
+    Raises:
+        UserError: no row is without padding.
+    """
+    found = Grams()
+    run = model.build(Compute(), Numerics(product=Recorded(add=found.add)))
+
+    @jax.jit
+    def forward(params: Params, batch: Batch) -> jax.Array:
+        return run.apply(params, batch.tokens, batch.positions, batch.segment_ids).hidden[:1, :1]
+
+    for done, batch in enumerate(batches, start=1):
+        whole = np.all(np.asarray(batch.segment_ids) > 0, axis=1)
+        if whole.any():
+            rows = jax.tree.map(lambda x, keep=whole: np.asarray(x)[keep], batch)
+            found.begin()
+            jax.block_until_ready(forward(params, rows))
+            jax.effects_barrier()
+            found.tokens += rows.tokens.size
+        progress(done)
+    if not found.tokens:
+        raise UserError("every row of the calibration data has padding; give --length, shorter than the documents")
+    return found
