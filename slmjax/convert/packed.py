@@ -51,9 +51,7 @@ class Kind(NamedTuple):
 
 def kind_of(packed: Packed) -> Kind:
     """The kind of one quantized parameter."""
-    blocks = packed.blocks
-    group = None if blocks.blocked == blocks.shape else blocks.size
-    return Kind(packed.grid, packed.codes.zeros is not None, group)
+    return Kind(packed.grid, packed.codes.zeros is not None, packed.blocks.group)
 
 
 def to_theirs(

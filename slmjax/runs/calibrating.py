@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
 from slmjax.compress.quant.activations import summed
 from slmjax.errors import UserError
@@ -63,11 +62,14 @@ class Recorded(Product):
         flat = jnp.transpose(x, (*tokens, *over)).reshape(-1, int(np.prod([x.shape[i] for i in over])))
         gram = jnp.matmul(flat.T, flat, precision="highest")
 
-        def record(gram: Any) -> None:
+        def record(gram: Any) -> np.ndarray:
             self.add(path, np.asarray(gram, np.float64))
+            return np.zeros((), np.float32)
 
-        io_callback(record, None, gram, ordered=True)
-        return einsum(equation, x, weight)
+        # What is returned is added to x, so that the layers call one after another. Not `io_callback`: Flax's scan over
+        # layers takes its effect for a dependency between layers.
+        zero = jax.pure_callback(record, jax.ShapeDtypeStruct((), np.float32), gram)
+        return einsum(equation, x + zero.astype(x.dtype), weight)
 
 
 def grams(
@@ -96,7 +98,6 @@ def grams(
             rows = jax.tree.map(lambda x, keep=whole: np.asarray(x)[keep], batch)
             found.begin()
             jax.block_until_ready(forward(params, rows))
-            jax.effects_barrier()
             found.tokens += rows.tokens.size
         progress(done)
     if not found.tokens:

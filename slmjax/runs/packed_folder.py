@@ -70,7 +70,12 @@ def write(folder: Path, model: Assembly, params: Params, packed: Mapping[str, Pa
         tensors[f"{path}:steps"] = _narrow(np.asarray(p.codes.steps, np.float32))
         if p.codes.zeros is not None:
             tensors[f"{path}:zeros"] = np.asarray(p.codes.zeros).astype(np.uint8)
-        meaning[path] = {"grid": to_json(p.grid), "blocked": p.blocks.blocked, "over": p.blocks.over}
+        meaning[path] = {
+            "grid": to_json(p.grid),
+            "blocked": p.blocks.blocked,
+            "over": p.blocks.over,
+            "group": p.blocks.group,
+        }
     save_file(tensors, folder / WEIGHTS)
     described = {"format": 1, "model": to_json(model), KEY: meaning, **about}
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
@@ -94,7 +99,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[Assembly, Params, dic
                 if meaning is None:
                     params[path] = file.get_tensor(path).reshape(shape)
                     continue
-                blocks = Blocks(shape, tuple(meaning["blocked"]), tuple(meaning["over"]))
+                blocks = Blocks(shape, tuple(meaning["blocked"]), tuple(meaning["over"]), meaning["group"])
                 grid = from_json(meaning["grid"])
                 codes = unpack_bits(file.get_tensor(f"{path}:codes"), width(grid.levels), math.prod(shape))
                 codes = codes.reshape(shape).astype(np.int16) + np.int16(grid.low)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from slmjax import tree
 from slmjax.compress.ptq.gptq import gptq
 from slmjax.compress.ptq.rtn import Search, least_error, nearest, usual
-from slmjax.compress.quant.blocks import Blocks, PerTensor, sides
+from slmjax.compress.quant.blocks import Axes, Blocks, PerTensor, sides
 from slmjax.compress.quant.grids import Codes
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.compress.quant.view import Packed, Rule, chosen
@@ -56,16 +57,20 @@ class RTN(Method):
         axes, weights, packed = _axes(model), tree.flatten(params), {}
         quantizers = chosen(model.axes(), rules)
         for done, (path, quantizer) in enumerate(quantizers.items(), start=1):
-            blocks = quantizer.granularity.cut(tuple(weights[path].shape), axes[path], path)
-            codes = nearest(quantizer, jnp.asarray(weights[path]), blocks, self.search)
-            packed[path] = Packed(codes, quantizer.grid, blocks, axes[path])
-            progress("weights", done, len(quantizers))
+            packed[path] = _nearest(path, quantizer, weights[path], axes[path], self.search)
+            progress("parameters", done, len(quantizers))
         return packed
+
+
+def _nearest(path: str, quantizer: Quantizer, w: Any, axes: Axes, search: Search) -> Packed:
+    blocks = quantizer.granularity.cut(tuple(w.shape), axes, path)
+    return Packed(nearest(quantizer, jnp.asarray(w), blocks, search), quantizer.grid, blocks, axes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Method):
-    """GPTQ: each matrix by the Gram matrix of its inputs on calibration data. Frantar et al. 2023, arXiv:2210.17323.
+    """GPTQ: each matrix of the layers by the Gram matrix of its inputs on calibration data; tables to nearest.
+    Frantar et al. 2023, arXiv:2210.17323.
 
     The inputs of a layer are those of the model whose earlier layers are rounded already. The original runs the model
     once a layer for that; here the layers are split into `rounds` parts of consecutive layers, whose inputs are
@@ -85,9 +90,13 @@ class GPTQ(Method):
         quantizers, axes = chosen(model.axes(), rules), _axes(model)
         weights = {path: np.array(x, np.float32) for path, x in tree.flatten(params).items()}
         jobs = _jobs(model, quantizers)
-        parts: dict[str, _Parts] = {}
-        for path, quantizer in quantizers.items():
-            parts[path] = _Parts.of(path, quantizer, weights[path].shape, axes[path])
+        inside = {path for job in jobs for path, _ in job}
+        tables = {
+            path: _nearest(path, quantizer, weights[path], axes[path], self.search)
+            for path, quantizer in quantizers.items()
+            if path not in inside
+        }
+        parts = {path: _Parts.of(path, quantizers[path], weights[path].shape, axes[path]) for path in inside}
         done, rounds = 0, [list(x) for x in np.array_split(np.arange(model.layers), min(self.rounds, model.layers))]
         for of_round in rounds:
             found = grams(model, tree.unflatten(weights), batches)
@@ -95,9 +104,8 @@ class GPTQ(Method):
                 self._one(path, index, quantizers[path], weights, parts[path], found)
                 done += 1
                 progress("matrices", done, sum(map(len, jobs)))
-        return {
-            path: Packed(part.codes(), quantizers[path].grid, part.blocks, axes[path]) for path, part in parts.items()
-        }
+        rounded = {path: Packed(p.codes(), quantizers[path].grid, p.blocks, axes[path]) for path, p in parts.items()}
+        return tables | rounded
 
     def _one(
         self, path: str, index: int, quantizer: Quantizer, weights: dict[str, np.ndarray], part: _Parts, found: Grams
@@ -122,15 +130,14 @@ class _Parts:
     zeros: np.ndarray | None = None
 
     @staticmethod
-    def of(path: str, quantizer: Quantizer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> _Parts:
+    def of(path: str, quantizer: Quantizer, shape: tuple[int, ...], axes: Axes) -> _Parts:
         cut = sides(axes, path)
         if cut.stacked != (0,) or isinstance(quantizer.granularity, PerTensor):
             raise UserError(f"{path}: GPTQ rounds matrices stacked by layer, with a scale for each channel or group")
         blocks = quantizer.granularity.cut(shape, axes, path)
         inputs = int(np.prod([shape[i] for i in cut.inputs]))
-        group = None if blocks.blocked == shape else blocks.size
         steps = np.empty((shape[0], *blocks.scales[1:]), np.float32)
-        return _Parts(blocks=blocks, inputs=inputs, group=group, taken=np.empty(shape, np.int16), steps=steps)
+        return _Parts(blocks=blocks, inputs=inputs, group=blocks.group, taken=np.empty(shape, np.int16), steps=steps)
 
     def matrix(self, w: np.ndarray) -> np.ndarray:
         """[inputs..., outputs...] -> [out, in]."""
@@ -151,23 +158,17 @@ class _Parts:
         return Codes(self.taken, self.steps, self.zeros)
 
 
-def _axes(model: Assembly) -> dict[str, tuple[str | None, ...]]:
+def _axes(model: Assembly) -> dict[str, Axes]:
     return tree.flatten(model.axes(), is_leaf=tree.is_axes)
 
 
 def _jobs(model: Assembly, paths: Iterable[str]) -> list[list[tuple[str, int]]]:
-    """For each layer of the model, the (path, index on its layer axis) of its parameters among `paths`.
-
-    Raises:
-        UserError: a parameter is in no layer.
-    """
+    """For each layer of the model, the (path, index on its layer axis) of its parameters among `paths`."""
     jobs: list[list[tuple[str, int]]] = [[] for _ in range(model.layers)]
     for path in paths:
-        place = next((p for p in model.places() if path.startswith(f"{p.path}/")), None)
-        if place is None:
-            raise UserError(f"{path} is in no layer: GPTQ rounds matrices of the layers; use rtn-mse for tables")
-        for index, number in enumerate(place.numbers):
-            jobs[number].append((path, index))
+        for place in (p for p in model.places() if path.startswith(f"{p.path}/")):
+            for index, number in enumerate(place.numbers):
+                jobs[number].append((path, index))
     return jobs
 
 

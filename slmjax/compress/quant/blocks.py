@@ -47,6 +47,8 @@ class Blocks(NamedTuple):
     blocked: Shape
     over: tuple[int, ...]
     """Dimensions of the blocked shape that share a scale"""
+    group: int | None = None
+    """Input channels that share a scale; None: all of an output channel, or of the matrix"""
 
     @property
     def scales(self) -> Shape:
@@ -126,7 +128,7 @@ class PerGroup(Granularity):
                 f"choose a divisor, such as {math.gcd(width, self.size)}, or PerChannel()"
             )
         blocked = (*shape[:first], width // self.size, self.size, *shape[last:])
-        return Blocks(shape, blocked, (first + 1,))
+        return Blocks(shape, blocked, (first + 1,), self.size)
 
     def axes(self, axes: Axes, path: str) -> Axes:
         inputs = sides(axes, path).inputs
