@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         change = after.loss.value - before.loss.value
         print(
             f"loss {before.loss.value:.4f} before, {after.loss.value:.4f} after: {change:+.4f} nats a token, on "
-            f"{before.tokens:,} held-out tokens"
+            f"{int(before.tokens):,} held-out tokens"
         )
     else:
         print("loss not measured: add --data with a token store")
