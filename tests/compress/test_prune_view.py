@@ -1,5 +1,6 @@
 """The views that prune while training, in real steps."""
 
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from slmjax.models.families.llama import llama
 from slmjax.objectives import NextToken
 from slmjax.optim.recipes import AdamW, Muon
 from slmjax.optim.schedules import Constant
+from slmjax.serialise import from_json, to_json
 from slmjax.train import stored
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.sharding import Mesh
@@ -249,6 +251,13 @@ def test_resumed_in_the_middle_of_the_schedule_bit_for_bit(view, tmp_path):
     for step in range(5, 9):
         state, _ = again.step(state, (), again.put(toy.batch(step)))
     same(whole, state)
+
+
+@pytest.mark.parametrize(
+    "view", [Prune(schedule=FAST, scope=NOfM(m=8)), Movement(scope=Global()), KeepZeros(patterns=("*/up",))], ids=named
+)
+def test_a_view_is_written_into_config_json_and_read_again(view):
+    assert from_json(json.loads(json.dumps(to_json(view)))) == view
 
 
 @pytest.mark.parametrize(
