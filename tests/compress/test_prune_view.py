@@ -13,6 +13,8 @@ from slmjax import tree
 from slmjax.compress.prune.layout import to_matrices
 from slmjax.compress.prune.masks import Global, NOfM, PerLayer, PerRow
 from slmjax.compress.prune.view import Cubic, KeepZeros, Movement, Prune
+from slmjax.compress.quant.uniform import Symmetric
+from slmjax.compress.quant.view import Quantize, Rule
 from slmjax.errors import UserError
 from slmjax.models.families.llama import llama
 from slmjax.objectives import NextToken
@@ -24,7 +26,7 @@ from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.sharding import Mesh
 from slmjax.train.state import evaluation_params
 from slmjax.train.step import program
-from slmjax.views import EMA
+from slmjax.views import EMA, Chain
 
 
 class Case(NamedTuple):
@@ -217,6 +219,17 @@ def test_an_average_is_evaluated_under_the_masks():
     effective = tree.flatten(evaluation_params(state, tx, built))
     for path, kept in tree.flatten(inner["masks"]).items():
         np.testing.assert_array_equal(effective[path], np.where(kept, average[path], 0))
+
+
+def test_what_is_left_is_quantized():
+    view = Chain(views=(Prune(schedule=FAST), Quantize(rules=(Rule(quantizer=Symmetric(bits=4)),))))
+    state = states(view, 9)[-1]
+    _, built, tx = made(view)
+    effective = tree.flatten(evaluation_params(state, tx, built))
+    for path, kept in tree.flatten(state.view[0]["masks"]).items():
+        assert not np.any(np.asarray(effective[path])[~kept])
+        assert np.mean(np.asarray(effective[path])[kept] != 0) > 0.9
+        assert all(len(np.unique(row)) <= 16 for row in to_matrices(effective[path], AXES[path], path)[0])
 
 
 @pytest.mark.parametrize(("case", "scope"), [(TOY, Global()), (TOY, NOfM(m=4)), (REAL, PerLayer())], ids=named)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from slmjax.compress.prune.masks import NOfM, check_sparsity
 from slmjax.errors import UserError
@@ -120,7 +121,7 @@ def _inverse_factor(gram: Matrix, dead: Matrix, damping: float) -> Matrix:
         backwards = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError as error:
         raise UserError(f"damping is {damping}, too little for this Gram matrix to be inverted; try 0.1") from error
-    return np.triu(np.linalg.inv(backwards))
+    return solve_triangular(backwards, np.eye(len(h)))
 
 
 def _lowest(scores: Matrix, count: int) -> Matrix:
