@@ -22,6 +22,7 @@ VERBS = {  # verb -> (module, what it does)
     "generate": ("generate", "sample text from a model"),
     "embed": ("embed", "vectors of texts, of norm 1"),
     "quantize": ("quantize", "round the weights of a trained model to few bits (post-training quantization)"),
+    "prune": ("prune", "remove weights, layers or channels of a trained model"),
     "export": ("export", "write a Hugging Face folder or a GGUF file, reload it and compare the logits"),
     "import": ("import_", "read a Hugging Face folder or a GGUF file"),
     "inspect": ("inspect", "parameters and FLOPs of a model or an experiment"),

@@ -19,10 +19,11 @@ from slmjax.types import Batch, Params
 
 
 class Grams:
-    """Sums over tokens of x^T x, for the inputs x of each product, by path and layer."""
+    """Sums over tokens of x^T x, for the inputs x of each product, by path and layer; and the size of each channel."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[np.ndarray]] = {}
+        self.squares: dict[str, list[np.ndarray]] = {}
         self.tokens = 0
         self._calls: dict[str, int] = {}
 
@@ -30,14 +31,15 @@ class Grams:
         """Called before each batch: its layers are counted from 0 again."""
         self._calls = {}
 
-    def add(self, path: str, gram: np.ndarray) -> None:
-        """Adds [in, in] of the next layer that has this path."""
+    def add(self, path: str, gram: np.ndarray, squares: np.ndarray) -> None:
+        """Adds x^T x [in, in] and the squared means [in] of the next layer that has this path."""
         layer = self._calls.get(path, 0)
         self._calls[path] = layer + 1
-        rows = self.sums.setdefault(path, [])
-        if layer == len(rows):
-            rows.append(np.zeros(gram.shape, np.float64))
-        rows[layer] += gram
+        for sums, x in ((self.sums, gram), (self.squares, squares)):
+            rows = sums.setdefault(path, [])
+            if layer == len(rows):
+                rows.append(np.zeros(x.shape, np.float64))
+            rows[layer] += x
 
     def of(self, path: str) -> np.ndarray:
         """float64 [layers, in, in].
@@ -49,26 +51,35 @@ class Grams:
             raise UserError(f"{path} is in no product of the model; there are: {', '.join(self.sums)}")
         return np.stack(self.sums[path])
 
+    def importance(self, path: str) -> np.ndarray:
+        """float64 [layers, in]: the mean of |x| over each sequence, and of these the L2 norm over sequences
+        (`compress.prune.structured.channel_importance`)."""
+        self.of(path)
+        return np.sqrt(np.stack(self.squares[path]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Product):
     """Products without rounding that give the Gram matrix of their inputs to `add`, layer after layer."""
 
-    add: Callable[[str, np.ndarray], None] = field(compare=False)
+    add: Callable[[str, np.ndarray, np.ndarray], None] = field(compare=False)
 
     def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
         over = summed(equation)
         tokens = tuple(i for i in range(x.ndim) if i not in over)
-        flat = jnp.transpose(x, (*tokens, *over)).reshape(-1, int(np.prod([x.shape[i] for i in over])))
+        channels = int(np.prod([x.shape[i] for i in over]))
+        rows = jnp.transpose(x, (*tokens, *over)).reshape(x.shape[0], -1, channels)
+        flat = rows.reshape(-1, channels)
         gram = jnp.matmul(flat.T, flat, precision="highest")
+        squares = jnp.sum(jnp.square(jnp.mean(jnp.abs(rows), axis=1)), axis=0)
 
-        def record(gram: Any) -> np.ndarray:
-            self.add(path, np.asarray(gram, np.float64))
+        def record(gram: Any, squares: Any) -> np.ndarray:
+            self.add(path, np.asarray(gram, np.float64), np.asarray(squares, np.float64))
             return np.zeros((), np.float32)
 
         # What is returned is added to x, so that the layers call one after another. Not `io_callback`: Flax's scan over
         # layers takes its effect for a dependency between layers.
-        zero = jax.pure_callback(record, jax.ShapeDtypeStruct((), np.float32), gram)
+        zero = jax.pure_callback(record, jax.ShapeDtypeStruct((), np.float32), gram, squares)
         return einsum(equation, x + zero.astype(x.dtype), weight)
 
 

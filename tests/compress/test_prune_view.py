@@ -280,7 +280,7 @@ def test_a_view_is_written_into_config_json_and_read_again(view):
         (lambda: Cubic(final=0.4, initial=0.5), "above schedule.final"),
         (lambda: Cubic(every=0), "schedule.every is 0; expected 1 or more"),
         (lambda: Prune(schedule=Cubic(final=0.6), scope=NOfM(m=4)), "not a whole number of every 4"),
-        (lambda: Prune().check(1000), "reached at step 1000 .* the run has 1000 steps"),
+        (lambda: Prune().over(1000), "reached at step 1000 .* the run has 1000 steps"),
         (lambda: Movement(schedule=Cubic(initial=0.2)), "all scores of Movement are still 0"),
         (lambda: KeepZeros(patterns=("final_norm/scale",)).build(toy.AXES), "cannot be pruned"),
     ],

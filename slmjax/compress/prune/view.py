@@ -114,8 +114,9 @@ class Prune(View):
     def __post_init__(self):
         self.scope.check(self.schedule.final)
 
-    def check(self, steps: int) -> None:
+    def over(self, steps: int) -> View:
         self.schedule.check(steps)
+        return self
 
     def build(self, axes: Any) -> ParamView:
         chosen, schedule = prunable(axes, self.patterns), self.schedule
@@ -173,8 +174,9 @@ class Movement(View):
                 "still 0; set it to 0, or begin at a later view.schedule.start"
             )
 
-    def check(self, steps: int) -> None:
+    def over(self, steps: int) -> View:
         self.schedule.check(steps)
+        return self
 
     def build(self, axes: Any) -> ParamView:
         chosen, schedule = prunable(axes, self.patterns), self.schedule
