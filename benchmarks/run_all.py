@@ -22,6 +22,7 @@ def main() -> None:
         "startup.py": [],
         "convert.py": [],
         "overhead.py": [],
+        "quantize.py": [],
         "scaling.py": [],
     }.items():
         print(f"\n== {name}", flush=True)

@@ -23,14 +23,16 @@ import numpy as np  # noqa: E402
 
 from slmjax.convert.hf import write_hf  # noqa: E402
 from slmjax.models.families.llama import llama  # noqa: E402
+from slmjax.nn.compute import Compute  # noqa: E402
 from slmjax.objectives import NextToken  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402
 from slmjax.optim.schedules import Constant  # noqa: E402
 from slmjax.runs.probe import compute_here  # noqa: E402
+from slmjax.train import stored  # noqa: E402
 from slmjax.train.sharding import Mesh  # noqa: E402
 from slmjax.train.step import Program, program  # noqa: E402
 from slmjax.types import Batch  # noqa: E402
-from slmjax.views import Identity  # noqa: E402
+from slmjax.views import Identity, View  # noqa: E402
 
 
 def decoder(work: w.Workload):
@@ -47,18 +49,19 @@ def decoder(work: w.Workload):
     )
 
 
-def built(work: w.Workload, compute=None) -> Program:
+def built(work: w.Workload, compute: Compute | None = None, view: View = Identity()) -> Program:  # noqa: B008
     """The workload's training step, as `compute` says (default: what slmjax chooses here)."""
     compute = compute or compute_here()
     model = decoder(work).build(compute)
+    param_view = view.build(model.axes)
     schedule = Constant(peak_lr=w.PEAK_LR).build(10**6)
     optimizer = AdamW(weight_decay=w.WEIGHT_DECAY, b1=w.BETAS[0], b2=w.BETAS[1], eps=w.EPS, clip_norm=w.CLIP_NORM)
     return program(
         model.init,
         model.axes,
         NextToken().build(model),
-        optimizer.build(schedule, model.axes),
-        Identity().build(model.axes),
+        optimizer.build(schedule, *stored.optimized(model.axes, param_view)),
+        param_view,
         mesh=Mesh().build(),
         micro_tokens=compute.micro_tokens(work.width),
         schedule=schedule,
