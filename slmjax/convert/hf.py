@@ -14,13 +14,13 @@ import jax
 
 from slmjax.compress.quant.view import Packed
 from slmjax.convert import table
-from slmjax.convert.compressed_reading import Unpacked
-from slmjax.convert.compressed_tensors import Stored, Writing
 from slmjax.convert.expressed import expressed
 from slmjax.convert.fold import Folded
+from slmjax.convert.pack_quantized import Stored, Writing
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
 from slmjax.convert.selection import select
 from slmjax.convert.tokenizer_files import write_tokenizer
+from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
@@ -87,7 +87,7 @@ def write_hf(
     `export.export_hf` writes atomically and checks the result; this function only writes. `family` chooses among
     classes that compute the same; None: the first of `FAMILIES` that does, with scalars it lacks folded into the
     weights where that is exact (`fold.py`). `packed` holds the codes of quantized parameters, by path
-    (`ParamView.pack`): they are written as codes (`compressed_tensors.py`).
+    (`ParamView.pack`): they are written as codes (`pack_quantized.py`).
 
     Returns:
         How each quantized matrix is stored, by the name of its module.
@@ -118,7 +118,7 @@ def write_hf(
     config = {**(family.to_config(decoder) or {}), "dtype": dtype, **ids}
     stored: Mapping[str, Stored] = {}
     if packed:
-        check_untied(decoder, packed)
+        check_embeddings(packed)
         tensors = Writing(family.rows(decoder), params, packed, dtype)
         write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
         config["quantization_config"], stored = tensors.config(), tensors.stored
@@ -145,15 +145,16 @@ def check_not_folded(folded: Folded, packed: Mapping[str, Packed]) -> None:
         )
 
 
-def check_untied(decoder: Assembly, packed: Mapping[str, Packed]) -> None:
+def check_embeddings(packed: Mapping[str, Packed]) -> None:
     """
     Raises:
-        UserError: a table that is input embedding and output head at once is quantized.
+        UserError: an embedding is quantized. compressed-tensors packs it, but transformers 5.23 fails to load it: it
+            gives an embedding its initial values first, and a packed one has none.
     """
-    if "embed/table" in packed and "unembed/table" not in decoder.paths():
+    if tables := [path for path in packed if path.startswith("embed/")]:
         raise UserError(
-            "embed/table is quantized and also the output head (tied=True), which transformers cannot load packed: "
-            "leave embed/table out of the quantization rules, or use tied=False"
+            f"{tables[0]} is quantized, but stock transformers cannot load a packed embedding: leave it out of the "
+            "quantization rules (unembed/table of a model with tied=False may be quantized), or export GGUF"
         )
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slmjax.convert.compressed_tensors import FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, Stored
 from slmjax.convert.gate import Check
+from slmjax.convert.pack_quantized import FORMAT, METHOD, PACKED, SCALE, SHAPE, Stored
 from slmjax.convert.safetensors_io import READ, Described, Tensors
 
 
@@ -81,10 +81,10 @@ def measure(folder: pathlib.Path, stored: Mapping[str, Stored], dtype: str) -> S
         matrices[name] += 1
         weights[name] += math.prod(shape)
         sizes[name] += how.bytes(shape, dtype)
-    keys = (f"{module}.{last}" for module in stored for last in (PACKED, SCALE, SHAPE, ZERO))
+    keys = (f"{module}.{last}" for module in stored for last in (PACKED, SCALE, SHAPE))
     return Sizes(
         tuple(Kind(name, matrices[name], weights[name], sizes[name]) for name in matrices),
-        sum(_bytes(described[key]) for key in keys if key in described),
+        sum(_bytes(described[key]) for key in keys),
         sum(map(_bytes, described.values())),
     )
 

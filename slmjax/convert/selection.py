@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from slmjax.convert.compressed_reading import Unpacked
 from slmjax.convert.safetensors_io import Tensors
+from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.errors import StorageError
 from slmjax.models.families.common.rows import Family
 

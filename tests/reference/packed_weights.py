@@ -1,8 +1,8 @@
 """Run with the Python of the reference: REQUEST ANSWER. What stock libraries make of packed weights.
 
-REQUEST is a safetensors file with int8 `codes.BITS.NAME` [rows, n] and int32 `tokens` [B, T]; its metadata lists
-folders. ANSWER gets `codes.BITS.NAME` packed along the rows, `zeros.BITS.NAME` along the columns; of each folder I
-its weights after loading in float32 `weights.I.KEY`, and `logits.I`.
+REQUEST is a safetensors file with int8 `codes.BITS.NAME` [rows, n], int32 `tokens` [B, T] and the packed arrays of a
+matrix `matrix.BITS.GROUP.NAME` with zero points; its metadata lists folders. ANSWER gets `codes.BITS.NAME` packed along
+the rows; `matrix`, unpacked; of each folder I its weights after loading in float32 `weights.I.KEY`, and `logits.I`.
 """
 
 import json
@@ -10,7 +10,8 @@ import sys
 
 import torch
 import transformers
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +25,11 @@ with safe_open(request, "pt") as f:
         if key.startswith("codes."):
             bits = int(key.split(".")[1])
             out[key] = pack_to_int32(f.get_tensor(key), bits)
-            out[key.replace("codes", "zeros")] = pack_to_int32(f.get_tensor(key), bits, packed_dim=0)
+    matrix = {key.rpartition(".")[2]: f.get_tensor(key) for key in f.keys() if key.startswith("matrix.")}  # noqa: SIM118
+    bits, group = next(key.split(".")[1:3] for key in f.keys() if key.startswith("matrix."))  # noqa: SIM118
+    args = QuantizationArgs(num_bits=int(bits), symmetric=False, strategy="group", group_size=int(group))
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    out["matrix"] = PackedQuantizationCompressor.decompress(matrix, scheme)["weight"]
 for i, folder in enumerate(folders):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True

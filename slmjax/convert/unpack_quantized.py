@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from slmjax.convert.compressed_tensors import FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, unpack, words
+from slmjax.convert.pack_quantized import FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, unpack, words
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.errors import StorageError, UserError
 
@@ -26,7 +26,7 @@ class Unpacked(Mapping[str, np.ndarray]):
     def __init__(self, tensors: Tensors, quantization: Any):
         """quantization: `quantization_config` of config.json."""
         self._tensors = tensors
-        possible = bits_of(quantization)
+        possible = kinds_of(quantization)
         self._packed: dict[str, int] = {}  # matrix -> bits
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Key -> shape, without reading any matrix"""
@@ -39,7 +39,7 @@ class Unpacked(Mapping[str, np.ndarray]):
             elif last not in (SCALE, SHAPE, ZERO) or f"{module}.{PACKED}" not in tensors.shapes:
                 self.shapes[key] = shape
 
-    def _described(self, module: str, possible: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+    def _described(self, module: str, possible: tuple[Kind, ...]) -> tuple[int, tuple[int, int]]:
         """Bits and shape of a packed matrix. Both follow from the arrays' shapes: no pattern of config.json, which may
         take forever to match, is needed to find them."""
         shapes = self._tensors.shapes
@@ -51,17 +51,17 @@ class Unpacked(Mapping[str, np.ndarray]):
         if shape.dtype != np.int64 or shape.shape != (2,) or shape.min() < 1:
             raise StorageError(f"{module}.{SHAPE} is {shape.tolist()}; expected the two dimensions of a matrix")
         out, inputs = map(int, shape)
-        fitting = [bits for bits in possible if packed == (out, words(inputs, bits))]
+        zero = shapes.get(f"{module}.{ZERO}")
+        fitting = [x.bits for x in possible if packed == (out, words(inputs, x.bits)) and x.zeros == (zero is not None)]
         if len(fitting) != 1:
             raise StorageError(
-                f"{module}.{PACKED} of shape {list(packed)} does not hold a matrix {[out, inputs]} in "
-                f"{' or '.join(map(str, possible))} bits, or holds it in several (compressed-tensors before 0.17 "
-                "packs 3, 5, 6 and 7 bits otherwise; save it with a newer one)"
+                f"{module}.{PACKED} of shape {list(packed)} {'with' if zero else 'without'} {ZERO} is not a matrix "
+                f"{[out, inputs]} in {' or '.join(map(str, possible))}, or could be several (compressed-tensors before "
+                "0.17 packs 3, 5, 6 and 7 bits otherwise; save it with a newer one)"
             )
         groups = scale[-1] if len(scale) == 2 else 1
         if scale not in ((1,), (out, groups)) or groups < 1 or inputs % groups:
             raise StorageError(f"{module}.{SCALE} has shape {list(scale)}, which does not fit a matrix {[out, inputs]}")
-        zero = shapes.get(f"{module}.{ZERO}")
         if zero is not None and (zero != (words(out, fitting[0]), groups) or scale == (1,)):
             raise StorageError(f"{module}.{ZERO} has shape {list(zero)}, which does not fit {SCALE} {list(scale)}")
         for last in (PACKED, *([] if zero is None else [ZERO])):
@@ -89,8 +89,19 @@ class Unpacked(Mapping[str, np.ndarray]):
         return key in self.shapes
 
 
-def bits_of(quantization: Any) -> tuple[int, ...]:
-    """The numbers of bits in a `quantization_config`.
+class Kind(NamedTuple):
+    """How config.json says that some of the matrices are quantized."""
+
+    bits: int
+    zeros: bool
+    """Whether there are zero points"""
+
+    def __str__(self) -> str:
+        return f"int{self.bits}{' with zero points' if self.zeros else ''}"
+
+
+def kinds_of(quantization: Any) -> tuple[Kind, ...]:
+    """The kinds in a `quantization_config`.
 
     Raises:
         UserError: it is not plain `pack-quantized`: another method, rounded activations or caches, transforms.
@@ -108,7 +119,7 @@ def bits_of(quantization: Any) -> tuple[int, ...]:
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or not 0 < len(groups) <= GROUPS:
         raise UserError("config.json: quantization_config.config_groups is not a dictionary of groups")
-    bits: set[int] = set()
+    kinds: set[Kind] = set()
     for name, group in groups.items():
         where = f"quantization_config.config_groups.{str(name)[:80]}"
         weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -120,13 +131,13 @@ def bits_of(quantization: Any) -> tuple[int, ...]:
         _only(group, where, format=(FORMAT, None))
         strategies = ("tensor", "channel", "group")
         _only(weights, f"{where}.weights", type=("int", None), num_bits=range(1, 9), strategy=strategies)
-        bits.add(weights["num_bits"])
-    return tuple(sorted(bits))
+        kinds.add(Kind(weights["num_bits"], not weights.get("symmetric", True)))
+    return tuple(sorted(kinds))
 
 
 def _only(values: Mapping[str, Any], where: str, **allowed: Any) -> None:
     for name, expected in allowed.items():
         value = values.get(name)
-        if isinstance(value, bool) or value not in expected:
+        if isinstance(value, bool | float) or value not in expected:
             listed = ", ".join(str(x) for x in expected if x is not None)
             raise UserError(f"config.json: {where}.{name} = {str(value)[:80]!r} cannot be imported; expected {listed}")

@@ -20,10 +20,10 @@ from slmjax.compress.quant.learned import LSQ, SEQ, Balanced, Binary
 from slmjax.compress.quant.uniform import Asymmetric, BitNet, Symmetric
 from slmjax.compress.quant.view import Quantize, Rule
 from slmjax.convert import export, gate
-from slmjax.convert.compressed_tensors import Carrier, carrier, pack_codes, patterns, unpack, unpack_codes
 from slmjax.convert.export import export_hf
 from slmjax.convert.folder import MARK, Rejected
 from slmjax.convert.hf import import_hf, write_hf
+from slmjax.convert.pack_quantized import Carrier, carrier, pack_codes, patterns, unpack, unpack_codes
 from slmjax.convert.packed import PackedTensor
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.errors import StorageError, UserError
@@ -48,8 +48,7 @@ MODELS = {
         Symmetric(bits=6),
         Symmetric(bits=7, fill=True),
         Symmetric(bits=8, granularity=PerGroup(size=32)),
-        LSQ(bits=4),
-        Symmetric(bits=8),
+        LSQ(bits=8),
     ],
     "asymmetric and levels": [
         Asymmetric(bits=4),
@@ -70,7 +69,7 @@ MODELS = {
         SEQ(levels=8),
     ],
 }
-"""Quantizers of `MATRICES`, then of the embedding and of the head"""
+"""Quantizers of `MATRICES`, then of the head"""
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +87,7 @@ def quantized(decoder, rules, params=None):
 
 
 def rules_of(name):
-    paths = [*(f"layers/{path}" for path in MATRICES), "embed/table", "unembed/table"]
+    paths = [*(f"layers/{path}" for path in MATRICES), "unembed/table"]
     return [Rule(quantizer=q, patterns=(path,)) for q, path in zip(MODELS[name], paths, strict=False)]
 
 
@@ -132,12 +131,13 @@ def test_every_tensor_comes_back_bit_for_bit_or_is_refused(data):
         zeros=rng.integers(low, high + 1, (out, groups)).astype(np.int16) if kind == "zeros" else None,
         grid=Nearest(low=low, high=high, offset=0.5 if kind == "between" else 0.0),
     )
-    if kind == "between" and bits == 8:
-        with pytest.raises(UserError, match=r"^m has 256 levels from -127\.5 to 127\.5 steps, which take 9 bits"):
+    if kind != "symmetric" and bits == 8:
+        what = {"between": r"levels from -127\.5 to 127\.5 steps", "zeros": "levels and zero points"}[kind]
+        with pytest.raises(UserError, match=f"^m has 256 {what}, which take 9 bits"):
             carrier("m", tensor)
         return
     how = carrier("m", tensor)
-    assert how.bits == bits + (kind == "between")
+    assert how.bits == bits + (kind != "symmetric")
     arrays = how.pack("m", tensor, "float32")
     assert unpack(arrays, how.bits).tobytes() == tensor.values().tobytes()
     assert sum(x.nbytes for x in arrays.values()) == how.bytes((out, width), "float32")
@@ -145,13 +145,10 @@ def test_every_tensor_comes_back_bit_for_bit_or_is_refused(data):
 
 @pytest.mark.fast
 def test_bytes_of_known_matrices():
-    """By hand: int32 words of each row, scales, zero points, and 16 bytes for the shape."""
+    """By hand: int32 words of each row, scales, and 16 bytes for the shape."""
     assert Carrier(bits=2).bytes((64, 128), "float32") == 64 * 32 + 64 * 4 + 16
     assert Carrier(bits=3).bytes((6, 40), "bfloat16") == 6 * 4 * 4 + 6 * 2 + 16  # 120 bits: 4 words
     assert Carrier(bits=4, strategy="group", group=32).bytes((8, 64), "float16") == 8 * 32 + 8 * 2 * 2 + 16
-    assert Carrier(bits=4, strategy="group", group=32, zeros=True).bytes((9, 64), "float32") == (
-        9 * 32 + 9 * 2 * 4 + 2 * 2 * 4 + 16
-    )
     assert Carrier(bits=2, strategy="tensor").bytes((64, 128), "float32") == 64 * 32 + 4 + 16
 
 
@@ -181,6 +178,17 @@ def test_stock_transformers_loads_every_quantizer(tmp_path, reference, models, n
     assert all(back[path].tobytes() == p.values().tobytes() for path, p in packed.items())
 
 
+def with_zero_points(codes, scale, bits=3):
+    """The arrays of a matrix as llm-compressor writes them: packed zero points beside the scales."""
+    zeros = codes_of(bits, scale.shape, seed=2)
+    return {
+        "weight_packed": pack_codes(codes, bits),
+        "weight_scale": scale,
+        "weight_shape": np.array(codes.shape),
+        "weight_zero_point": np.ascontiguousarray(pack_codes(zeros.T, bits).T),
+    }
+
+
 def ask(python, folder, tokens, codes, folders):
     """Runs reference/packed_weights.py."""
     tensors = {"tokens": tokens, **codes}
@@ -195,7 +203,7 @@ def ask(python, folder, tokens, codes, folders):
 @pytest.mark.parametrize("version", ["reference", "reference4"])
 def test_weights_in_stock_compressed_tensors_are_ours_bit_for_bit(tmp_path, request, models, version):
     """Loaded in float32, whatever the dtype of the file; the logits are exactly those of the weights stored as floats.
-    Codes are packed into the same bytes."""
+    Codes are packed into the same bytes, and a matrix with zero points unpacked into the same values."""
     python = request.getfixturevalue(version).python
     codes = {
         f"codes.{bits}.{i}": codes_of(bits, shape).astype(np.int8)
@@ -216,12 +224,15 @@ def test_weights_in_stock_compressed_tensors_are_ours_bit_for_bit(tmp_path, requ
     plain.mkdir()
     write_hf(plain, LLAMA, models["symmetric"][0])
     tokens = np.random.default_rng(0).integers(0, 97, (2, 32), dtype=np.int32)
-    found = ask(python, tmp_path, tokens, codes, [*folders, plain])
+    matrix = with_zero_points(codes_of(3, (37, 64)), np.random.default_rng(1).random((37, 4), np.float32))
+    found = ask(
+        python, tmp_path, tokens, codes | {f"matrix.3.16.{key}": x for key, x in matrix.items()}, [*folders, plain]
+    )
+    assert found["matrix"].tobytes() == unpack(matrix, 3).tobytes()
 
     for key, x in codes.items():
         bits = int(key.split(".")[1])
         np.testing.assert_array_equal(found[key], pack_codes(x, bits))
-        np.testing.assert_array_equal(found[key.replace("codes", "zeros")], pack_codes(x.T, bits).T)
     for i, (params, packed, _) in enumerate(cases.values()):
         unpacked = flatten(params)
         for path, p in packed.items():
@@ -270,8 +281,10 @@ def test_sixteen_bits_round_the_other_weights_and_no_quantized_one(tmp_path, dty
 
 
 NEOX = gpt_neox(layers=2, width=32, heads=4, hidden=48, vocab=97, context=64)
-PHI = phi3(Sizes(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocab=97, context=64), position=Rope())
-FUSED = {"gpt-neox": NEOX, "phi3": PHI}
+PHI = phi3(
+    Sizes(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocab=97, context=64), position=Rope(fraction=0.75)
+)
+FUSED = {"query_key_value": NEOX, "qkv_proj": PHI}
 
 
 @pytest.mark.parametrize("quantizer", [LSQ(granularity=PerTensor()), SEQ(granularity=PerGroup(size=8))], ids=["4", "2"])
@@ -281,22 +294,25 @@ def test_queries_keys_and_values_in_one_tensor(tmp_path, name, quantizer):
     params, packed = quantized(FUSED[name], every(quantizer))
     made = export_hf(FUSED[name], params, tmp_path / "hf", packed=packed)
     assert [check.passed for check in made.checks] == [True, True, True, None]
+    assert any(key.endswith(f"{name}.weight_packed") for key in Tensors(tmp_path / "hf"))
 
 
 REFUSED = {
     "transposed": (gpt2(layers=1, width=32, heads=4, vocab=97, context=32), [Rule(quantizer=BitNet())], {},
                    r"^transformer\.h\.0\.attn\.c_attn\.weight is quantized, but .*transposed.*export GGUF"),
-    "tied": (llama(**SIZES), [Rule(quantizer=Symmetric(), patterns=("embed/table",))], {},
-             r"^embed/table is quantized and also the output head \(tied=True\).*leave embed/table out"),
+    "embedding": (llama(**SIZES), [Rule(quantizer=Symmetric(), patterns=("embed/table",))], {},
+                  r"^embed/table is quantized, but stock .* packed embedding: leave it out .* or export GGUF"),
+    "zero points of 8 bits": (LLAMA, [Rule(quantizer=Asymmetric(bits=8))], {},
+                              r"q_proj has 256 levels and zero points, which take 9 bits.*or without zero points"),
     "bfloat16": (LLAMA, [Rule(quantizer=Symmetric())], {"dtype": "bfloat16"},
                  r"q_proj: its scales are not exact in bfloat16.*--dtype float32 or float16, or train with scale_type"),
     "float32 scales": (LLAMA, [Rule(quantizer=Symmetric(scale_type="float32"))], {"dtype": "float16"},
                        r"q_proj: its scales are not exact in float16, .*use --dtype float32, or train"),
     "levels": (LLAMA, [Rule(quantizer=SEQ(levels=256))], {}, r"q_proj has 256 levels .*9 bits.*with fewer levels"),
-    "halves": (PHI, [Rule(quantizer=Symmetric(), patterns=("layers/attn/q",))], {},
-               r"qkv_proj\.weight holds parameters .* one rule cover them all"),
-    "folded": (dataclasses.replace(LLAMA, embed_scale=3.0), [Rule(quantizer=BitNet(), patterns=("embed/table",))], {},
-               r"^embed/table is quantized, and embed_scale = 3\.0 would be multiplied"),
+    "halves": (NEOX, [Rule(quantizer=Symmetric(), patterns=("layers/attn/q",))], {},
+               r"query_key_value\.weight holds parameters .* one rule cover them all"),
+    "folded": (dataclasses.replace(NEOX, embed_scale=3.0), [Rule(quantizer=BitNet(), patterns=("embed/table",))], {},
+               r"^embed/table is quantized, and embed_scale = 3 would be multiplied"),
 }  # fmt: skip
 
 
@@ -333,9 +349,27 @@ UNREAD = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("packed")
-    params, packed = quantized(LLAMA, every(Asymmetric(bits=3, granularity=PerGroup(size=32))))
+    params, packed = quantized(LLAMA, every(Symmetric(bits=3, granularity=PerGroup(size=32))))
     write_hf(path, LLAMA, params, packed=packed)
+    tensors = load_file(path / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("weight_packed")]:
+        shape, scale = (tensors[key.replace("packed", name)] for name in ("shape", "scale"))
+        made = with_zero_points(unpack_codes(tensors[key], 3, int(shape[1])), scale)
+        tensors |= {key.replace("weight_packed", name): x for name, x in made.items()}
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    change(config["quantization_config"], "config_groups.group_0.weights.symmetric", False)
+    (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def test_zero_points_are_read(folder):
+    tensors, ours = load_file(folder / "model.safetensors"), import_hf(folder).params["layers"]["attn"]["q"]
+    matrix = {x: tensors[f"{Q}.weight_{x}"] for x in ("packed", "scale", "zero_point")}
+    zeros = unpack_codes(matrix["zero_point"].T, 3, 64).T.astype(np.float32)
+    codes = unpack_codes(matrix["packed"], 3, 64).astype(np.float32)
+    expected = (codes - zeros.repeat(32, axis=1)) * matrix["scale"].repeat(32, axis=1)
+    np.testing.assert_array_equal(ours[1].reshape(64, 64).T, expected)
 
 
 @pytest.mark.parametrize("field", UNREAD)
@@ -354,13 +388,17 @@ Q = "model.layers.1.self_attn.q_proj"
 DAMAGED = {
     "no scale": ({f"{Q}.weight_scale": None}, "weight_scale is missing"),
     "no shape": ({f"{Q}.weight_shape": None}, "weight_shape is missing"),
-    "another shape": ({f"{Q}.weight_shape": np.array([64, 2**40])}, "does not hold a matrix"),
+    "another shape": ({f"{Q}.weight_shape": np.array([64, 2**40])}, "is not a matrix"),
     "a negative shape": ({f"{Q}.weight_shape": np.array([-64, 64])}, "expected the two dimensions"),
     "gaps between codes": ({f"{Q}.weight_packed": np.zeros((64, 7), np.int32)}, "before 0.17 packs"),
+    "no zero points": (
+        {f"{Q}.weight_zero_point": None},
+        "without weight_zero_point is not a matrix .* with zero points",
+    ),
     "floats": ({f"{Q}.weight_packed": np.zeros((64, 6), np.float32)}, "weight_packed is F32; expected I32"),
     "scales of others": ({f"{Q}.weight_scale": np.ones((64, 3), np.float32)}, "weight_scale has shape"),
     "zero points of others": ({f"{Q}.weight_zero_point": np.zeros((5, 2), np.int32)}, "weight_zero_point has shape"),
-    "a scale that is not finite": ({f"{Q}.weight_scale": np.full((64, 2), np.nan, np.float32)}, "NaN or Inf"),
+    "a scale not finite": ({f"{Q}.weight_scale": np.full((64, 2), np.nan, np.float32)}, "NaN or Inf"),
     "twice": ({f"{Q}.weight": np.zeros((64, 64), np.float32)}, "both packed and as floats"),
     "a group of columns": ({f"{Q}.weight_g_idx": np.zeros(64, np.int32)}, "no place in this decoder"),
 }

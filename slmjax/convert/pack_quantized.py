@@ -1,12 +1,17 @@
 """Quantized weights in the format `pack-quantized` of compressed-tensors, which stock transformers loads and vLLM runs.
 
 Each matrix of a layer [out, in] is stored as `weight_packed` (int32, the codes side by side without gaps),
-`weight_scale`, `weight_shape` and, where there are zero points, `weight_zero_point`; config.json says how to read them.
-Versions of compressed-tensors before 0.17 leave gaps between codes of 3, 5, 6 and 7 bits; this is the layout since.
+`weight_scale` and `weight_shape`; config.json says how to read them. Versions of compressed-tensors before 0.17 leave
+gaps between codes of 3, 5, 6 and 7 bits; this is the layout since.
+
+The format has zero points, too, but stock transformers (4.57 and 5.23, with compressed-tensors 0.20) does not load
+them: before it reads a file it makes them of another shape than they have when packed. So a code is written as its
+distance from the zero point, which takes one bit more.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +29,9 @@ from slmjax.models.families.common.rows import Row
 from slmjax.tree import flatten, unflatten
 
 METHOD, FORMAT, VERSION = "compressed-tensors", "pack-quantized", "0.17.0"
-PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+ZERO = "weight_zero_point"
+"""Read, never written"""
 SHAPE_BYTES = 16
 """`weight_shape`: two int64"""
 CHUNK = 2**22
@@ -45,7 +52,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     out = np.zeros((rows, 4 * words(n, bits)), np.uint8)
     step = max(1, CHUNK // max(1, n))
     for i in range(0, rows, step):
-        unsigned = (codes[i : i + step] + 2 ** (bits - 1)).astype(np.uint8)
+        unsigned = (codes[i : i + step].astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
         each = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
         stream = np.packbits(each.reshape(len(each), n * bits), axis=-1, bitorder="little")
         out[i : i + step, : stream.shape[1]] = stream
@@ -74,8 +81,8 @@ class Carrier:
     """What shares a step: the matrix, an output channel, or a group of input channels"""
     group: int | None = None
     """Input channels in a group"""
-    zeros: bool = False
-    """Whether there are zero points"""
+    shifted: bool = False
+    """Whether the zero point is subtracted from a code before it is stored"""
     odd: bool = False
     """Whether a code q is stored as 2 q + 1, with half the step: the format has no values halfway between integers"""
 
@@ -87,9 +94,8 @@ class Carrier:
     def bytes(self, shape: Sequence[int], dtype: str) -> int:
         """All that is stored for a matrix [out, in] in a file of this dtype."""
         scales = self.scale_shape(shape)
-        zeros = 4 * words(shape[0], self.bits) * scales[1] if self.zeros else 0
-        steps = DTYPES[dtype].itemsize * int(np.prod(scales))
-        return 4 * shape[0] * words(shape[1], self.bits) + steps + zeros + SHAPE_BYTES
+        steps = DTYPES[dtype].itemsize * math.prod(scales)
+        return 4 * shape[0] * words(shape[1], self.bits) + steps + SHAPE_BYTES
 
     def pack(self, module: str, tensor: PackedTensor, dtype: str) -> dict[str, np.ndarray]:
         """The arrays of one matrix, by the last part of their key.
@@ -105,23 +111,21 @@ class Carrier:
                 f"{module}: its scales are not exact in {dtype}, so the export would be another model; "
                 f"use --dtype float32{' or float16' if half else ''}, or train with scale_type={dtype!r}"
             )
-        codes = tensor.codes.astype(np.int16)
-        shift = 2 ** (self.bits - 1) if self.zeros else 0  # the format's codes are signed
-        out = {
-            PACKED: pack_codes(2 * codes + 1 if self.odd else codes - shift, self.bits),
+        codes = 2 * tensor.codes + 1 if self.odd else tensor.codes
+        if tensor.zeros is not None:
+            codes = codes - np.repeat(tensor.zeros, tensor.group, axis=1)
+        return {
+            PACKED: pack_codes(codes, self.bits),
             SCALE: stored[:1, 0] if self.strategy == "tensor" else stored,
             SHAPE: np.array(codes.shape, np.int64),
         }
-        if tensor.zeros is not None:
-            out[ZERO] = np.ascontiguousarray(pack_codes((tensor.zeros - shift).T, self.bits).T)
-        return out
 
     def json(self) -> dict[str, Any]:
         """`weights` of a group in config.json."""
         return {
             "num_bits": self.bits,
             "type": "int",
-            "symmetric": not self.zeros,
+            "symmetric": True,
             "strategy": self.strategy,
             "group_size": self.group,
             "dynamic": False,
@@ -130,12 +134,12 @@ class Carrier:
     def __str__(self) -> str:
         shared = {"tensor": "a scale for each matrix", "channel": "a scale for each output channel"}
         per = shared.get(self.strategy, f"a scale for each {self.group} input channels")
-        codes = " with zero points" if self.zeros else " (odd codes only)" if self.odd else ""
+        codes = " (zero points subtracted)" if self.shifted else " (odd codes only)" if self.odd else ""
         return f"int{self.bits}{codes}, {per}"
 
 
 def unpack(arrays: Mapping[str, np.ndarray], bits: int) -> np.ndarray:
-    """What `Carrier.pack` gave -> float32 [out, in]: `weight_scale * (code - zero point)`, rounded once."""
+    """The arrays of one matrix -> float32 [out, in]: `weight_scale * (code - zero point)`, rounded once."""
     out, inputs = map(int, arrays[SHAPE])
     codes = unpack_codes(arrays[PACKED], bits, inputs).astype(np.float32)
     scale = arrays[SCALE].astype(np.float32).reshape(-1, arrays[SCALE].shape[-1])
@@ -151,28 +155,28 @@ def carrier(module: str, tensor: PackedTensor) -> Carrier:
     Raises:
         UserError: there is none.
     """
-    grid, zeros, group = tensor.grid, tensor.zeros is not None, None
+    grid, shifted, group = tensor.grid, tensor.zeros is not None, None
     odd = grid.offset == 0.5
-    if grid.offset not in (0.0, 0.5) or (odd and zeros):
+    if grid.offset not in (0.0, 0.5) or (odd and shifted):
         raise UserError(f"{module} is on the grid {grid}, which {METHOD} cannot store; export its values as floats")
-    if zeros:
-        bits = (grid.high - grid.low).bit_length()
-        fits = grid.low == 0
-    else:
-        low, high = (2 * grid.low + 1, 2 * grid.high + 1) if odd else (grid.low, grid.high)
-        bits = 1 + max(max(high, 0).bit_length(), (-low - 1).bit_length() if low < 0 else 0)
-        fits = True
-    if bits > 8 or not fits:
+    low, high = (2 * grid.low + 1, 2 * grid.high + 1) if odd else (grid.low, grid.high)
+    if shifted:  # by a zero point anywhere between the smallest and the largest code
+        low, high = low - high, high - low
+    bits = 1 + max(max(high, 0).bit_length(), max(-low - 1, 0).bit_length())
+    if bits > 8:
+        kind = (
+            "levels and zero points" if shifted else f"levels from {low / 2} to {high / 2} steps" if odd else "levels"
+        )
         raise UserError(
-            f"{module} has {grid.levels} levels from {grid.low + grid.offset} to {grid.high + grid.offset} steps, "
-            f"which take {bits} bits in {METHOD}; it has 1 to 8: quantize with fewer levels"
+            f"{module} has {grid.levels} {kind}, which take {bits} bits in {METHOD}; it has up to 8: "
+            "quantize with fewer levels, or without zero points"
         )
     strategy: Literal["tensor", "channel", "group"] = "channel"
     if tensor.steps.shape[1] > 1:
         strategy, group = "group", tensor.group
-    elif not zeros and (tensor.steps == tensor.steps[0]).all():
+    elif (tensor.steps == tensor.steps[0]).all():
         strategy = "tensor"
-    return Carrier(bits=bits, strategy=strategy, group=group, zeros=zeros, odd=odd)
+    return Carrier(bits=bits, strategy=strategy, group=group, shifted=shifted, odd=odd)
 
 
 class Stored(NamedTuple):
@@ -207,8 +211,8 @@ class Writing:
             module = key.removesuffix(".weight")
             if mark.any() and (module == key or mark.ndim != 2 or not (mark == mark[:, :1]).all()):
                 raise UserError(
-                    f"{key} is quantized, but this class of transformers does not keep it as a Linear or Embedding "
-                    f"(GPT-2 keeps its matrices transposed), which is all that {METHOD} packs; "
+                    f"{key} is quantized, but this class of transformers does not keep it as a Linear "
+                    f"(GPT-2 keeps its matrices transposed), which is all that {METHOD} packs: "
                     "export GGUF, or train another family"
                 )
             _, tensor = next(theirs)
@@ -249,7 +253,7 @@ class Writing:
 
 def _as_read(how: Carrier) -> Carrier:
     """Carriers that config.json describes alike."""
-    return Carrier(bits=how.bits, strategy=how.strategy, group=how.group, zeros=how.zeros)
+    return Carrier(bits=how.bits, strategy=how.strategy, group=how.group)
 
 
 def patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
