@@ -25,7 +25,7 @@ from slmjax.convert.folder import MARK, Rejected
 from slmjax.convert.hf import import_hf, write_hf
 from slmjax.convert.pack_quantized import Carrier, carrier, pack_codes, patterns, unpack, unpack_codes
 from slmjax.convert.packed import PackedTensor
-from slmjax.convert.safetensors_io import Tensors
+from slmjax.convert.safetensors_io import INDEX, Tensors
 from slmjax.errors import StorageError, UserError
 from slmjax.models.families.common.llama_like import Sizes
 from slmjax.models.families.gpt2 import gpt2
@@ -165,8 +165,12 @@ def test_patterns_match_their_modules_and_no_others():
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_transformers_loads_every_quantizer(tmp_path, reference, models, name):
     params, packed = models[name]
-    made = export_hf(LLAMA, params, tmp_path / "hf", packed=packed, reference_python=reference.python)
+    options = {"shard_bytes": 20_000} if name == "two values" else {}
+    made = export_hf(LLAMA, params, tmp_path / "hf", packed=packed, reference_python=reference.python, **options)
     assert [check.passed for check in made.checks] == [True] * 6, made.checks
+    assert (tmp_path / "hf" / INDEX).is_file() == bool(options), "arrays of one matrix in several shards load, too"
+    logits = next(check for check in made.checks if check.name.endswith(": logits") and "transformers" in check.name)
+    assert float(logits.found.split()[1].rstrip(",")) <= 2e-6 * float(logits.expected.split()[1]) / gate.TOLERANCE
     record = json.loads((tmp_path / "hf" / MARK).read_text())["quantized"]
     tensors = Tensors(tmp_path / "hf")
     assert record["bytes_of_all_tensors"] == sum(x.nbytes for x in tensors.values())
