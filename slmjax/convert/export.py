@@ -112,8 +112,8 @@ def export_hf(
         stored = write_hf(
             folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes, packed=packed
         )
-        sizes = measure(folder, stored, dtype)
-        facts = replace(facts, quantized=sizes.lines())
+        sizes = measure(folder, stored, dtype) if packed else None
+        facts = replace(facts, quantized=sizes.lines() if sizes else ())
         (folder / "README.md").write_text(render(facts), "utf-8")
         before = gate.remember(decoder, params, dtype, probe, donate=donate, packed=packed)
         try:
@@ -122,10 +122,10 @@ def export_hf(
             raise Rejected(f"the export cannot be read back: {e}") from e
         imported = replace(imported, params=memory.to_device(imported.params))
         checks += gate.check_reload(before, imported, probe)
-        checks += [sizes.check()] if packed else []
+        checks += [sizes.check()] if sizes else []
         checks += gate_stock.check_stock(imported, folder, python, probe, tokenizer)
         record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
-        record |= {"quantized": sizes.json()} if packed else {}
+        record |= {"quantized": sizes.json()} if sizes else {}
         record["checks"] = [check.json() for check in checks]
         (folder / MARK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
         gate.demand(checks)

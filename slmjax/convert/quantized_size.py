@@ -63,9 +63,7 @@ class Sizes(NamedTuple):
         return {"format": f"{METHOD} {FORMAT}", "kinds": kinds, "bytes": self.found, "bytes_of_all_tensors": self.total}
 
     def lines(self) -> tuple[str, ...]:
-        """For the model card; empty if nothing is quantized."""
-        if not self.kinds:
-            return ()
+        """For the model card."""
         each = [
             f"{k.matrices} matrices as {k.name}: {k.bits:.3g} bits a weight ({METHOD} {FORMAT})" for k in self.kinds
         ]
