@@ -33,6 +33,9 @@ from slmjax.models.families.gpt_neox import gpt_neox
 from slmjax.models.families.llama import llama
 from slmjax.models.families.phi3 import phi3
 from slmjax.nn.position import Rope
+from slmjax.runs.exporting import Export
+from slmjax.runs.exporting import write_hf as write
+from slmjax.runs.loading import Loaded
 from slmjax.tree import flatten
 
 SIZES = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "hidden": 96, "vocab": 97, "context": 64}
@@ -282,6 +285,17 @@ def test_sixteen_bits_round_the_other_weights_and_no_quantized_one(tmp_path, dty
     assert all(np.array_equal(back[path], before[path]) == (path in packed) for path in before if "norm" not in path)
     assert all(np.array_equal(x, before[path]) for path, x in flatten(params).items())
     assert {x.dtype.name for x in Tensors(tmp_path / "hf").values()} == {dtype, "int32", "int64"}
+
+
+def test_the_codes_of_a_loaded_model_are_exported(tmp_path):
+    """What `slmjax export` does with a run."""
+    params, packed = quantized(LLAMA, every(Balanced()))
+    loaded = Loaded(decoder=LLAMA, params=params, packed=packed, tokenizer_path=None, source=tmp_path, config={})
+    write(Export(out=tmp_path / "hf"), loaded)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["strategy"], len(group["targets"])) == (3, "channel", 7)
+    assert config["ignore"] == [r"re:(.*\.)?embed_tokens$", r"re:(.*\.)?lm_head$"]
 
 
 NEOX = gpt_neox(layers=2, width=32, heads=4, hidden=48, vocab=97, context=64)
