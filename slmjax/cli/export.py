@@ -24,8 +24,8 @@ class Args:
     format: Literal["hf", "gguf"] = "hf"
     """hf: config.json, safetensors, tokenizer files, model card. gguf: one file that llama.cpp runs"""
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
-    """Dtype of the weights in the file; bfloat16 rounds them and halves the file. float16 and q8_0 (8 bits, a scale
-    for each 32 weights) are for gguf"""
+    """Dtype of the weights in the file; float16 and bfloat16 round them and halve the file. q8_0 (8 bits, a scale for
+    each 32 weights) is for gguf. Quantized weights keep their codes; for hf this is the dtype of their scales"""
     overwrite: bool = False
     """Replace what an earlier export wrote"""
     reference_python: str | None = None

@@ -65,6 +65,8 @@ class Facts:
     """Tokens"""
     vocab: int | None = None
     dtype: str | None = None
+    quantized: tuple[str, ...] = ()
+    """How quantized weights are stored, such as "int4, a scale for each output channel: 5 matrices" """
     labels: tuple[str, ...] = ()
     """Label names of a classifier"""
     folded: tuple[str, ...] = ()

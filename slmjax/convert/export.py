@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from slmjax import __version__
+from slmjax.compress.quant.view import Packed
 from slmjax.convert import gate, gate_stock, memory
 from slmjax.convert.card import Facts, render
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import MARK, Rejected, publish
-from slmjax.convert.hf import import_hf, pad_id, write_hf
+from slmjax.convert.hf import NOT_QUANTIZED, check_not_folded, import_hf, pad_id, write_hf
+from slmjax.convert.quantized_size import measure
 from slmjax.convert.safetensors_io import SHARD_BYTES
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
@@ -53,6 +56,7 @@ def export_hf(
     reference_python: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     donate: bool = False,
+    packed: Mapping[str, Packed] = NOT_QUANTIZED,
 ) -> Exported:
     """Writes a Hugging Face folder and checks that it computes the same logits as the model.
 
@@ -62,7 +66,7 @@ def export_hf(
 
     Args:
         params: float32 parameters as evaluation uses them (averaged, if the optimizer averages).
-        dtype: of the weights in the file: "float32" or "bfloat16".
+        dtype: of the weights in the file, and of the scales of quantized ones: "float32", "float16" or "bfloat16".
         numerics: the numerics that the model was trained with; only the default can be exported.
         facts: for the model card; sizes of the model are filled in here.
         tokens: int [B, T] to compare logits on, B >= 2; by default a passage of text, or random without a tokenizer.
@@ -70,13 +74,17 @@ def export_hf(
         reference_python: a Python with torch and transformers; see `gate.find_python`.
         shard_bytes: maximum bytes of weights in one file.
         donate: delete `params` once they are written and compared, so that memory never holds the model twice.
+        packed: the codes of quantized parameters by path (`ParamView.pack`), whose values are in `params`. They are
+            stored as codes, in the format `pack-quantized` of compressed-tensors.
 
     Raises:
-        UserError: no class of transformers fits, `out` may not be written, or a parameter is not finite.
+        UserError: no class of transformers fits, `out` may not be written, a parameter is not finite, or a quantized
+            one cannot be stored exactly.
         Rejected: a check failed; the folder is kept under a name ending in `.failed`.
         StorageError: the disk is full or not writable; `out` is as it was.
     """
     family, folded = expressed(decoder, numerics)
+    check_not_folded(folded, packed)
     python = gate.find_python(reference_python)
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
     stock = family.stock(decoder)
@@ -101,17 +109,23 @@ def export_hf(
         checks.append(gate.check_fold((decoder, params), (folded.decoder, weights), probe))
         decoder, params = folded.decoder, weights
     with publish(out, overwrite=overwrite) as folder:
-        write_hf(folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes)
+        stored = write_hf(
+            folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes, packed=packed
+        )
+        sizes = measure(folder, stored, dtype) if packed else None
+        facts = replace(facts, quantized=sizes.lines() if sizes else ())
         (folder / "README.md").write_text(render(facts), "utf-8")
-        before = gate.remember(decoder, params, dtype, probe, donate=donate)
+        before = gate.remember(decoder, params, dtype, probe, donate=donate, packed=packed)
         try:
             imported = import_hf(folder)
         except Exception as e:
             raise Rejected(f"the export cannot be read back: {e}") from e
         imported = replace(imported, params=memory.to_device(imported.params))
         checks += gate.check_reload(before, imported, probe)
+        checks += [sizes.check()] if sizes else []
         checks += gate_stock.check_stock(imported, folder, python, probe, tokenizer)
         record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
+        record |= {"quantized": sizes.json()} if sizes else {}
         record["checks"] = [check.json() for check in checks]
         (folder / MARK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
         gate.demand(checks)

@@ -10,7 +10,7 @@ import importlib.resources
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -178,13 +178,24 @@ def check_fold(model: tuple[Assembly, Params], folded: tuple[Assembly, Params], 
     )
 
 
-def remember(decoder: Assembly, params: Params, dtype: str, probe: Probe, *, donate: bool = False) -> Before:
-    """Hashes and outputs of a model. `donate`: delete the parameters afterwards."""
-    held = memory.rounded(params, dtype, donate=donate)
+def remember(
+    decoder: Assembly,
+    params: Params,
+    dtype: str,
+    probe: Probe,
+    *,
+    donate: bool = False,
+    packed: Collection[str] = (),
+) -> Before:
+    """Hashes and outputs of a model. `donate`: delete the parameters afterwards. `packed`: paths of quantized
+    parameters, which are not rounded to the dtype."""
+    held = memory.rounded(params, dtype, donate=donate, keep=packed)
     hashes = {path: xxhash.xxh3_128_hexdigest(memory.bits(x)) for path, x in flatten(held).items()}
     out = Before(dtype, hashes, forward(decoder, held, probe))
-    if donate or held is not params:
+    if donate:
         memory.delete(held)
+    elif held is not params:  # those in `packed` are the caller's
+        memory.delete([x for path, x in flatten(held).items() if path not in packed])
     return out
 
 

@@ -100,8 +100,9 @@ def _run_stock(
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         lines = done.stderr.strip().splitlines()
-        if done.returncode and lines and "ModuleNotFoundError" in lines[-1]:
-            raise UserError(f"--reference-python {python}: {lines[-1]}; it needs torch and transformers")
+        if done.returncode and lines and lines[-1].startswith(("ModuleNotFoundError", "ImportError")):
+            needs = "torch and transformers, and compressed-tensors for quantized weights"
+            raise UserError(f"--reference-python {python}: {lines[-1]}; it needs {needs}")
         if done.returncode:
             raise Rejected(f"stock transformers failed on the export: {lines[-1] if lines else done.returncode}")
         try:

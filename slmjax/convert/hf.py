@@ -7,15 +7,20 @@ import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
+from slmjax.compress.quant.view import Packed
 from slmjax.convert import table
 from slmjax.convert.expressed import expressed
+from slmjax.convert.fold import Folded
+from slmjax.convert.pack_quantized import Stored, Writing
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
 from slmjax.convert.selection import select
 from slmjax.convert.tokenizer_files import write_tokenizer
+from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.data import chat
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
@@ -33,6 +38,7 @@ WIDTHS = (
 )  # fmt: skip
 """Fields of config.json that are dimensions of weights"""
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
+NOT_QUANTIZED: Mapping[str, Packed] = MappingProxyType({})
 BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
 """Fields that may be integers larger than any dimension"""
 
@@ -74,19 +80,26 @@ def write_hf(
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
     family: Family | None = None,
-) -> None:
+    packed: Mapping[str, Packed] = NOT_QUANTIZED,
+) -> Mapping[str, Stored]:
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
     `export.export_hf` writes atomically and checks the result; this function only writes. `family` chooses among
     classes that compute the same; None: the first of `FAMILIES` that does, with scalars it lacks folded into the
-    weights where that is exact (`fold.py`).
+    weights where that is exact (`fold.py`). `packed` holds the codes of quantized parameters, by path
+    (`ParamView.pack`): they are written as codes (`pack_quantized.py`).
+
+    Returns:
+        How each quantized matrix is stored, by the name of its module.
 
     Raises:
-        UserError: no class of transformers fits, a parameter is not finite, or the tokenizer has too many ids.
+        UserError: no class of transformers fits, a parameter is not finite, the tokenizer has too many ids, or a
+            quantized parameter cannot be stored exactly.
         StorageError: the disk is full or not writable.
     """
     if family is None:
         family, folded = expressed(decoder)
+        check_not_folded(folded, packed)
         decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be made up
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -102,14 +115,47 @@ def write_hf(
             pads=stock.pads,
             closes=stock.closes,
         )
-    tensors = table.to_theirs(family.rows(decoder), params)
-    write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
-    _write_json(folder / "config.json", {**(family.to_config(decoder) or {}), "dtype": dtype, **ids})
+    config = {**(family.to_config(decoder) or {}), "dtype": dtype, **ids}
+    stored: Mapping[str, Stored] = {}
+    if packed:
+        check_embeddings(packed)
+        tensors = Writing(family.rows(decoder), params, packed, dtype)
+        write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
+        config["quantization_config"], stored = tensors.config(), tensors.stored
+    else:
+        write(folder, table.to_theirs(family.rows(decoder), params), dtype=dtype, shard_bytes=shard_bytes)
+    _write_json(folder / "config.json", config)
     known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
     if tokenizer is not None and (turn := chat.ends(tokenizer)):
         known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
     if stock.generates:
         _write_json(folder / "generation_config.json", known)
+    return stored
+
+
+def check_not_folded(folded: Folded, packed: Mapping[str, Packed]) -> None:
+    """
+    Raises:
+        UserError: a quantized parameter would be multiplied by a scalar, which its codes and scales cannot follow.
+    """
+    if changed := [step.path for step in folded.steps if step.path in packed]:
+        raise UserError(
+            f"{changed[0]} is quantized, and {', '.join(folded.scalars)} would be multiplied into the weights because "
+            "no class of transformers has such a field: leave that parameter out of the quantization rules"
+        )
+
+
+def check_embeddings(packed: Mapping[str, Packed]) -> None:
+    """
+    Raises:
+        UserError: an embedding is quantized. compressed-tensors packs it, but transformers 5.23 fails to load it: it
+            gives an embedding its initial values first, and a packed one has none.
+    """
+    if tables := [path for path in packed if path.startswith("embed/")]:
+        raise UserError(
+            f"{tables[0]} is quantized, but stock transformers cannot load a packed embedding: leave it out of the "
+            "quantization rules (unembed/table of a model with tied=False may be quantized), or export GGUF"
+        )
 
 
 def pad_id(tokenizer: Tokenizer | None) -> int:
@@ -122,8 +168,11 @@ def pad_id(tokenizer: Tokenizer | None) -> int:
 def import_hf(folder: pathlib.Path) -> Imported:
     """Reads a folder saved by `transformers` or `export`. Runs no code from it.
 
+    Of weights that compressed-tensors has packed (`pack-quantized`) it gives the values.
+
     Raises:
-        UserError: it holds no model or only a pickle, or its model type or one of its fields is not supported.
+        UserError: it holds no model or only a pickle, or its model type, one of its fields or its quantization is not
+            supported.
         StorageError: a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder)
@@ -133,12 +182,16 @@ def import_hf(folder: pathlib.Path) -> Imported:
         raise UserError(
             f"{folder}/config.json: model_type = {kind!r} is not supported; there are {', '.join(families)}"
         )
-    if config.get("quantization_config"):
-        raise UserError(f"{folder}/config.json: quantization_config: quantized weights cannot be imported")
     family = families[kind]
     tensors = Tensors(folder)
-    _check_sizes(folder / "config.json", config, tensors)
-    decoder, tree = _described(folder / "config.json", family, config)
+    described = {name: value for name, value in config.items() if name != "quantization_config"}
+    if quantization := config.get("quantization_config"):
+        try:
+            tensors = Unpacked(tensors, quantization)
+        except (UserError, StorageError) as e:
+            raise type(e)(f"{folder}: {e}") from e
+    _check_sizes(folder / "config.json", described, tensors)
+    decoder, tree = _described(folder / "config.json", family, described)
     try:
         chosen = select(tensors, family)
         params = table.to_ours(family.rows(decoder), chosen, tree, chosen.shapes)
@@ -184,7 +237,7 @@ def _not_json(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+def _check_sizes(file: pathlib.Path, config: Mapping[str, Any], tensors: Tensors | Unpacked) -> None:
     """Refuses sizes that do not fit the weights, before anything of such a size is allocated."""
     weights = sum(math.prod(shape) for shape in tensors.shapes.values())
     positive = (*LAYERS, *WIDTHS, *CONTEXTS)

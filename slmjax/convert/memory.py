@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slmjax.tree import map_with_path
 from slmjax.types import Params
 
 
@@ -28,16 +29,19 @@ def to_device(params: Params) -> Params:
     return params
 
 
-def rounded(params: Params, dtype: str, *, donate: bool) -> Params:
-    """float32 parameters rounded to `dtype` and converted back. `donate`: delete each array once it is rounded."""
+def rounded(params: Params, dtype: str, *, donate: bool, keep: Collection[str] = ()) -> Params:
+    """float32 parameters rounded to `dtype` and converted back, but for the paths in `keep`. `donate`: delete each
+    array once it is rounded."""
 
-    def change(x: Any) -> Any:
+    def change(path: str, x: Any) -> Any:
+        if path in keep:
+            return x
         out = jax.block_until_ready(jnp.asarray(x, dtype).astype(jnp.float32))
         if donate:
             delete(x)
         return out
 
-    return params if dtype == "float32" else jax.tree.map(change, params)
+    return params if dtype == "float32" else map_with_path(change, params)
 
 
 def delete(params: Any) -> None:

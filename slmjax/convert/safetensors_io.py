@@ -23,8 +23,12 @@ from slmjax.errors import StorageError, UserError
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {"float32": "F32", "bfloat16": "BF16"}
+DTYPES: dict[str, Any] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}
 READ: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -40,7 +44,8 @@ def write(
     """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one tensor in memory.
 
     Args:
-        dtype: "float32" or "bfloat16" (rounded to nearest even).
+        dtype: of the floating-point tensors: "float32", "float16" or "bfloat16" (rounded to nearest even). int32 and
+            int64 are written as they are.
         shard_bytes: bytes of data in a shard; a larger tensor gets a shard of its own.
 
     Returns:
@@ -50,12 +55,13 @@ def write(
         UserError: a tensor holds NaN or Inf, or overflows in `dtype`, or its key occurs twice.
         StorageError: the disk is full or not writable.
     """
-    shards: list[dict[str, tuple[int, ...]]] = []  # key -> shape
+    shards: list[dict[str, np.ndarray]] = []  # key -> an array of the dtype and shape, without its data
     size, written = 0, set()
     try:
         for key, tensor in tensors:
             # The library writes a whole shard at once and copies it twice. The format is simple: the data in order.
-            x = np.ascontiguousarray(_cast(tensor, DTYPES[dtype]))
+            whole = tensor.dtype.name in ("int32", "int64")
+            x = np.ascontiguousarray(tensor if whole else _cast(tensor, DTYPES[dtype]))
             if not np.isfinite(x).all():
                 raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")
             if key in written:
@@ -65,7 +71,7 @@ def write(
                 size = 0
             with (folder / f"shard-{len(shards) - 1}.data").open("ab") as data:
                 data.write(x.reshape(-1).view(np.uint8).data)
-            shards[-1][key] = np.shape(tensor)
+            shards[-1][key] = np.broadcast_to(np.zeros((), x.dtype), np.shape(tensor))
             written.add(key)
             size += x.nbytes
         names = (
@@ -73,31 +79,30 @@ def write(
             if len(shards) <= 1
             else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         )
-        for i, (name, shapes) in enumerate(zip(names, shards or [{}], strict=True)):
-            _complete(folder / name, folder / f"shard-{i}.data", shapes, dtype)
+        for i, (name, shard) in enumerate(zip(names, shards or [{}], strict=True)):
+            _complete(folder / name, folder / f"shard-{i}.data", shard)
     except OSError as e:
         raise StorageError(f"cannot write {folder / SINGLE}: {e}") from e
 
     files = [folder / name for name in names]
     if len(shards) > 1:
-        width = DTYPES[dtype].itemsize
         index = {
-            "metadata": {"total_size": sum(width * math.prod(x) for shapes in shards for x in shapes.values())},
-            "weight_map": {key: name for name, shapes in zip(names, shards, strict=True) for key in shapes},
+            "metadata": {"total_size": sum(x.nbytes for shard in shards for x in shard.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         files.append(folder / INDEX)
     return files
 
 
-def _complete(file: pathlib.Path, data: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+def _complete(file: pathlib.Path, data: pathlib.Path, shard: Mapping[str, np.ndarray]) -> None:
     """Writes header and data into one file and removes the data file."""
     # transformers refuses a file without this entry.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for key, shape in shapes.items():
-        end = at + DTYPES[dtype].itemsize * math.prod(shape)
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+    for key, x in shard.items():
+        end = at + x.nbytes
+        header[key] = {"dtype": NAMES[x.dtype.name], "shape": list(x.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned

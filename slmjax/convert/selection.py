@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from slmjax.convert.safetensors_io import Tensors
+from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.errors import StorageError
 from slmjax.models.families.common.rows import Family
 
@@ -15,7 +16,7 @@ from slmjax.models.families.common.rows import Family
 class Selection(Mapping[str, np.ndarray]):
     """Some of the tensors of a mapping, under other names."""
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+    def __init__(self, tensors: Tensors | Unpacked, names: Mapping[str, str]):
         """names: new -> old."""
         self._tensors, self._names = tensors, names
 
@@ -35,7 +36,7 @@ class Selection(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def select(tensors: Tensors, family: Family) -> Selection:
+def select(tensors: Tensors | Unpacked, family: Family) -> Selection:
     """The tensors of a file that `family` reads, under the names of its table.
 
     Raises:

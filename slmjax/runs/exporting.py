@@ -50,8 +50,9 @@ def check_hf(export: Export) -> None:
     Raises:
         UserError: the folder may not be written, or the format does not have this dtype.
     """
-    if export.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {export.dtype} is for --format gguf; a Hugging Face folder: float32, bfloat16")
+    if export.dtype not in ("float32", "float16", "bfloat16"):
+        known = "float32, float16, bfloat16"
+        raise UserError(f"--dtype {export.dtype} is for --format gguf; a Hugging Face folder: {known}")
     check_free(export.out, overwrite=export.overwrite)
 
 
@@ -66,7 +67,7 @@ def check_gguf(export: Export) -> None:
 def write_hf(export: Export, loaded: Loaded, *, donate: bool = False) -> Any:
     """-> `convert.export.Exported`. `donate`: delete the parameters once they are written and compared."""
     tokenizer = loaded.tokenizer() if loaded.has_tokenizer else None
-    return _written(export, loaded, export_hf, tokenizer=tokenizer, donate=donate)
+    return _written(export, loaded, export_hf, tokenizer=tokenizer, donate=donate, packed=loaded.packed)
 
 
 def write_gguf(export: Export, loaded: Loaded, *, donate: bool = False) -> Any:
