@@ -25,7 +25,7 @@ class Args:
     """hf: config.json, safetensors, tokenizer files, model card. gguf: one file that llama.cpp runs"""
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
     """Dtype of the weights in the file; bfloat16 rounds them and halves the file. float16 and q8_0 (8 bits, a scale
-    for each 32 weights) are for gguf"""
+    for each 32 weights) are for gguf. Weights trained on a grid keep their codes"""
     overwrite: bool = False
     """Replace what an earlier export wrote"""
     reference_python: str | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Loaded:
     """config.json of the folder"""
     embedded: Tokenizer | None = None
     """The tokenizer inside a GGUF file"""
+    packed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def numerics(self) -> Numerics:

@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,32 +18,80 @@ from gguf import GGMLQuantizationType
 
 from slmjax.convert.folder import Rejected
 from slmjax.convert.gate import Check, Forward, Probe, forward
+from slmjax.convert.gguf.carriers import CARRIERS
 from slmjax.convert.gguf.file import GGUF
+from slmjax.convert.gguf.layouts import NAMES
+from slmjax.convert.packed import PackedTensor
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.models.decoder import Decoder
 from slmjax.types import Params
 
 NEW_TOKENS, TOP = 24, 20
+MOST_COMPARED = 1024
+"""Likeliest tokens by which the divergence of a quantized model is measured; those beyond are taken together"""
+MOST_DIVERGENCE = 1e-3
+"""Largest allowed KL divergence of llama.cpp's probabilities from ours for a quantized model, nats a token: that of its
+activations in 8 bits is 1e-4 to 8e-4; weights rounded again cost 1e-1 and more"""
 MAY_DRIFT = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
 """Largest allowed difference of a log-probability by dtype, in nats times max(1, max|logit|): llama.cpp rounds
 activations to the format of the matrix they are multiplied with. About three times the differences of SmolLM2-135M"""
+REST = 1e-6  # a smaller probability of all other tokens together is lost in rounding
+DRIFTS = {carrier.format.number: carrier.drift for carrier in CARRIERS}
 ROWS = 4096  # compared at a time
 HALF = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.BF16: ml_dtypes.bfloat16}
 
 
-def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray]], dtype: str) -> Check:
-    """Compares every tensor of the file with the model's, rounded to the tensor's format."""
+class Limits(NamedTuple):
+    """How far llama.cpp may be off."""
+
+    log_p: float
+    """Of a log-probability, in nats times max(1, max|logit|)"""
+    divergence: float | None
+    """Mean KL divergence, nats a token; None: not measured"""
+
+
+def limits_of(file: GGUF, dtype: str, drift: float, *, quantized: bool) -> Limits:
+    """The limits for a file.
+
+    Args:
+        drift: added for this architecture.
+        quantized: whether the file holds codes of training.
+    """
+    limit = MAY_DRIFT[dtype]
+    if quantized:
+        limit = max(limit, *(DRIFTS.get(info.kind, 0.0) for info in file.infos.values()))
+    return Limits(limit + drift, MOST_DIVERGENCE if quantized else None)
+
+
+def check_sizes(file: GGUF) -> Check:
+    """The size of the file, and of the weights of each format in it: for information."""
+    parts = []
+    for kind in dict.fromkeys(info.kind for info in file.infos.values()):
+        infos = [info for info in file.infos.values() if info.kind == kind]
+        weights, size = sum(math.prod(info.shape) for info in infos), sum(info.size for info in infos)
+        parts.append(f"{NAMES[kind]} {weights} weights of {8 * size / weights:.4g} bits")
+    found = f"{file.file.stat().st_size} bytes; {', '.join(parts)}"
+    return Check(name="size", found=found, expected="for information", passed=None)
+
+
+def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray | PackedTensor]], dtype: str) -> Check:
+    """Compares every tensor of the file with the model's, rounded to the tensor's format. Quantized tensors have to
+    have the model's values bit for bit."""
     names, wrong = set(), []
     for name, x in wanted:
         names.add(name)
-        x = np.asarray(x, np.float32)
+        exact = isinstance(x, PackedTensor)
+        x = x.values() if isinstance(x, PackedTensor) else np.asarray(x, np.float32)
         kind = file.infos[name].kind if name in file.infos else None
         if kind is None or file.infos[name].shape != x.shape:
             wrong.append(name)
             continue
         found = file[name]
-        if not all(_fits(x[i : i + ROWS], found[i : i + ROWS], kind) for i in range(0, len(x), ROWS)):
+        if exact:
+            same = np.array_equal(found.view(np.uint32), x.view(np.uint32))
+            wrong += [] if same else [name]
+        elif not all(_fits(x[i : i + ROWS], found[i : i + ROWS], kind) for i in range(0, len(x), ROWS)):
             wrong.append(name)
     wrong += sorted(set(file.infos) - names)
     total = f"all {len(names)} equal the model's"
@@ -51,7 +99,7 @@ def check_tensors(file: GGUF, wanted: Iterator[tuple[str, np.ndarray]], dtype: s
     return Check(name=f"reload: tensors ({dtype})", found=found, expected=total, passed=not wrong)
 
 
-def _fits(x: np.ndarray, found: np.ndarray, kind: GGMLQuantizationType) -> bool:
+def _fits(x: np.ndarray, found: np.ndarray, kind: int) -> bool:
     """Whether `found` is x [..., D] rounded to a format."""
     if kind in HALF:
         return np.array_equal(found, x.astype(HALF[kind]).astype(np.float32))
@@ -74,13 +122,12 @@ def check_rounding(ours: Forward, stored: Forward, probe: Probe) -> Check:
 
 def check_llama_cpp(
     file: pathlib.Path, decoder: Decoder, params: Params, python: str | None, probe: Probe, tokenizer: Tokenizer,
-    dtype: str, drift: float,
+    limits: Limits,
 ) -> list[Check]:  # fmt: skip
     """Checks that stock llama.cpp loads the file, tokenizes as in training, and computes the same probabilities.
 
     Args:
         params: as read back from the file.
-        drift: added to the tolerance for this architecture, in the unit of `MAY_DRIFT`.
     """
     missing = "not run: give --reference-python or SLMJAX_REFERENCE_PYTHON, a Python with xllamacpp"
     skipped = [Check(name="stock llama.cpp", found=missing, expected="xllamacpp", passed=None)]
@@ -89,13 +136,13 @@ def check_llama_cpp(
     lengths = [max(1, probe.tokens.shape[1] // 4), max(1, probe.tokens.shape[1] // 2)]
     prompts = [row[:n].tolist() for row, n in zip(probe.tokens, lengths, strict=False)]
     new_tokens = min(NEW_TOKENS, decoder.context - max(lengths) - 1)
-    request = {"prompts": prompts, "new_tokens": new_tokens, "top": min(TOP, decoder.vocab), "texts": list(PROBES)}
+    top = min(TOP if limits.divergence is None else MOST_COMPARED, decoder.vocab)
+    request = {"prompts": prompts, "new_tokens": new_tokens, "top": top, "texts": list(PROBES)}
     answer = _run(file, python, request)
     if answer is None:
         return skipped
     name = f"llama.cpp (xllamacpp {answer['version']})"
-    limit = MAY_DRIFT[dtype] + drift
-    checks = [_compare(name, decoder, params, prompts, answer["rows"], new_tokens, limit, tokenizer)]
+    checks = _compare(name, decoder, params, prompts, answer["rows"], new_tokens, limits, tokenizer)
     wanted = [tokenizer.encode(text, bos=True) for text in PROBES]
     wrong = [i for i, ids in enumerate(wanted) if ids != answer["encoded"][i]]
     found = f"{PROBES[wrong[0]]!r} becomes {answer['encoded'][wrong[0]]}" if wrong else "identical"
@@ -105,29 +152,29 @@ def check_llama_cpp(
 
 def _compare(
     name: str, decoder: Decoder, params: Params, prompts: list[list[int]], rows: list[Any], new_tokens: int,
-    limit: float, tokenizer: Tokenizer,
-) -> Check:  # fmt: skip
+    limits: Limits, tokenizer: Tokenizer,
+) -> list[Check]:  # fmt: skip
     """Compares our probabilities along llama.cpp's greedy continuation: each of its tokens has to be our likeliest, or
-    a near tie, and the log-probabilities have to agree.
-
-    limit: largest difference of a log-probability, in nats times max(1, max|logit|).
-    """
+    a near tie, and the log-probabilities have to agree."""
     whole = [prompt + row["tokens"] for prompt, row in zip(prompts, rows, strict=True)]
     longest = max(map(len, whole))
     tokens = np.zeros((len(whole), longest), np.int32)
     for i, ids in enumerate(whole):
         tokens[i, : len(ids)] = ids  # causal: what follows a row's end does not change it
     logits = forward(decoder, params, Probe(tokens, np.ones_like(tokens))).logits
-    limit *= max(1.0, float(np.abs(logits).max()))
+    limit = limits.log_p * max(1.0, float(np.abs(logits).max()))
     scores = _log_softmax(logits)
     worst, lead, same, made = 0.0, 0.0, 0, 0
+    divergences: list[float] = []
     ends = set(tokenizer.special_tokens.values())
     for score, prompt, row in zip(scores, prompts, rows, strict=True):
         for step, token in enumerate(row["tokens"]):
             here = score[len(prompt) + step - 1]
             if step < len(row["top"]):
                 ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
-                worst = float(np.maximum(worst, np.abs(here[ids] - theirs).max()))  # NaN is kept, and fails the check
+                error = np.abs(here[ids] - theirs)[:TOP].max()
+                worst = float(np.maximum(worst, error))  # NaN is kept, and fails the check
+                divergences.append(divergence(here, ids, theirs))
             lead = max(lead, float(here.max() - here[token]))
             same += int(here.argmax() == token)
             made += 1
@@ -136,10 +183,33 @@ def _compare(
             worst = math.inf  # llama.cpp stopped where slmjax goes on
     if not made and worst <= limit:
         nothing = "nothing to compare: both end every text of the probe immediately"
-        return Check(name=f"{name}: tokens", found=nothing, expected="for information", passed=None)
+        return [Check(name=f"{name}: tokens", found=nothing, expected="for information", passed=None)]
     found = f"{same} of {made} greedy tokens identical, max|Δ log p| {worst:.1e}"
     passed = worst <= limit and lead <= 2 * limit  # near ties are decided by rounding
-    return Check(name=f"{name}: tokens", found=found, expected=f"≤ {limit:.1e}, or a tie", passed=passed)
+    checks = [Check(name=f"{name}: tokens", found=found, expected=f"≤ {limit:.1e}, or a tie", passed=passed)]
+    if limits.divergence is not None:
+        mean = float(np.mean(divergences)) if divergences else math.inf
+        found = f"KL {mean:.1e} nats a token ({len(divergences)} tokens)"
+        most = f"≤ {limits.divergence:.0e}"
+        checks.append(Check(name=f"{name}: KL", found=found, expected=most, passed=mean <= limits.divergence))
+    return checks
+
+
+def divergence(ours: np.ndarray, ids: np.ndarray, theirs: np.ndarray) -> float:
+    """KL(ours || theirs), nats.
+
+    Args:
+        ours: log-probabilities of all tokens [V].
+        ids: the likeliest tokens of the other model [N].
+        theirs: their log-probabilities in it [N]. The other tokens are taken together as one, which can only make the
+            divergence smaller.
+    """
+    here, theirs = ours[ids].astype(np.float64), theirs.astype(np.float64)
+    total = float((np.exp(here) * (here - theirs)).sum())
+    left = 1 - float(np.exp(here).sum())
+    if len(ids) < len(ours) and left > REST:
+        total += left * math.log(left / max(1 - float(np.exp(theirs).sum()), REST))
+    return total
 
 
 def _run(file: pathlib.Path, python: str, request: dict[str, Any]) -> dict[str, Any] | None:
