@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slmjax.compress.quant.blocks import sides
 from slmjax.compress.quant.grids import Grid
 from slmjax.compress.quant.view import Packed
 from slmjax.convert import table
@@ -52,7 +53,8 @@ class Kind(NamedTuple):
 def kind_of(packed: Packed) -> Kind:
     """The kind of one quantized parameter."""
     blocks = packed.blocks
-    group = None if blocks.blocked == blocks.shape else blocks.size
+    # groups may leave the shape as it is: those of head_dim input channels, in an output projection
+    group = None if sides(packed.axes, "a parameter").inputs[0] in blocks.over else blocks.size
     return Kind(packed.grid, packed.codes.zeros is not None, group)
 
 

@@ -132,7 +132,7 @@ CHOSEN = [
     (BitNet(), PerGroup(size=128), "Q2_0"),
     (Binary(), CHANNEL, "Q1_0"),
     (Binary(), PerGroup(size=128), "Q1_0"),
-    (Binary(), PerGroup(size=64), "Q4_0"),
+    (Binary(), PerGroup(size=64), "Q2_0"),
     (Asymmetric(bits=2), CHANNEL, "Q2_K"),
     (Asymmetric(bits=3), CHANNEL, "Q4_K"),
     (Asymmetric(bits=4), CHANNEL, "Q4_K"),

@@ -28,9 +28,6 @@ class Carrier(abc.ABC):
     format: Format
     file_type: int
     """The value of general.file_type for a file that mostly has this type"""
-    drift: float
-    """How far log-probabilities of llama.cpp may be off because it rounds activations to 8 bits for a product with
-    this type, in nats times max(1, max|logit|)"""
 
     @abc.abstractmethod
     def holds(self, tensor: PackedTensor) -> bool:
@@ -136,17 +133,17 @@ def _span(low: int, high: int) -> tuple[int, ...]:
     return tuple(range(low, high + 1))
 
 
-Q1_0 = Scaled(format=layouts.Q1_0, file_type=40, drift=4e-2, levels=(-1, 1), write=layouts.pack_q1_0)
-TQ1_0 = Scaled(format=layouts.TQ1_0, file_type=36, drift=4e-2, levels=_span(-1, 1), write=layouts.pack_tq1_0)
-TQ2_0 = Scaled(format=layouts.TQ2_0, file_type=37, drift=4e-2, levels=_span(-1, 2), write=layouts.pack_tq2_0)
-Q2_0 = Scaled(format=layouts.Q2_0, file_type=41, drift=4e-2, levels=_span(-1, 2), write=layouts.pack_q2_0)
-Q2_K = Affine(format=layouts.Q2_K, file_type=10, drift=4e-2, most=3, most_minus=15, write=layouts.pack_q2_k)
-Q3_K = Scaled(format=layouts.Q3_K, file_type=11, drift=4e-2, levels=_span(-4, 3), write=layouts.pack_q3_k)
-Q4_0 = Scaled(format=layouts.Q4_0, file_type=2, drift=4e-2, levels=_span(-8, 7), write=layouts.pack_q4_0)
-Q4_K = Affine(format=layouts.Q4_K, file_type=14, drift=4e-2, most=15, most_minus=63, write=layouts.pack_q4_k)
-Q5_0 = Scaled(format=layouts.Q5_0, file_type=8, drift=4e-2, levels=_span(-16, 15), write=layouts.pack_q5_0)
-Q6_K = Scaled(format=layouts.Q6_K, file_type=18, drift=4e-2, levels=_span(-32, 31), write=layouts.pack_q6_k)
-Q8_0 = Scaled(format=layouts.Q8_0, file_type=7, drift=4e-2, levels=_span(-128, 127), write=layouts.pack_q8_0)
+Q1_0 = Scaled(format=layouts.Q1_0, file_type=40, levels=(-1, 1), write=layouts.pack_q1_0)
+TQ1_0 = Scaled(format=layouts.TQ1_0, file_type=36, levels=_span(-1, 1), write=layouts.pack_tq1_0)
+TQ2_0 = Scaled(format=layouts.TQ2_0, file_type=37, levels=_span(-1, 2), write=layouts.pack_tq2_0)
+Q2_0 = Scaled(format=layouts.Q2_0, file_type=41, levels=_span(-1, 2), write=layouts.pack_q2_0)
+Q2_K = Affine(format=layouts.Q2_K, file_type=10, most=3, most_minus=15, write=layouts.pack_q2_k)
+Q3_K = Scaled(format=layouts.Q3_K, file_type=11, levels=_span(-4, 3), write=layouts.pack_q3_k)
+Q4_0 = Scaled(format=layouts.Q4_0, file_type=2, levels=_span(-8, 7), write=layouts.pack_q4_0)
+Q4_K = Affine(format=layouts.Q4_K, file_type=14, most=15, most_minus=63, write=layouts.pack_q4_k)
+Q5_0 = Scaled(format=layouts.Q5_0, file_type=8, levels=_span(-16, 15), write=layouts.pack_q5_0)
+Q6_K = Scaled(format=layouts.Q6_K, file_type=18, levels=_span(-32, 31), write=layouts.pack_q6_k)
+Q8_0 = Scaled(format=layouts.Q8_0, file_type=7, levels=_span(-128, 127), write=layouts.pack_q8_0)
 CARRIERS: tuple[Carrier, ...] = (Q1_0, TQ1_0, TQ2_0, Q2_0, Q2_K, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0)
 """From the smallest to the largest"""
 

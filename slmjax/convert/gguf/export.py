@@ -19,6 +19,7 @@ from slmjax.convert.export import probe_tokens
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import Rejected, remove_abandoned
 from slmjax.convert.gguf import gate as gguf_gate
+from slmjax.convert.gguf.activations import rounding
 from slmjax.convert.gguf.file import GGUF
 from slmjax.convert.gguf.load import read_params, write_gguf, written, written_as
 from slmjax.data.tokenizer import Tokenizer
@@ -109,8 +110,9 @@ def export_gguf(
             checks.append(gate.compare("reload: logits", ours, theirs, probe))
         else:
             checks.append(gguf_gate.check_rounding(ours, theirs, probe))
-        limits = gguf_gate.limits_of(opened, dtype, architecture.drift, quantized=bool(packed))
-        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limits)
+        limits = gguf_gate.limits_of(dtype, architecture.drift, quantized=bool(packed))
+        alike = rounding(packed, dtype) if packed else NUMERICS
+        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limits, alike)
         gate.demand(checks)
     return ExportedGGUF(out, checks, folded.scalars)
 
