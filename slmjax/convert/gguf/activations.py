@@ -1,7 +1,7 @@
 """Activations as llama.cpp rounds them: to 8 bits in blocks for a product with packed weights, else to 16 bits or not.
 
-With weights that are exact, this is what llama.cpp's probabilities differ by from those of float32; on a real model it
-is more than the limit for an error. So an export is compared with our own forward pass with the same rounding.
+With weights that are exact, this is why llama.cpp's probabilities differ from ours. How much it costs depends on the
+model, so it is computed and an export is held to it.
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ class BlockProduct(Product):
 def in_blocks(x: jax.Array, width: int, block: int) -> jax.Array:
     """x rounded to 8 bits, with a scale for each `block` of its last dimensions, which have `width` values together."""
     cut = x.reshape(-1, width // block, block)
-    step = jnp.max(jnp.abs(cut), axis=-1, keepdims=True) / 127
-    codes = jnp.round(cut / jnp.where(step > 0, step, 1))
-    stored = jax.lax.reduce_precision(step, *EXPONENT_MANTISSA["float16"]) if block == SMALL else step
-    return (codes * stored).reshape(x.shape)
+    largest = jnp.max(jnp.abs(cut), axis=-1, keepdims=True)
+    step, codes = largest / 127, jnp.round(cut * (127 / jnp.where(largest > 0, largest, 1)))
+    return (codes * (half(step) if block == SMALL else step)).reshape(x.shape)
+
+
+def half(x: jax.Array) -> jax.Array:
+    """x > 0 rounded to float16, subnormal values included, which `reduce_precision` makes 0."""
+    return jnp.where(x < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, jax.lax.reduce_precision(x, 5, 10))
 
 
 def rounding(packed: Mapping[str, Packed], dtype: str) -> Numerics:

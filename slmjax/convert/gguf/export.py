@@ -110,9 +110,9 @@ def export_gguf(
             checks.append(gate.compare("reload: logits", ours, theirs, probe))
         else:
             checks.append(gguf_gate.check_rounding(ours, theirs, probe))
-        limits = gguf_gate.limits_of(dtype, architecture.drift, quantized=bool(packed))
-        alike = rounding(packed, dtype) if packed else NUMERICS
-        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limits, alike)
+        limit = gguf_gate.limit_of(dtype, architecture.drift, quantized=bool(packed))
+        alike = rounding(packed, dtype) if packed else None
+        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limit, alike)
         gate.demand(checks)
     return ExportedGGUF(out, checks, folded.scalars)
 
