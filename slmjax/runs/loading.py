@@ -43,6 +43,8 @@ class Loaded:
     embedded: Tokenizer | None = None
     """The tokenizer inside a GGUF file"""
     packed: Mapping[str, Any] = field(default_factory=dict)
+    """The codes of the parameters that the run's view rounds to a grid, by path (`compress.quant.view.Packed`); their
+    values are in `params`"""
 
     @property
     def numerics(self) -> Numerics:

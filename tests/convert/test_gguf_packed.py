@@ -27,6 +27,9 @@ from slmjax.convert.gguf.load import import_gguf, write_gguf
 from slmjax.data.tokenizer import Bytes, Tokenizer
 from slmjax.errors import UserError
 from slmjax.models.families.llama import llama
+from slmjax.runs.exporting import Export
+from slmjax.runs.exporting import write_gguf as write_gguf_of
+from slmjax.runs.loading import Loaded
 
 DECODER = llama(layers=2, width=256, vocab=270, hidden=512, heads=4, kv_heads=2, context=128)
 ATTENTION, MLP = ("layers/attn/*",), ("layers/mlp/*",)
@@ -277,3 +280,19 @@ def test_what_no_type_holds_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"layers/attn/k does not have the values of its codes"):
         export_gguf(DECODER, perturbed(DECODER), tmp_path / "a.gguf", tokenizer=tokenizer(), packed=packed)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_export_verb_packs_what_a_run_has_quantized(tmp_path):
+    params, packed = of_pair("8 and 4 bits")
+    loaded = Loaded(
+        decoder=DECODER,
+        params=params,
+        tokenizer_path=None,
+        embedded=tokenizer(),
+        source=tmp_path,
+        config={},
+        packed=packed,
+    )
+    write_gguf_of(Export(out=tmp_path / "a.gguf"), loaded)
+    kinds = {layouts.NAMES[info.kind] for info in GGUF(tmp_path / "a.gguf").infos.values()}
+    assert kinds == {"F32", "Q8_0", "Q4_0"}

@@ -9,7 +9,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -38,7 +38,7 @@ MAY_DRIFT = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
 activations to the format of the matrix they are multiplied with. About three times the differences of SmolLM2-135M"""
 REST = 1e-6  # a smaller probability of all other tokens together is lost in rounding
 ROWS = 4096  # compared at a time
-HALF = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.BF16: ml_dtypes.bfloat16}
+HALF: Mapping[int, type] = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.BF16: ml_dtypes.bfloat16}
 
 
 def limit_of(dtype: str, drift: float, *, quantized: bool) -> float:

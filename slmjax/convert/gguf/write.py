@@ -80,7 +80,7 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Callable[[], Tensors],
     dtype: str,
-    carriers: Mapping[str, Carrier],
+    carriers: Mapping[str, Carrier] | None = None,
 ) -> None:
     """Writes a file.
 
@@ -96,6 +96,7 @@ def write(
         UserError: see `pack`.
         StorageError: the disk is full or not writable.
     """
+    carriers = carriers or {}
     kinds = {
         key: carriers[key].format.number if key in carriers else int(kind_of(key, shape, dtype))
         for key, shape in shapes.items()
