@@ -127,7 +127,7 @@ def check_llama_cpp(
     if answer is None:
         return skipped
     name = f"llama.cpp (xllamacpp {answer['version']})"
-    checks = _compare(name, decoder, params, prompts, answer["rows"], new_tokens, limit, numerics, tokenizer)
+    checks = _compare(name, decoder, params, prompts, answer["rows"], new_tokens, limit, tokenizer, numerics)
     wanted = [tokenizer.encode(text, bos=True) for text in PROBES]
     wrong = [i for i, ids in enumerate(wanted) if ids != answer["encoded"][i]]
     found = f"{PROBES[wrong[0]]!r} becomes {answer['encoded'][wrong[0]]}" if wrong else "identical"
@@ -137,7 +137,7 @@ def check_llama_cpp(
 
 def _compare(
     name: str, decoder: Decoder, params: Params, prompts: list[list[int]], rows: list[Any], new_tokens: int,
-    limit: float, numerics: Numerics | None, tokenizer: Tokenizer,
+    limit: float, tokenizer: Tokenizer, numerics: Numerics | None = None,
 ) -> list[Check]:  # fmt: skip
     """Compares our probabilities along llama.cpp's greedy continuation: each of its tokens has to be our likeliest, or
     a near tie, and the log-probabilities have to agree. For a quantized model, ours are those with rounded activations.
