@@ -26,12 +26,14 @@ from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
 from slmjax.nn.initial import Normal
+from slmjax.nn.numerics import Numerics
 from slmjax.tree import flatten
 from slmjax.types import Model, Params
 
 TOLERANCE = 1e-5
 """Largest allowed difference, relative to max(1, max|x|). Two float32 programs of the same function differ by at most
 2e-6 on small models."""
+PLAIN = Numerics()
 ENVIRONMENT = "SLMJAX_REFERENCE_PYTHON"
 
 
@@ -85,9 +87,11 @@ def make_probe(tokens: np.ndarray, context: int, length: int = 64, pads: str = "
     return Probe(tokens, mask)
 
 
-def forward(decoder: Assembly, params: Params, probe: Probe) -> Forward:
-    """Logits and the input of each stage, in float32 throughout."""
-    run = _program(replace(decoder, initial=Normal()))  # initial values do not matter: one program, compiled once
+def forward(decoder: Assembly, params: Params, probe: Probe, numerics: Numerics = PLAIN) -> Forward:
+    """Logits and the input of each stage, in float32 but for what `numerics` rounds."""
+    run = _program(
+        replace(decoder, initial=Normal()), numerics
+    )  # initial values do not matter: one program, compiled once
     with jax.default_matmul_precision("highest"):  # a GPU would use TF32 instead of float32
         logits, blocks, hidden = run(params, probe.tokens, probe.positions, probe.mask)
     # The input of the unembedding may be of another width than the blocks' (OPT-350m).
@@ -95,8 +99,8 @@ def forward(decoder: Assembly, params: Params, probe: Probe) -> Forward:
 
 
 @functools.lru_cache(maxsize=1)
-def _program(decoder: Assembly) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    model = decoder.build(Compute(dtype="float32"))
+def _program(decoder: Assembly, numerics: Numerics) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    model = decoder.build(Compute(dtype="float32"), numerics)
 
     @jax.jit
     def run(params: Any, tokens: Any, positions: Any, segments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -65,7 +65,7 @@ class Recorded(Product):
     add: Callable[[str, np.ndarray, np.ndarray], None] = field(compare=False)
 
     def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
-        over = summed(equation)
+        over = summed(equation, x.ndim)
         tokens = tuple(i for i in range(x.ndim) if i not in over)
         channels = int(np.prod([x.shape[i] for i in over]))
         rows = jnp.transpose(x, (*tokens, *over)).reshape(x.shape[0], -1, channels)

@@ -72,7 +72,7 @@ def write_hf(export: Export, loaded: Loaded, *, donate: bool = False) -> Any:
 
 def write_gguf(export: Export, loaded: Loaded, *, donate: bool = False) -> Any:
     """-> `convert.gguf.export.Exported`. `donate`: delete the parameters once they are written and compared."""
-    return _written(export, loaded, export_gguf, tokenizer=loaded.tokenizer(), donate=donate)
+    return _written(export, loaded, export_gguf, tokenizer=loaded.tokenizer(), packed=loaded.packed, donate=donate)
 
 
 def _written(export: Export, loaded: Loaded, write: Callable[..., Any], **options: Any) -> Any:

@@ -213,6 +213,7 @@ def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]
 def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> tuple[Params, Mapping[str, Any]]:
     """The parameters that training evaluated with: after the optimizer's averaging and the view; and the codes of those
     that the view rounds."""
+    from slmjax.compress.quant.view import with_values
     from slmjax.runs.build import pieces, states_of
     from slmjax.train.checkpoint_folder import restore
     from slmjax.train.state import evaluation_params
@@ -220,7 +221,8 @@ def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> tuple[P
     states, parts = states_of(experiment), pieces(experiment)
     state = restore(checkpoints, step, states.abstract).state
     packed = evaluation_params(state, parts.optimizer, parts.view._replace(evaluate=parts.view.pack))
-    return states.params(state), packed
+    params = states.params(state)
+    return with_values(params, packed) if packed else params, packed
 
 
 def _on_device(params: Params) -> Params:

@@ -172,11 +172,6 @@ def _jobs(model: Assembly, paths: Iterable[str]) -> list[list[tuple[str, int]]]:
     return jobs
 
 
-def with_values(params: Params, packed: Mapping[str, Packed]) -> Params:
-    """The parameters, those quantized replaced by the values of their codes."""
-    return tree.map_with_path(lambda path, x: packed[path].values() if path in packed else np.asarray(x), params)
-
-
 def bits_a_weight(packed: Mapping[str, Packed]) -> float:
     """Mean bits of the quantized weights: their codes, and 16 for each step."""
     total = sum(p.codes.steps.size * 16 + np.prod(p.blocks.shape) * _width(p) for p in packed.values())

@@ -14,13 +14,13 @@ from slmjax.compress.quant.blocks import Granularity, PerChannel, PerGroup
 from slmjax.compress.quant.learned import Balanced
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.compress.quant.uniform import Asymmetric, Symmetric
-from slmjax.compress.quant.view import Packed, Rule
+from slmjax.compress.quant.view import Packed, Rule, with_values
 from slmjax.convert.folder import MARK, publish
 from slmjax.errors import UserError
 from slmjax.models.flops import parameter_count
 from slmjax.runs import packed_folder
 from slmjax.runs.loading import Loaded
-from slmjax.runs.quantizing import bits_a_weight, with_values
+from slmjax.runs.quantizing import bits_a_weight
 
 TABLES = ("*embed/table",)
 

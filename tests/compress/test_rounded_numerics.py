@@ -30,10 +30,11 @@ TOKENS = jnp.asarray(RNG.integers(0, 64, (2, 12)), jnp.int32)
 
 
 @pytest.mark.parametrize(
-    ("equation", "dimensions"), [("btd,df->btf", (2,)), ("bthk,hkd->btd", (2, 3)), ("btd,vd->btv", (2,))]
+    ("equation", "of_x", "dimensions"),
+    [("btd,df->btf", 3, (2,)), ("bthk,hkd->btd", 4, (2, 3)), ("...d,vd->...v", 3, (2,)), ("...d,vd->...v", 2, (1,))],
 )
-def test_a_scale_is_shared_by_what_the_product_sums_over(equation, dimensions):
-    assert summed(equation) == dimensions
+def test_a_scale_is_shared_by_what_the_product_sums_over(equation, of_x, dimensions):
+    assert summed(equation, of_x) == dimensions
 
 
 @pytest.mark.parametrize("bits", [4, 8])

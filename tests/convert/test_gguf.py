@@ -90,7 +90,7 @@ def test_the_library_reads_the_same(file):
             assert (list(found) if isinstance(found, (list, np.ndarray)) else found) == field.contents(), key
 
 
-@pytest.mark.parametrize("kind", READABLE)
+@pytest.mark.parametrize("kind", [kind for kind in READABLE if kind not in ("Q1_0", "Q2_0")])
 def test_every_format_is_unpacked_as_the_library_does(tmp_path, kind):
     """Random bytes: as packed values they are as good as any, but for scales that are not finite."""
     number = gguf.GGMLQuantizationType[kind]

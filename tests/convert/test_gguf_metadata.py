@@ -5,6 +5,7 @@ import pathlib
 import pytest
 from contract.shapes import perturbed
 
+from slmjax.convert.gguf.activations import rounding
 from slmjax.convert.gguf.gate import _compare
 from slmjax.convert.gguf.load import import_gguf, write_gguf
 from slmjax.data.tokenizer import Bytes, Tokenizer
@@ -71,4 +72,7 @@ def test_probabilities_that_are_no_numbers_fail_the_gate():
     tokenizer = Tokenizer(made.raw, bos=made.bos, eos=made.eos)
     for value, passed in ((float("nan"), False), (0.0, True)):
         rows = [{"tokens": [5], "top": [[[0, value], [1, value]]]}]
-        assert _compare("llama.cpp", DECODER, PARAMS, [[1, 2, 3]], rows, 1, 1e6, tokenizer).passed is passed
+        given = ("llama.cpp", DECODER, PARAMS, [[1, 2, 3]], rows, 1, 1e6, tokenizer)
+        assert [check.passed for check in _compare(*given)] == [passed]
+        quantized = _compare(*given, rounding({}, "float32"))
+        assert [check.passed for check in quantized] == [passed, False], "log p = 0 of two tokens is no distribution"

@@ -14,11 +14,11 @@ from slmjax.errors import UserError
 from slmjax.nn.numerics import Product
 
 
-def summed(equation: str) -> tuple[int, ...]:
-    """The dimensions of x in `einsum(equation, x, weight)` that the product sums over."""
+def summed(equation: str, dimensions: int) -> tuple[int, ...]:
+    """The dimensions of x in `einsum(equation, x, weight)` that the product sums over. `dimensions`: how many x has."""
     inputs, _, out = equation.partition("->")
-    of_x = inputs.split(",")[0]
-    return tuple(i for i, letter in enumerate(of_x) if letter not in out)
+    of_x = inputs.split(",")[0].removeprefix("...")
+    return tuple(dimensions - len(of_x) + i for i, letter in enumerate(of_x) if letter not in out)
 
 
 @jax.custom_jvp
@@ -80,5 +80,5 @@ class RoundedInputs(Product):
         if not tree.matches(path, self.patterns):
             return einsum(equation, x, weight)
         wide, most = jax.lax.stop_gradient(x.astype(jnp.float32)), 2 ** (self.bits - 1) - 1
-        value = nearest(wide, self.scale(path, wide, summed(equation), most), most)
+        value = nearest(wide, self.scale(path, wide, summed(equation, x.ndim), most), most)
         return einsum(equation, straight_through(x, value.astype(x.dtype)), weight)

@@ -43,6 +43,11 @@ class Packed(NamedTuple):
         return decoded(self.codes, self.grid, self.blocks)
 
 
+def with_values(params: Params, packed: Mapping[str, Packed]) -> Params:
+    """The parameters, those quantized replaced by the values of their codes (float32)."""
+    return tree.map_with_path(lambda path, x: jnp.asarray(packed[path].values()) if path in packed else x, params)
+
+
 def chosen(axes: Any, rules: tuple[Rule, ...]) -> dict[str, Quantizer]:
     """{path: its quantizer}: that of the first rule with a matching pattern.
 

@@ -6,22 +6,27 @@ import contextlib
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from slmjax import __version__
-from slmjax.convert import gate, memory, table
+from slmjax.compress.quant.view import Packed
+from slmjax.convert import gate, memory
 from slmjax.convert.card import Facts
 from slmjax.convert.export import probe_tokens
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import Rejected, remove_abandoned
 from slmjax.convert.gguf import gate as gguf_gate
+from slmjax.convert.gguf.activations import rounding
 from slmjax.convert.gguf.file import GGUF
-from slmjax.convert.gguf.load import read_params, write_gguf, written_as
+from slmjax.convert.gguf.load import read_params, write_gguf, written, written_as
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
 from slmjax.nn.numerics import Numerics
+from slmjax.tree import flatten
 from slmjax.types import Params
 
 
@@ -41,6 +46,7 @@ def export_gguf(
     *,
     tokenizer: Tokenizer,
     dtype: str = "float32",
+    packed: Mapping[str, Packed] | None = None,
     numerics: Numerics = NUMERICS,
     facts: Facts | None = None,
     overwrite: bool = False,
@@ -53,6 +59,8 @@ def export_gguf(
         params: float32 parameters as evaluation uses them (averaged, if the optimizer averages).
         dtype: of the matrices: "float32", "float16", "bfloat16" or "q8_0" (8 bits, a scale for each 32). Vectors and
             norms stay float32.
+        packed: {path: codes} of quantized parameters (`ParamView.pack`), whose values `params` holds. They are written
+            in the smallest packed type of llama.cpp that holds them exactly; `dtype` is that of the other matrices.
         numerics: the numerics that the model was trained with; only the default can be exported.
         facts: its name and licence are written into the file.
         overwrite: replace a GGUF file.
@@ -60,7 +68,8 @@ def export_gguf(
         donate: delete `params` once they are written and compared, so that memory never holds the model twice.
 
     Raises:
-        UserError: llama.cpp cannot compute the model or has no such tokenizer, or `out` may not be written.
+        UserError: llama.cpp cannot compute the model, has no such tokenizer or no type that holds a quantized tensor,
+            or `out` may not be written.
         Rejected: a check failed; the file is kept under a name ending in `.failed`.
         StorageError: the disk is full or not writable; `out` is as it was.
     """
@@ -77,16 +86,21 @@ def export_gguf(
         weights = folded.apply(params)
         first.append(gate.check_fold((decoder, params), (folded.decoder, weights), probe))
         decoder, params = folded.decoder, weights
+    check_same(params, packed or {})
     family = written_as(decoder)[0]
     with publish_file(out, overwrite=overwrite) as file:
-        architecture, config = write_gguf(file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about)
+        architecture, config = write_gguf(
+            file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about, packed=packed
+        )
         try:
             opened = GGUF(file)
         except StorageError as e:
             raise Rejected(f"the export cannot be read back: {e}") from e
-        wanted = architecture.tensors(config, table.to_theirs(family.rows(decoder), params))
+        wanted = written(architecture, config, family, decoder, params, packed)
         checks = [*first, gguf_gate.check_tensors(opened, wanted, dtype)]
         gate.demand(checks)
+        if packed:
+            checks.append(gguf_gate.check_sizes(opened))
         ours = gate.forward(decoder, params, probe)
         if donate:
             memory.delete(params)
@@ -96,9 +110,25 @@ def export_gguf(
             checks.append(gate.compare("reload: logits", ours, theirs, probe))
         else:
             checks.append(gguf_gate.check_rounding(ours, theirs, probe))
-        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, dtype, architecture.drift)
+        limit = gguf_gate.limit_of(dtype, architecture.drift, quantized=bool(packed))
+        alike = rounding(packed, dtype) if packed else None
+        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limit, alike)
         gate.demand(checks)
     return ExportedGGUF(out, checks, folded.scalars)
+
+
+def check_same(params: Params, packed: Mapping[str, Packed]) -> None:
+    """
+    Raises:
+        UserError: a quantized parameter is not what its codes say.
+    """
+    flat = flatten(params)
+    for path, codes in packed.items():
+        if path not in flat or not np.array_equal(np.asarray(flat[path]), codes.values()):
+            raise UserError(
+                f"{path} does not have the values of its codes: a factor of the model was multiplied into it, which "
+                "llama.cpp does not have; leave it unquantized, or train without the factor"
+            )
 
 
 @contextlib.contextmanager

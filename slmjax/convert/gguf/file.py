@@ -3,7 +3,8 @@ be damaged or malicious.
 
 The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package allocates whatever sizes
 a header claims and takes a second for a large vocabulary, so the header is parsed here: every count is compared with
-the bytes that are left before anything is allocated. The package unpacks the quantized formats.
+the bytes that are left before anything is allocated. `layouts` unpacks the formats that an export packs, the package
+the others.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
+from slmjax.convert.gguf.layouts import FORMATS, NAMES, sizes_of
 from slmjax.errors import StorageError
 
 VERSIONS = (2, 3)
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+            "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")  # fmt: skip
 MOST_ALIGNMENT = 1 << 16
 AT_ONCE = 1 << 21  # values unpacked at a time, which limits the memory needed besides the result
 SCALARS = {
@@ -38,7 +41,8 @@ class Info(NamedTuple):
 
     shape: tuple[int, ...]
     """In numpy's order: the last axis is contiguous in memory (the file lists the axes in reverse)"""
-    kind: GGMLQuantizationType
+    kind: int
+    """The number of its format (`layouts.NAMES`)"""
     start: int
     size: int
     """The data are the bytes [start, start + size) of the file"""
@@ -65,7 +69,7 @@ class GGUF(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.infos[name]
-        block, packed = GGML_QUANT_SIZES[info.kind]
+        block, packed = sizes_of(info.kind)
         width = info.shape[-1] // block * packed
         out = np.empty((info.size // width, info.shape[-1]), np.float32)
         rows = max(1, AT_ONCE // info.shape[-1])
@@ -77,7 +81,7 @@ class GGUF(Mapping[str, np.ndarray]):
                 raw = np.fromfile(f, np.uint8, len(part) * width)
                 if len(raw) != len(part) * width:
                     raise StorageError(f"{self.file}: tensor {_short(name)} ends early: the file was changed")
-                part[...] = dequantize(raw.reshape(-1, width), info.kind)
+                part[...] = _unpack(raw.reshape(-1, width), info.kind)
         if not np.isfinite(out).all():
             raise StorageError(f"{self.file}: tensor {_short(name)} holds NaN or Inf")
         return out.reshape(info.shape)
@@ -146,7 +150,7 @@ def _read_header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Info]]:
     parts = metadata.get("split.count", 0)
     if not isinstance(parts, int) or parts > 1:
         raise c.fail(f"it is one of {shown(parts)} parts; join them first (llama-gguf-split --merge)")
-    described: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+    described: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for i in range(tensors):
         name = c.text(f"the name of tensor {i}")
         if name in described:
@@ -177,18 +181,17 @@ def _scalar(c: _Cursor, kind: int, what: str) -> np.dtype:
     return np.dtype(SCALARS[GGUFValueType(kind)])
 
 
-def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
+def _describe(c: _Cursor, what: str) -> tuple[tuple[int, ...], int, int]:
     """Shape, format, and offset from the first tensor."""
     axes = c.number("I", what)
     if not 1 <= axes <= 4:
         raise c.fail(f"{what} has {axes} axes; expected 1 to 4")
     shape = tuple(c.number("Q", what) for _ in range(axes))[::-1]
     number = c.number("I", what)
-    known = {kind.value: kind for kind in GGMLQuantizationType}
-    if number not in known or known[number].name not in READABLE:
-        name = known[number].name if number in known else number
+    name = NAMES.get(number, str(number))
+    if name not in READABLE:
         raise c.fail(f"{what} has the unknown quantization {name}; expected one of {', '.join(READABLE)}")
-    return shape, known[number], c.number("Q", what)
+    return shape, number, c.number("Q", what)
 
 
 def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment: Any) -> dict[str, Info]:
@@ -198,9 +201,9 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
     data = -(-c.at // alignment) * alignment
     infos = {}
     for name, (shape, kind, offset) in described.items():
-        block, packed = GGML_QUANT_SIZES[kind]
+        block, packed = sizes_of(kind)
         if 0 in shape or shape[-1] % block:
-            raise c.fail(f"tensor {_short(name)} of shape {list(shape)} is not a whole number of {kind.name} blocks")
+            raise c.fail(f"tensor {_short(name)} of shape {list(shape)} is not a whole number of {NAMES[kind]} blocks")
         size = math.prod(shape) // block * packed
         start = data + offset
         if offset % alignment or start + size > c.end:
@@ -216,6 +219,13 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
         if one.start + one.size > other.start:
             raise c.fail(f"the tensors {_short(name)} and {_short(after)} overlap")
     return infos
+
+
+def _unpack(raw: np.ndarray, kind: int) -> np.ndarray:
+    """Bytes [rows, bytes of a row] -> values, float32 [rows, values of a row]."""
+    if kind not in FORMATS:
+        return dequantize(raw, GGMLQuantizationType(kind))
+    return FORMATS[kind].unpack(raw.reshape(-1, FORMATS[kind].size)).reshape(len(raw), -1)
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from slmjax.compress.quant.view import Packed
 from slmjax.convert import table
 from slmjax.convert.gguf import write as gguf_write
 from slmjax.convert.gguf.arch import Config, GGUFArchitecture
+from slmjax.convert.gguf.carriers import carrier_of
 from slmjax.convert.gguf.families import LLAMA, architecture_of
 from slmjax.convert.gguf.file import GGUF, named, shown
 from slmjax.convert.gguf.rope import scaling_of
 from slmjax.convert.gguf.tokenizer import from_gguf, to_gguf
 from slmjax.convert.hf import abstract, family_of
+from slmjax.convert.packed import PackedTensor, to_theirs
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
@@ -175,30 +179,43 @@ def write_gguf(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
+    packed: Mapping[str, Packed] | None = None,
 ) -> tuple[GGUFArchitecture, dict[str, Any]]:
     """Writes a file. `gguf/export.py`'s `export_gguf` does so atomically and checks the result.
 
     Args:
         about: more metadata, such as general.name.
+        packed: {path: codes} of quantized parameters, whose values `params` holds. They are written in a packed type
+            that holds them exactly; `dtype` is that of the others.
 
     Returns:
         The architecture and the config.json from which the file was written.
 
     Raises:
-        UserError: llama.cpp cannot compute the model or tokenize like its tokenizer, or a value is not finite.
+        UserError: llama.cpp cannot compute the model or tokenize like its tokenizer, a value is not finite, or no
+            packed type holds a quantized tensor.
         StorageError: the disk is full or not writable.
     """
     family, architecture, config = written_as(decoder)
     metadata = {**(about or {}), **architecture.keys(config), **to_gguf(tokenizer, decoder.vocab)}
-    gguf_write.write(
-        file,
-        architecture.name,
-        metadata,
-        shapes_of(architecture, config, family, decoder, params),
-        lambda: architecture.tensors(config, table.to_theirs(family.rows(decoder), params)),
-        dtype,
-    )
+
+    def tensors() -> Iterator[tuple[str, np.ndarray | PackedTensor]]:
+        return written(architecture, config, family, decoder, params, packed)
+
+    carriers = {name: carrier_of(name, x) for name, x in tensors() if isinstance(x, PackedTensor)} if packed else {}
+    shapes = shapes_of(architecture, config, family, decoder, params)
+    gguf_write.write(file, architecture.name, metadata, shapes, tensors, dtype, carriers)
     return architecture, config
+
+
+def written(
+    architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder, params: Params,
+    packed: Mapping[str, Packed] | None,
+) -> Iterator[tuple[str, np.ndarray | PackedTensor]]:  # fmt: skip
+    """The tensors of a file, one at a time: those of quantized parameters packed."""
+    if packed:
+        return to_theirs(family.rows(decoder), params, packed, functools.partial(architecture.tensors, config))
+    return architecture.tensors(config, table.to_theirs(family.rows(decoder), params))
 
 
 def written_as(decoder: Decoder) -> tuple[Family, GGUFArchitecture, dict[str, Any]]:

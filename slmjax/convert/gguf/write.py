@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
+from slmjax.convert.gguf.carriers import Carrier
+from slmjax.convert.gguf.layouts import NAMES, sizes_of
+from slmjax.convert.packed import PackedTensor
 from slmjax.errors import StorageError, UserError
 
 KINDS = {
@@ -24,7 +29,7 @@ ALWAYS_FLOAT32 = ("_norm.weight", "position_embd.weight", "rope_freqs.weight", "
                   "rope_factors_short.weight")  # fmt: skip
 STANDARD = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
 
-Tensors = Iterator[tuple[str, np.ndarray]]
+Tensors = Iterator[tuple[str, np.ndarray | PackedTensor]]
 
 
 def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
@@ -35,10 +40,21 @@ def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationTy
     if len(shape) == 1 or name.endswith(ALWAYS_FLOAT32):
         return GGMLQuantizationType.F32
     kind = KINDS[dtype][0]
-    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+    return GGMLQuantizationType.F16 if shape[-1] % sizes_of(kind)[0] else kind
 
 
-def pack(name: str, x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+def file_type(shapes: Mapping[str, tuple[int, ...]], dtype: str, carriers: Mapping[str, Carrier]) -> int:
+    """general.file_type: the format of most weights. llama.cpp shows it, and reads each tensor by its own."""
+    if not carriers:
+        return int(KINDS[dtype][1])
+    counted: Counter[int] = Counter()
+    for key, shape in shapes.items():
+        kind = carriers[key].file_type if key in carriers else int(KINDS[dtype][1])
+        counted[kind] += math.prod(shape)
+    return counted.most_common(1)[0][0]
+
+
+def pack(name: str, x: np.ndarray, kind: int) -> np.ndarray:
     """A float32 tensor converted to a format.
 
     Raises:
@@ -53,8 +69,8 @@ def pack(name: str, x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     else:
         packed = x
     if not np.isfinite(packed).all():
-        raise UserError(f"parameter {name} holds NaN or Inf as {kind.name}: a diverged model is not exported")
-    return quantize(packed, kind) if kind == GGMLQuantizationType.Q8_0 else packed
+        raise UserError(f"parameter {name} holds NaN or Inf as {NAMES[kind]}: a diverged model is not exported")
+    return quantize(packed, GGMLQuantizationType.Q8_0) if kind == GGMLQuantizationType.Q8_0 else packed
 
 
 def write(
@@ -64,6 +80,7 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Callable[[], Tensors],
     dtype: str,
+    carriers: Mapping[str, Carrier] | None = None,
 ) -> None:
     """Writes a file.
 
@@ -71,33 +88,38 @@ def write(
         name: of the architecture in llama.cpp.
         metadata: bool, int (unsigned), float, str or lists by key.
         shapes: of each tensor, in the order in which `tensors` gives them.
-        tensors: yields (name, float32 tensor with axes in numpy's order).
-        dtype: one of `KINDS`.
+        tensors: yields (name, float32 or packed tensor with axes in numpy's order).
+        dtype: of the matrices that are not packed: one of `KINDS`.
+        carriers: {name of a packed tensor: the format that holds it}.
 
     Raises:
         UserError: see `pack`.
         StorageError: the disk is full or not writable.
     """
-    kinds = {key: kind_of(key, shape, dtype) for key, shape in shapes.items()}
+    carriers = carriers or {}
+    kinds = {
+        key: carriers[key].format.number if key in carriers else int(kind_of(key, shape, dtype))
+        for key, shape in shapes.items()
+    }
     try:
         writer = GGUFWriter(file, name)
-        writer.add_file_type(int(KINDS[dtype][1]))
+        writer.add_file_type(file_type(shapes, dtype, carriers))
         writer.add_quantization_version(2)
         for key, value in metadata.items():
             getattr(writer, f"add_{STANDARD[type(value)]}")(key, value)
         for key, shape in shapes.items():
-            block, packed = GGML_QUANT_SIZES[kinds[key]]
-            width = shape[-1] // block * packed
-            # declared as bytes for every format: the writer then computes the shape
-            size = int(np.prod(shape[:-1], dtype=np.int64)) * width
-            writer.add_tensor_info(key, (*shape[:-1], width), np.dtype(np.uint8), size, raw_dtype=kinds[key])
+            block, packed = sizes_of(kinds[key])
+            # with a type given, the dtype of the array is not looked at; 42 is one that the package does not know
+            size = math.prod(shape) // block * packed
+            writer.add_tensor_info(key, shape, np.dtype(np.float32), size, raw_dtype=kinds[key])  # pyright: ignore[reportArgumentType]
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         try:
             for (key, x), expected in zip(tensors(), shapes, strict=True):
                 assert key == expected, f"{key} came where {expected} was declared"
-                writer.write_tensor_data(pack(key, x, kinds[key]).view(np.uint8))
+                raw = carriers[key].pack(x) if isinstance(x, PackedTensor) else pack(key, x, kinds[key]).view(np.uint8)
+                writer.write_tensor_data(raw)
         finally:
             writer.close()
     except OSError as e:
