@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from slmjax.runs import carriers
     from slmjax.runs.estimate_memory import estimate, one_change
     from slmjax.runs.estimate_time import calibrate, watts
     from slmjax.runs.probe import verdict
@@ -46,6 +47,9 @@ def main(argv: list[str]) -> int:
     for name, value in zip(("processor", "  measured"), measured.lines() if measured else (), strict=False):
         table.add_row(name, value)
     table.add_row("computed in", f"{compute.dtype}, {choice.reason}")
+    if fit := carriers.fits(experiment):
+        for name, value in zip((f"{len(fit)} rounded parameters", ""), carriers.lines(fit), strict=True):
+            table.add_row(name, value)
     console.print(table)
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slmjax.compress.quant.view import quantizes
 from slmjax.config import Experiment, Runtime
 from slmjax.data.spec import Opened
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
@@ -85,6 +86,10 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks:
     from slmjax.data.build_progress import show_progress
 
     folder = folder_of(experiment, runtime)
+    if quantizes(experiment.view):
+        from slmjax.runs import carriers  # with the packages of the formats, which other runs need not wait for
+
+        carriers.check(experiment)
     with show_progress() as progress:
         opened = open_data(experiment, runtime, progress)
     start = beginning.read(experiment, folder)

@@ -40,6 +40,8 @@ class Quantizer(abc.ABC):
 
     learned = False
     """Whether the scales are trained"""
+    shifts = False
+    """Whether there are zero points"""
 
     @property
     @abc.abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -48,6 +48,7 @@ class Asymmetric(Quantizer):
     extended to contain 0."""
 
     bits: int = 4
+    shifts: ClassVar[bool] = True
 
     def __post_init__(self):
         check_bits(self.bits, least=1)

@@ -4,7 +4,7 @@ weights of full precision."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -174,3 +174,14 @@ class Quantize(View):
             groups=dict.fromkeys(learned, Group(rate=self.scale_rate, weight_decay=0.0)),
             pack=pack,
         )
+
+
+def quantizes(view: Any) -> list[Quantize]:
+    """The `Quantize` in a view, however deep."""
+    if isinstance(view, Quantize):
+        return [view]
+    if isinstance(view, tuple):
+        return [found for part in view for found in quantizes(part)]
+    if is_dataclass(view):
+        return [found for field in fields(view) for found in quantizes(getattr(view, field.name))]
+    return []
