@@ -90,7 +90,7 @@ class GPTQ(Method):
         quantizers, axes = chosen(model.axes(), rules), _axes(model)
         weights = {path: np.array(x, np.float32) for path, x in tree.flatten(params).items()}
         jobs = _jobs(model, quantizers)
-        inside = {path for job in jobs for path, _ in job}
+        inside = dict.fromkeys(path for job in jobs for path, _ in job)
         tables = {
             path: _nearest(path, quantizer, weights[path], axes[path], self.search)
             for path, quantizer in quantizers.items()
