@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     from slmjax.data.build_progress import show_progress
     from slmjax.runs.evaluating import HeldOut, measure, opened
     from slmjax.runs.loading import load
-    from slmjax.runs.quantizing import METHODS, needs_data
+    from slmjax.runs.quantizing import METHODS
     from slmjax.runs.quantizing_folder import rules_of, write
 
     method = METHODS[args.method]
@@ -70,10 +70,10 @@ def main(argv: list[str]) -> int:
     if loaded.packed:
         raise UserError(f"{args.model} is quantized already; quantize the model that it was made from")
     held_out = None
-    if args.data is not None or loaded.experiment is not None or needs_data(method):
+    if args.data is not None or loaded.experiment is not None or method.reads_data:
         held_out = opened(HeldOut(data=args.data, batch=args.batch, length=args.length), loaded)
     with show_progress() as progress:
-        batches = tuple(held_out.validation(args.batches)) if held_out is not None and needs_data(method) else ()
+        batches = tuple(held_out.validation(args.batches)) if held_out is not None and method.reads_data else ()
         packed = method(loaded.decoder, loaded.params, rules, batches, progress)
     done = write(Path(args.out), loaded, packed, about={"method": args.method, "grid": args.grid, "bits": args.bits},
                  overwrite=args.overwrite)  # fmt: skip

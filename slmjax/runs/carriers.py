@@ -17,6 +17,7 @@ from slmjax.convert import pack_quantized
 from slmjax.convert.gguf.carriers import carrier_of
 from slmjax.convert.packed import PackedTensor
 from slmjax.errors import UserError
+from slmjax.models.assembly import is_declared
 
 
 class Carried(NamedTuple):
@@ -48,7 +49,7 @@ def fits(experiment: Experiment) -> list[Fit]:
     """
     model, found = experiment.model, {}
     axes = tree.flatten(model.axes(), is_leaf=tree.is_axes)
-    shapes = {path: tuple(x.value.shape) for path, x in tree.flatten(model.declared(), is_leaf=_declared).items()}
+    shapes = {path: tuple(x.value.shape) for path, x in tree.flatten(model.declared(), is_leaf=is_declared).items()}
     for view in quantizes(experiment.view):
         for path, quantizer in chosen(model.axes(), view.rules).items():
             found[path] = Fit(path, math.prod(shapes[path]), *_carried(path, quantizer, shapes[path], axes[path]))
@@ -109,7 +110,3 @@ def _of_gguf(path: str, tensor: PackedTensor, quantizer: Quantizer) -> Carried:
     except UserError as e:
         return Carried("", 0.0, str(e))
     return Carried(carrier.format.name, carrier.format.bits)
-
-
-def _declared(x: Any) -> bool:
-    return hasattr(x, "names")

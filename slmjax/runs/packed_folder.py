@@ -23,7 +23,7 @@ from slmjax.compress.quant.blocks import Blocks
 from slmjax.compress.quant.grids import Codes
 from slmjax.compress.quant.view import Packed
 from slmjax.errors import StorageError
-from slmjax.models.assembly import Assembly
+from slmjax.models.assembly import Assembly, is_declared
 from slmjax.serialise import from_json, to_json
 from slmjax.types import Params
 
@@ -90,7 +90,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[Assembly, Params, dic
     """
     model: Assembly = from_json(config["model"])
     axes = tree.flatten(model.axes(), is_leaf=tree.is_axes)
-    shapes = {path: tuple(x.value.shape) for path, x in tree.flatten(model.declared(), is_leaf=_declared).items()}
+    shapes = {path: tuple(x.value.shape) for path, x in tree.flatten(model.declared(), is_leaf=is_declared).items()}
     params, packed = {}, {}
     try:
         with safe_open(folder / WEIGHTS, "numpy") as file:
@@ -111,7 +111,3 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[Assembly, Params, dic
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         raise StorageError(f"{folder / WEIGHTS} is damaged or does not fit config.json: {e}") from e
     return model, tree.unflatten(params), packed
-
-
-def _declared(x: Any) -> bool:
-    return hasattr(x, "names")

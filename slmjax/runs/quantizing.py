@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ from slmjax.compress.quant.view import Packed, Rule, chosen
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.runs.calibrating import Grams, grams
+from slmjax.runs.packed_folder import width
 from slmjax.types import Batch, Params
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +34,9 @@ def silent(what: str, done: int, of: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """How weights are rounded after training."""
+
+    reads_data: ClassVar[bool] = False
+    """Whether it needs calibration data"""
 
     @abc.abstractmethod
     def __call__(
@@ -79,6 +83,7 @@ class GPTQ(Method):
 
     rounds: int = 4
     search: Search = least_error
+    reads_data: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -174,14 +179,8 @@ def _jobs(model: Assembly, paths: Iterable[str]) -> list[list[tuple[str, int]]]:
 
 def bits_a_weight(packed: Mapping[str, Packed]) -> float:
     """Mean bits of the quantized weights: their codes, and 16 for each step."""
-    total = sum(p.codes.steps.size * 16 + np.prod(p.blocks.shape) * _width(p) for p in packed.values())
+    total = sum(p.codes.steps.size * 16 + np.prod(p.blocks.shape) * width(p.grid.levels) for p in packed.values())
     return float(total / sum(np.prod(p.blocks.shape) for p in packed.values()))
-
-
-def _width(packed: Packed) -> int:
-    from slmjax.runs.packed_folder import width
-
-    return width(packed.grid.levels)
 
 
 METHODS: Mapping[str, Method] = {
@@ -190,8 +189,3 @@ METHODS: Mapping[str, Method] = {
     "gptq": GPTQ(),
 }
 """What `slmjax quantize --method` takes"""
-
-
-def needs_data(method: Method) -> bool:
-    """Whether the method reads calibration data."""
-    return isinstance(method, GPTQ)
