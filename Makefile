@@ -6,9 +6,22 @@ REF ?= .venv-ref
 REF4 ?= .venv-ref4
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
-TESTS ?= tests
+# Tests that need several (simulated) devices. The others run on one, which takes a third of the time.
+DEVICE_TESTS = $(addprefix tests/, train invariance optim/test_recipes.py cli/test_doctor.py compress/test_view.py \
+	compress/test_prune_view.py distill/test_on_policy.py distill/test_terms.py e2e/test_bad_input.py losses/test_pieces.py \
+	e2e/test_encoder_run.py)
+# Which tests by their marks: MARK="not slurm" without root.
+MARK ?=
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(MARK),-m "$(MARK)")
+# What the oldest supported Python, with its older JAX and Flax, could break: every import, the training step and what it
+# is made of, files, the command line, and one real run. The rest does not depend on versions in ways of its own.
+OLDEST_TESTS = $(addsuffix .py, $(addprefix tests/, test_imports test_lease test_serialise test_start test_views \
+	cli/test_main compress/test_grids compress/test_view contract/test_golden convert/test_safetensors_io \
+	data/test_loader data/test_packing data/test_token_store distill/test_objective e2e/test_train evals/test_generator \
+	losses/test_next_token losses/test_pieces models/test_decoder nn/test_numerics optim/test_recipes \
+	track/test_report train/test_checkpoint train/test_step))
 
-.PHONY: help quickstart test test-fast lint format docs bench clean
+.PHONY: help quickstart test test-fast test-oldest lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,10 +65,14 @@ quickstart: $(VENV)/.installed  ## train, evaluate, sample, export and verify a 
 test docs: export SLMJAX_REFERENCE_PYTHON ?= $(CURDIR)/$(REF)/bin/python
 test: export SLMJAX_REFERENCE4_PYTHON ?= $(CURDIR)/$(REF4)/bin/python
 test: $(VENV)/.installed-test $(REF4)/.installed  ## run every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	SLMJAX_TEST_DEVICES=1 $(PYTEST) $(addprefix --ignore=,$(DEVICE_TESTS)) tests
+	$(PYTEST) $(DEVICE_TESTS)
 
 test-fast: $(VENV)/.installed-test  ## run the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m fast $(TESTS)
+	$(PYTEST) -m fast tests
+
+test-oldest: $(VENV)/.installed-test  ## run what an older Python could break (VENV, PYTHON choose it)
+	$(PYTEST) $(OLDEST_TESTS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -23,6 +23,9 @@ def main() -> None:
         "convert.py": [],
         "overhead.py": [],
         "quantize.py": [],
+        "distill.py": [],
+        "fit.py": [],
+        "population.py": [],
         "scaling.py": [],
     }.items():
         print(f"\n== {name}", flush=True)

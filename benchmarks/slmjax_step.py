@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from slmjax.convert.hf import write_hf  # noqa: E402
 from slmjax.models.families.llama import llama  # noqa: E402
 from slmjax.nn.compute import Compute  # noqa: E402
-from slmjax.objectives import NextToken  # noqa: E402
+from slmjax.objectives import NextToken, ObjectiveSpec  # noqa: E402
 from slmjax.optim.recipes import AdamW  # noqa: E402
 from slmjax.optim.schedules import Constant  # noqa: E402
 from slmjax.runs.probe import compute_here  # noqa: E402
@@ -49,7 +49,12 @@ def decoder(work: w.Workload):
     )
 
 
-def built(work: w.Workload, compute: Compute | None = None, view: View = Identity()) -> Program:  # noqa: B008
+def built(
+    work: w.Workload,
+    compute: Compute | None = None,
+    view: View = Identity(),  # noqa: B008
+    objective: ObjectiveSpec = NextToken(),  # noqa: B008
+) -> Program:
     """The workload's training step, as `compute` says (default: what slmjax chooses here)."""
     compute = compute or compute_here()
     model = decoder(work).build(compute)
@@ -59,7 +64,7 @@ def built(work: w.Workload, compute: Compute | None = None, view: View = Identit
     return program(
         model.init,
         model.axes,
-        NextToken().build(model),
+        objective.build(model),
         optimizer.build(schedule, *stored.optimized(model.axes, param_view)),
         param_view,
         mesh=Mesh().build(),

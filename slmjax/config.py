@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -91,6 +91,7 @@ class Experiment:
                 f"data.length is {self.data.length}, longer than model.context {self.model.context}; "
                 "shorten the sequences or raise model.context"
             )
+        self.model.initial.fits(self.model)
         self.view.over(self.steps)
         self.objective.fits(self.model)
         self.objective.reads(self.model, self.data)
@@ -165,17 +166,21 @@ def _at_least(where: str, value: Any, **least: float) -> None:
             raise UserError(f"{path} is {getattr(value, name)}; expected at least {bound}")
 
 
-def identity(experiment: Experiment, stores: Sequence[str], start: str | None = None) -> dict[str, Any]:
+def identity(
+    experiment: Experiment, stores: Sequence[str], start: str | None = None, models: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Everything that decides the results, as JSON: the experiment without its name, with hashes of the contents of its
-    data and of the model that it starts from in place of their paths.
+    data, of the model that it starts from and of those that its objective reads in place of their paths.
 
     Args:
         stores: fingerprints of the files that the data are read from (`Opened.stores`).
         start: `start.content_hash` of the parameters that it starts from; None if they are drawn from the seed.
+        models: `start.content_hash` of each of `ObjectiveSpec.models`.
     """
     described = {k: v for k, v in to_json(experiment).items() if k != "name"}
     if start is not None:
         described["start"] = {**described["start"], "model": start}
+    described["objective"] = experiment.objective.identity(models or {})
     return {**described, "data": experiment.data.identity(), "stores": list(stores)}
 
 

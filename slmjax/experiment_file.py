@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from slmjax.errors import UserError
+from slmjax.files import at
 from slmjax.serialise import from_json
 from slmjax.user_code import find_beside, mistakes_in
 
@@ -22,7 +23,7 @@ def load_module(file: str | Path) -> ModuleType:
     Raises:
         UserError: no such file, not a Python file, or another module has its name.
     """
-    path = Path(file).resolve()
+    path = at(file).resolve()
     if not path.is_file():
         raise UserError(f"{file}: no such file; expected a Python file")
     if path.suffix != ".py":
@@ -107,7 +108,7 @@ def load_experiment(ref: str) -> tuple[Any, Path | None]:
     """
     from slmjax.config import Experiment
 
-    path = Path(ref)
+    path = at(ref)
     if path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json":

@@ -14,14 +14,15 @@ from slmjax.errors import UserError
 
 
 @contextlib.contextmanager
-def hold(file: Path, refused: Callable[[str], UserError]) -> Iterator[None]:
+def hold(file: Path, refused: Callable[[str], UserError], wait: float = 0) -> Iterator[None]:
     """Holds a lock file, which says who does. The kernel lets go of it when the process dies, however it dies.
 
     Args:
         refused: who holds it (process and host) -> what to raise.
+        wait: seconds until it is refused.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file, timeout=0, thread_local=False)
+    lock = filelock.FileLock(file, timeout=wait, thread_local=False)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -31,3 +32,17 @@ def hold(file: Path, refused: Callable[[str], UserError]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def held(file: Path, wait: float = 0) -> bool:
+    """Whether a process, which may be this one, holds a lock file. Looking takes it for a moment, so that two processes
+    that look at once are in each other's way, unless they `wait` (seconds)."""
+    if not file.exists():
+        return False
+    lock = filelock.FileLock(file, timeout=wait, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from slmjax.data.labelled import LabelledText
 from slmjax.data.spec import Data
 from slmjax.errors import UserError
 from slmjax.losses.auxiliary import with_auxiliary
 from slmjax.losses.classify import classify
-from slmjax.losses.masked_lm import Masking, masked_lm
+from slmjax.losses.masked_lm import Masking, masked_lm, masked_positions
 from slmjax.losses.next_token import next_token
 from slmjax.models.assembly import Assembly
-from slmjax.types import Model, Objective, Special
+from slmjax.serialise import to_json
+from slmjax.types import Batch, Model, Objective, Special
+from slmjax.views import Carried
+
+
+class Scored(NamedTuple):
+    """The positions of a batch whose outputs a loss reads."""
+
+    at: jax.Array | None  # int [B, n]: their indices in the row; None: every position, n = T
+    targets: jax.Array  # int32 [B, n]
+    weights: jax.Array  # float32 [B, n]
+
+    def of(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, n, D]"""
+        return hidden if self.at is None else jnp.take_along_axis(hidden, self.at[..., None], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +56,16 @@ class ObjectiveSpec:
             UserError: they hold other targets.
         """
 
+    def ready(self, data: Data, models: Mapping[str, str]) -> None:
+        """Checks, when a run begins, that what the data read from disk belongs to this objective and its models.
+
+        Args:
+            models: the content hash of each of `models()`.
+
+        Raises:
+            UserError: it does not.
+        """
+
     @property
     def predicted(self) -> float:
         """The share of tokens whose logits are computed, for counting FLOPs."""
@@ -45,10 +73,71 @@ class ObjectiveSpec:
 
     unit: ClassVar[str] = "token"
     """What the loss is a mean over, as a noun for messages"""
+    same_tokens: ClassVar[bool] = True
+    """Whether `models()` must have the tokenizer of the data"""
 
     def with_special(self, special: Special) -> ObjectiveSpec:
         """The same objective, with the special token ids of the data's tokenizer."""
         return self
+
+    def scored(self, model: Model, batch: Batch) -> Scored:
+        """The positions of a batch (after `Objective.prepare`) that are predicted, for losses that compare models.
+
+        Raises:
+            UserError: this objective does not predict tokens or labels.
+        """
+        raise UserError(
+            f"objective.task is {type(self).__name__}, which does not say what it predicts; use NextToken()"
+        )
+
+    def models(self) -> tuple[str, ...]:
+        """Trained models that the objective reads, each written as the MODEL of a command."""
+        return ()
+
+    @property
+    def output_tables(self) -> bool:
+        """Whether folders with the output table of a model alone will do for `models()`."""
+        return False
+
+    def accepts(self, source: str, theirs: Assembly, model: Assembly, length: int) -> None:
+        """Checks that one of `models()` fits the model that is trained, before it is put into memory.
+
+        Args:
+            source: as `models()` has it.
+            theirs: its shape.
+            model: the shape of the model that is trained.
+            length: tokens of a sequence of the data.
+
+        Raises:
+            UserError: it does not.
+        """
+
+    def with_models(self, models: Sequence[Any], *, tokens: int) -> ObjectiveSpec:
+        """The same objective with its models in memory.
+
+        Args:
+            models: a `distill.teacher.Teacher` for each of `models()`.
+            tokens: ids of the data's tokenizer, from 0.
+        """
+        return self
+
+    def carried(self, model: Assembly) -> Carried | None:
+        """What it keeps from step to step beside the parameters of this model: trainable matrices, the number of
+        updates (`views.carrying`). None: nothing."""
+        return None
+
+    def identity(self, models: Mapping[str, str]) -> Any:
+        """This value as JSON, for the experiment's identity. `models`: the content hash of each of `models()`, which
+        takes the place of its path."""
+        return to_json(self)
+
+    def more_flops(self, model: Assembly, length: int) -> float:
+        """FLOPs a token of a training step in addition to those of the trained model, at sequences of that length.
+
+        Args:
+            model: the model that is trained.
+        """
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +163,9 @@ class NextToken(ObjectiveSpec):
             raise UserError(
                 f"objective is NextToken, but data is {type(data).__name__}, which has no next tokens; use PackedText"
             )
+
+    def scored(self, model: Model, batch: Batch) -> Scored:
+        return Scored(None, batch.targets, batch.weights)
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):
@@ -119,6 +211,10 @@ class MaskedLM(ObjectiveSpec):
     def with_special(self, special: Special) -> MaskedLM:
         """The same objective, with these special token ids unless the experiment names its own."""
         return self if self.special is not None else replace(self, special=special)
+
+    def scored(self, model: Model, batch: Batch) -> Scored:
+        at = masked_positions(batch, self.masking.most(batch.tokens.shape[1]))
+        return Scored(at, *(jnp.take_along_axis(x, at, axis=1) for x in (batch.targets, batch.weights)))
 
     def build(self, model: Model) -> Objective:
         def prepare(batch, key):
@@ -168,6 +264,10 @@ class Classify(ObjectiveSpec):
     def predicted(self) -> float:
         """0: the head reads one token of a text, too few to count"""
         return 0.0
+
+    def scored(self, model: Model, batch: Batch) -> Scored:
+        labels, weights = batch.extra["labels"], batch.weights.sum(axis=1)
+        return Scored(model.read_at(batch.segment_ids)[:, None], labels[:, None], weights[:, None])
 
     def build(self, model: Model) -> Objective:
         def loss(params, frozen, batch, key):

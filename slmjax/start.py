@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,8 +83,8 @@ class FromModel(Start):
         for path in given_by_path:
             if path not in drawn_by_path and not tree.matches(path, self.dropped):
                 raise UserError(
-                    f"{self.model} has {path}, which this model lacks; make the model the same, or leave it out with "
-                    f"start.dropped = ({path!r},)"
+                    f"{self.model} has {path}, which this model lacks{_untied(path, 'this model')}; make the model the "
+                    f"same, or leave it out with start.dropped = ({path!r},)"
                 )
         result = {path: self._value(path, x, given_by_path, axes_by_path[path]) for path, x in drawn_by_path.items()}
         return tree.unflatten(result)
@@ -93,8 +94,8 @@ class FromModel(Start):
             return drawn
         if path not in given_by_path:
             raise UserError(
-                f"{self.model} has no {path}, which this model has; make the model the same, or have it drawn from the "
-                f"seed with start.new = ({path!r},)"
+                f"{self.model} has no {path}, which this model has{_untied(path, self.model)}; make the model the "
+                f"same, or have it drawn from the seed with start.new = ({path!r},)"
             )
         given = given_by_path[path]
         if given.shape == drawn.shape:
@@ -116,6 +117,72 @@ class FromModel(Start):
         out = np.array(drawn)
         out[(*(slice(None),) * rows, slice(0, given.shape[rows]))] = np.asarray(given)
         return out
+
+
+def _untied(path: str, tied: str) -> str:
+    """Why a model has no output table: the other one's is not tied."""
+    return f" ({tied} is tied: its output head is the embedding table)" if path == "unembed/table" else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromLayers(FromModel):
+    """Some layers of a deeper model, and its parameters outside the layers. `layers=(0, 2, 4)` of 6 is how DistilBERT
+    begins: Sanh et al. 2019, arXiv:1910.01108, section 2."""
+
+    layers: tuple[int, ...]
+    """Indices in the deeper model, from 0, one for each layer of this model"""
+
+    def parameters(self, drawn: Params, given: Params, axes: Any) -> Params:
+        """As `FromModel`, after layer i of this model has taken the place of layer `layers[i]` of the other.
+
+        Raises:
+            UserError: there are not as many layers as this model has, or an index is out of range; or see `FromModel`.
+        """
+        theirs, ours = _layers(given), _layers(drawn)
+        if len(self.layers) != len(ours):
+            raise UserError(
+                f"start.layers: {len(self.layers)} layers are named, but this model has {len(ours)}; name one for each"
+            )
+        for i in self.layers:
+            if not 0 <= i < len(theirs):
+                raise UserError(
+                    f"start.layers: {i} is out of range; {self.model} has the layers 0 to {len(theirs) - 1}"
+                )
+        parts: dict[str, list[Any]] = {}
+        for place, i in zip(ours, self.layers, strict=True):
+            for name, stacked in theirs[i].stacks.items():
+                parts.setdefault(f"{place.prefix}/{name}", []).append(np.asarray(stacked)[theirs[i].entry])
+        outside = {path: x for path, x in tree.flatten(given).items() if not _STAGE.match(path)}
+        stacked = {path: np.stack(entries) for path, entries in parts.items()}
+        return super().parameters(drawn, tree.unflatten(outside | stacked), axes)
+
+
+class _Layer(NamedTuple):
+    """One layer in a tree of parameters."""
+
+    prefix: str  # of its parameters' paths
+    entry: int  # its index along their first dimension
+    stacks: Mapping[str, Any]  # the parameters under `prefix`
+
+
+_STAGE = re.compile(r"(?P<stage>layers(_\d+)?)/(?:(?P<block>\d+)/)?(?P<name>.+)")
+"""Paths of parameters of layers: those of a stage, and where its pattern has several blocks, of the block"""
+
+
+def _layers(params: Params) -> list[_Layer]:
+    """The layers in order: stage by stage, in each the blocks of its pattern by turns."""
+    stages: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, x in tree.flatten(params).items():
+        if found := _STAGE.match(path):
+            blocks = stages.setdefault(found["stage"], {})
+            blocks.setdefault(found["block"] or "", {})[found["name"]] = x
+    layers = []
+    for stage, blocks in sorted(stages.items(), key=lambda item: int(item[0].partition("_")[2] or 0)):
+        ordered = sorted(blocks.items(), key=lambda item: int(item[0] or 0))
+        repeats = next(iter(ordered[0][1].values())).shape[0]
+        for entry in range(repeats):
+            layers += [_Layer("/".join(filter(None, (stage, block))), entry, stacks) for block, stacks in ordered]
+    return layers
 
 
 def content_hash(params: Params) -> str:

@@ -63,6 +63,8 @@ class Special:
     """Id of the mask token; None if there is none"""
     all: tuple[int, ...] = ()
     """Every special token id: beginning, end, mask, padding and any others"""
+    end: int | None = None
+    """Id of the token that ends a text; None if there is none"""
 
 
 class Output(NamedTuple):
@@ -72,6 +74,9 @@ class Output(NamedTuple):
     cache: Any = None  # the key-value cache after these tokens, if `apply` was given one
     blocks: Any = None  # [L + 1, B, T, D]: the residual stream before block 0, 1, ..., and after the last, if collected
     auxiliary: Mapping[str, Array] = {}  # each [B, T]: terms that parts of the model add to the loss, by name
+    attention: Any = None
+    """If collected: for each layer its queries "q" [B, T, H, K], keys "k" and values "v" [B, T, G, K], as its attention
+    reads them (after norm and position); None for a layer without attention"""
 
 
 def first_token(segment_ids: Any) -> Any:
@@ -108,6 +113,9 @@ class Model(NamedTuple):
     read_at: Callable[[Any], Any] = first_token
     """Segment ids [B, T] of texts, one a row and padded on the right -> int [B]: the token whose hidden vector a head
     for a whole text reads"""
+    rules: tuple[Any, ...] = ()
+    """For each layer, how its attention scores follow from queries and keys (nn.attention_kernels.Scores); None for one
+    without attention"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,20 @@ class Group:
     """Factor on the learning rate of the schedule: a number, or an array []"""
     weight_decay: Any = 0.0
     """Decoupled, in place of the optimizer's"""
+    eps: Any = 1.0
+    """Factor on Adam's epsilon"""
+
+
+class Factors(NamedTuple):
+    """How one parameter of a model trains beside the others, as the sizes of the model demand
+    (`models.parametrisation`): factors on numbers of the optimizer."""
+
+    rate: Any = 1.0
+    """On the learning rate"""
+    weight_decay: Any = 1.0
+    """On the weight decay, where the optimizer decays this parameter"""
+    eps: Any = 1.0
+    """On Adam's epsilon"""
 
 
 def nothing_packed(params: Params, own: Params, state: Any) -> dict[str, Any]:
@@ -170,6 +192,8 @@ class Objective(NamedTuple):
     mean of the large batch."""
     frozen: Frozen = ()
     """Passed to `loss` in every step, never donated"""
+    axes: Any = None
+    """Logical axes of `frozen`, a nested dict like it, by which it is split over devices; None: a copy on each"""
     prepare: Callable[[Batch, Key], Batch] = unchanged
     """(the batch of a step, key) -> the batch that `loss` reads, such as one with tokens masked. Called inside the step
     before it is cut into micro-batches, so that their number does not change what is drawn"""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.errors import UserError
-from slmjax.types import Group, Params, ParamView
+from slmjax.types import Group, Key, Params, ParamView
 
 IDENTITY = ParamView(
     init=lambda params, key: ({}, ()),
@@ -219,3 +219,69 @@ def chain(*views: ParamView) -> ParamView:
         groups={f"{i}/{path}": group for i, view in enumerate(views) for path, group in view.groups.items()},
         frozen=frozenset().union(*(view.frozen for view in views)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A trainable matrix that an objective has beside the model. Initial values are normal with variance 1 / rows."""
+
+    shape: tuple[int, int]
+    axes: tuple[str | None, str | None]
+    """Logical axes (axes.py)"""
+
+    def draw(self, key: Key) -> Any:
+        """float32, of this shape."""
+        return jax.random.normal(key, self.shape, jnp.float32) * self.shape[0] ** -0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What an objective keeps from step to step beside the model: trainable matrices, and the number of updates."""
+
+    matrices: Mapping[str, Matrix]
+    """By path"""
+
+
+OBJECTIVE = "objective"
+"""Key, beside the model's parameters, of what an objective has carried to this step"""
+
+
+def carrying(view: ParamView, carried: Carried) -> ParamView:
+    """The view, with what the objective carries.
+
+    The effective parameters of a training step get one more key, `OBJECTIVE`: `own`, the matrices as a nested dict, and
+    `step`, int32 [], the updates made so far (skipped ones not counted). Evaluation and export do not see it. The
+    view's state is the pair of its own state and the step.
+    """
+
+    def inner(own: Params) -> Params:
+        return {name: x for name, x in own.items() if name != OBJECTIVE}
+
+    def init(params: Params, key: Key) -> tuple[Params, Any]:
+        own, state = view.init(params, key)
+        keys = jax.random.split(jax.random.fold_in(key, 1), max(1, len(carried.matrices)))
+        drawn = {path: m.draw(k) for (path, m), k in zip(carried.matrices.items(), keys, strict=False)}
+        mine = {OBJECTIVE: tree.unflatten(drawn)} if drawn else {}
+        return {**own, **mine}, (state, jnp.zeros((), jnp.int32))
+
+    def apply(params: Params, own: Params, state: Any) -> Params:
+        return {
+            **view.apply(params, inner(own), state[0]),
+            OBJECTIVE: {"own": own.get(OBJECTIVE, {}), "step": state[1]},
+        }
+
+    matrix_axes = tree.unflatten({path: m.axes for path, m in carried.matrices.items()})
+    return view._replace(
+        init=init,
+        apply=apply,
+        update=lambda state, params, own, step: (view.update(state[0], params, inner(own), step), state[1] + 1),
+        evaluate=lambda params, own, state: view.evaluate(params, inner(own), state[0]),
+        pack=lambda params, own, state: view.pack(params, inner(own), state[0]),
+        axes={**view.axes, OBJECTIVE: matrix_axes} if matrix_axes else view.axes,
+    )
+
+
+def without_objective(params: Params) -> tuple[Params, Any]:
+    """Effective parameters -> those of the model, and what the objective has carried to this step (None in
+    evaluation)."""
+    return {name: x for name, x in params.items() if name != OBJECTIVE}, params.get(OBJECTIVE)

@@ -15,7 +15,8 @@ from slmjax.nn.einsum_cpu import cpu_einsum
 from slmjax.nn.processor import Processor
 from slmjax.runs import peak, probe, same_compute
 from slmjax.runs.probe import Verdict, choose, precisions, read, undisturbed, verdict
-from slmjax.runs.same_compute import choice_of, recorded, settle
+from slmjax.runs.same_compute import choice_of, record, recorded
+from slmjax.runs.same_compute import settle as chosen
 from slmjax.train import processes
 
 pytestmark = pytest.mark.fast
@@ -156,6 +157,13 @@ def test_every_form_is_measured_in_every_precision():
     assert {d: set(f) for d, f in found.items()} == {"float32": set(forms())}
 
 
+def settle(runtime, folder):
+    """As `train`, which records the choice once the run can begin."""
+    choice = chosen(runtime, folder)
+    record(choice, folder)
+    return choice
+
+
 def test_a_run_keeps_what_it_began_with(machine, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -234,3 +242,12 @@ def test_the_ceiling_is_that_of_the_fastest_product(monkeypatch):
     took["bfloat16"] = 1.0
     assert peak.measured_flops("bfloat16", 0.1) == pytest.approx(2 / (1.0 * 0.5))
     assert peak.measured_flops("float32", 0.1) == pytest.approx(2 / (2.0 * 0.5))
+
+
+def test_the_ceiling_is_at_least_as_fast_as_the_kernel_of_the_run():
+    """A kernel that computes nothing is faster than any product: the ceiling is then that of the kernel."""
+
+    def nothing(equation, x, w):
+        return jax.numpy.zeros((*x.shape[:2], w.shape[1]), x.dtype) + x[0, 0, 0] * w[0, 0]
+
+    assert peak.measured_flops("float32", 0.0, nothing) > 2 * peak.measured_flops("float32", 0.0)

@@ -14,7 +14,20 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
-BASE = {"axes", "errors", "estimate", "types", "tree", "platform", "serialise", "user_code", "lock", "__init__"}
+BASE = {
+    "axes",
+    "errors",
+    "estimate",
+    "types",
+    "tree",
+    "platform",
+    "serialise",
+    "user_code",
+    "lock",
+    "lease",
+    "files",
+    "__init__",
+}
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
 MAY_IMPORT = {  # layer -> what it may import besides itself
     "axes": set(),
@@ -25,6 +38,8 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "platform": {"errors"},
     "user_code": {"errors"},
     "lock": {"errors"},
+    "lease": {"errors", "lock"},
+    "files": {"errors"},
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,
@@ -34,15 +49,24 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "track": BASE - {"tree"},
     "views": BASE,
     "start": BASE,
-    "train": {"errors", "estimate", "types", "tree", "platform", "serialise", "lock"},
+    "scaling": {"errors"},
+    "train": {"errors", "estimate", "types", "tree", "platform", "serialise", "lock", "lease"},
     "models": BASE | PARTS,
     "objectives": BASE | PARTS | {"models"},
+    "distill": BASE | PARTS | {"models", "objectives", "evals"},
     "convert": BASE | PARTS | {"models"},
     "evals": BASE | PARTS | {"models"},
     "config": BASE | PARTS | {"models", "objectives", "convert", "evals", "train"},
     "experiment_file": BASE | {"config"},
-    "runs": BASE | PARTS | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file"},
-    "cli": BASE | PARTS | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file", "runs"},
+    "runs": BASE
+    | PARTS
+    | {"models", "objectives", "distill", "convert", "evals", "train", "config", "experiment_file", "scaling"},
+    "sweeps": BASE | {"models", "config", "experiment_file", "runs", "scaling", "track"},
+    "launch": BASE - {"tree", "types"},
+    "cli": BASE
+    | PARTS
+    | {"models", "objectives", "convert", "evals", "train", "config", "experiment_file", "runs", "scaling", "sweeps"}
+    | {"launch"},
     "__init__": {"platform", "config", "runs"},  # for type checkers alone: what it gives is imported when it is used
 }
 
@@ -88,7 +112,7 @@ def test_nothing_imports_torch_or_transformers():
 
 def test_data_track_and_launch_do_not_import_jax():
     jax_users = ("jax", "flax", "optax", "orbax")
-    for path in [*(PACKAGE / "data").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
+    for path in (path for name in ("data", "scaling", "launch") for path in (PACKAGE / name).rglob("*.py")):
         assert not [m for m in imports(path) if m.split(".")[0] in jax_users], path
     verbs = [PACKAGE / "cli" / f"{name}.py" for name in ("main", "args", *(module for module, _ in VERBS.values()))]
     for path in [*(PACKAGE / "track").rglob("*.py"), *verbs]:  # the verbs' files answer --help at once
@@ -96,17 +120,17 @@ def test_data_track_and_launch_do_not_import_jax():
 
 
 def test_data_works_without_jax():
-    """Imported for real: nothing that data/ and track/ pull in pulls in jax."""
+    """Imported for real: nothing that data/, track/ and scaling/ pull in pulls in jax."""
     code = """
 import sys, importlib, pkgutil
-import slmjax.data, slmjax.track
-for package in (slmjax.data, slmjax.track):
+import slmjax.data, slmjax.scaling, slmjax.track
+for package in (slmjax.data, slmjax.scaling, slmjax.track):
     for info in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{info.name}")
 print("jax" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False", "something in slmjax.data or slmjax.track imports jax at import time"
+    assert out.stdout.strip() == "False", "something in slmjax.data, scaling or track imports jax"
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,5 +1,7 @@
 """Which parameters a run begins with: rules for what may differ, and errors that name the tensor."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from slmjax import tree
 from slmjax.errors import UserError
 from slmjax.models.families.llama import llama
-from slmjax.start import FromModel, FromScratch, content_hash
+from slmjax.start import FromLayers, FromModel, FromScratch, content_hash
 
 pytestmark = pytest.mark.fast
 
@@ -90,3 +92,39 @@ def test_the_hash_is_of_the_contents_alone():
         {**without(GIVEN, "embed/table"), "table": GIVEN["embed"]["table"]},
     ):
         assert content_hash(changed) != content_hash(GIVEN)
+
+
+def test_some_layers_of_a_deeper_model_are_taken_in_their_order():
+    def filled(layers, **kind):
+        model = llama(vocab=11, **{**SIZES, "layers": layers, **kind}).build()
+        numbers = lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape)  # noqa: E731
+        return jax.tree.map(numbers, jax.eval_shape(model.init, jax.random.key(0))), model.axes
+
+    given, (drawn, axes), start = filled(5)[0], filled(3), FromLayers(model="m", layers=(0, 2, 4))
+    for path, x in tree.flatten(begin(start, drawn, given, axes)).items():
+        wanted = tree.flatten(given)[path]
+        np.testing.assert_array_equal(x, wanted[::2] if path.startswith("layers/") else wanted)
+    with pytest.raises(UserError, match=r"start.layers: 2 layers are named, but this model has 3"):
+        begin(replace(start, layers=(0, 2)), drawn, given, axes)
+    with pytest.raises(UserError, match=r"start.layers: 5 is out of range; m has the layers 0 to 4"):
+        begin(replace(start, layers=(0, 2, 5)), drawn, given, axes)
+    with pytest.raises(
+        UserError, match=r"layers/attn/k has shape \[3, 8, 1, 2\] in m and \[3, 8, 1, 4\] in this model"
+    ):
+        begin(start, drawn, filled(5, heads=4)[0], axes)
+
+
+def test_layers_of_a_pattern_are_counted_by_turns():
+    """Two kinds of layers by turns, then one more of the first kind: layer i of every kind is found."""
+    number = lambda i: np.full(2, i)  # noqa: E731
+    given = {
+        "layers": {"0": {"a": np.stack([number(0), number(2)])}, "1": {"b": np.stack([number(1), number(3)])}},
+        "layers_1": {"a": number(4)[None]},
+        "embed": number(9),
+    }
+    axes = {"layers": {"a": ("layers", None)}, "layers_1": {"b": ("layers", None)}, "embed": (None,)}
+    drawn = {"layers": {"a": np.zeros((2, 2))}, "layers_1": {"b": np.zeros((1, 2))}, "embed": np.zeros(2)}
+    taken = begin(FromLayers(model="m", layers=(0, 4, 3)), drawn, given, axes)
+    np.testing.assert_array_equal(taken["layers"]["a"][:, 0], [0, 4])
+    np.testing.assert_array_equal(taken["layers_1"]["b"][:, 0], [3])
+    assert taken["embed"][0] == 9

@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from slmjax.cli.mistakes import Refused, explain, options_of, refusals
 from slmjax.errors import UserError
+from slmjax.files import at
 
 T = TypeVar("T")
 MOST = 900
@@ -136,7 +136,7 @@ def read_text(flag: str, name: str) -> str:
         UserError: it cannot be read, or is no text.
     """
     try:
-        return text_of(flag, sys.stdin.read() if name == "-" else Path(name).read_text("utf-8"))
+        return text_of(flag, sys.stdin.read() if name == "-" else at(name).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {name} cannot be read as text: {error}") from None
 

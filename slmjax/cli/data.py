@@ -1,4 +1,4 @@
-"""`slmjax data build RECIPE --out DIR` and `slmjax data show DIR`."""
+"""`slmjax data build RECIPE --out DIR` and `slmjax data show DIR`; `slmjax data teacher` is in cli/data_teacher.py."""
 
 # Annotations stay objects (no `from __future__`): tyro reads them.
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from slmjax.cli import tables
 from slmjax.cli.args import parse
 from slmjax.errors import UserError
 
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
     from slmjax.data.rows import Rows
     from slmjax.data.token_store import TokenStore
 
-HELP = "build a token store from text, or show one"
+HELP = "build a token store from text, show one, or write a teacher's predictions beside it"
 BUILD_EXAMPLE = "slmjax data build data/recipes/english_classics.py --out runs/data/english_classics"
 SHOW_EXAMPLE = "slmjax data show runs/data/english_classics --length 256 --samples 2"
+TEACHER_EXAMPLE = "slmjax data teacher runs/teacher --data runs/data/english_classics --out runs/targets"
 USAGE = f"""usage: slmjax data build RECIPE --out DIR
        slmjax data show DIR
+       slmjax data teacher MODEL --data DIR --out DIR
 
 build   sources, cleaning, deduplication, tokenizer, token store, manifest; resumes a build that was stopped
 show    statistics of a store, and decoded samples with packing boundaries
+teacher predictions of a trained model for every token of a store, which students learn from without it
 
 Examples:
   {BUILD_EXAMPLE}
   {SHOW_EXAMPLE}
-`slmjax data build --help` and `slmjax data show --help` list the fields."""
+  {TEACHER_EXAMPLE}
+`slmjax data build --help`, `slmjax data show --help` and `slmjax data teacher --help` list the fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class Show:
 
 
 def main(argv: list[str]) -> int:
-    """Run `build` or `show`.
+    """Run `build`, `show` or `teacher`.
 
     Raises:
         UserError, DataError: one line that names the field or file.
@@ -78,13 +83,18 @@ def main(argv: list[str]) -> int:
     if verb == "show":
         about = "Shows what a token store holds, and sequences as training reads them."
         return show(parse(Show, rest, prog="slmjax data show", description=about, example=SHOW_EXAMPLE))
-    raise UserError(f"slmjax data: unknown {verb!r}; use `slmjax data build` or `slmjax data show`")
+    if verb == "teacher":
+        from slmjax.cli import data_teacher
+
+        return data_teacher.main(rest)
+    raise UserError(f"slmjax data: unknown {verb!r}; use `slmjax data build`, `data show` or `data teacher`")
 
 
 def build(args: Build) -> int:
     """Build the store and print the next commands."""
     from slmjax.data.build import build as build_store
     from slmjax.data.recipe import load_recipe
+    from slmjax.data.records import lines
 
     if args.workers < 0:
         raise UserError(f"--workers is {args.workers}; expected 0 (one for each core) or more")
@@ -94,10 +104,14 @@ def build(args: Build) -> int:
         store = build_store(load_recipe(args.recipe), args.out, workers=args.workers or None, progress=progress)
     manifest = store.manifest
     documents, splits = manifest["documents"], manifest["splits"]
+    dropped = ", ".join(f"{n:,} {why}" for why, n in documents["dropped"].items() if n)
     print(
-        f"{args.out}: {documents['kept']:,} of {documents['read']:,} documents, {manifest['tokens']:,} tokens "
+        f"{args.out}: {documents['kept']:,} of {documents['read']:,} documents{dropped and f': {dropped}'}; "
+        f"{manifest['tokens']:,} tokens "
         f"({splits['validation']['tokens']:,} for validation), vocabulary {store.vocab:,}"
     )
+    for line in lines(manifest["sources"]):
+        print(line)
     print(
         f"look at it:  slmjax data show {shlex.quote(args.out)}\n"
         f'use it:      PackedText(train=(Part(source="{args.out}"),))'
@@ -112,6 +126,7 @@ def show(args: Show) -> int:
 
     from slmjax.data.build import cache_folder
     from slmjax.data.packing import BestFit, Concatenate
+    from slmjax.data.records import lines
     from slmjax.data.rows import Rows
     from slmjax.data.spec import PackedText, Part
     from slmjax.data.token_store import TokenStore
@@ -124,9 +139,12 @@ def show(args: Show) -> int:
     if args.verify:
         store.verify()
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    tabular = tables.console()
     for table in _tables(store):
-        console.print(table)
+        tables.show(table, tabular)
     rows = Rows(store, args.split, packing, args.length, cache_folder())
+    for line in lines(store.manifest["sources"]):
+        console.print(line, markup=False)
     filled = store.count(args.split, "tokens") / (rows.count * args.length)
     console.print(
         f"{args.split}, {args.packing}, length {args.length}: {rows.count:,} sequences, {1 - filled:.2%} padding"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
+from slmjax.cli import tables
 from slmjax.errors import UserError
+from slmjax.files import at
 
 HELP = "will this experiment fit, how long will it take, what will it cost"
 PROG = "slmjax doctor"
@@ -26,23 +26,21 @@ def main(argv: list[str]) -> int:
     memory_gb, rest = take_memory(argv)
     experiment, runtime, _ = parse(rest, PROG, ABOUT, EXAMPLE)
 
-    from rich.console import Console
-
-    from slmjax.runs import carriers
-    from slmjax.runs.estimate_memory import estimate, one_change
+    from slmjax.runs import carriers, teaching
+    from slmjax.runs.estimate_memory import device_memory, estimate, one_change
     from slmjax.runs.estimate_time import calibrate, watts
     from slmjax.runs.probe import verdict
     from slmjax.runs.same_compute import choice_of
     from slmjax.track.progress import si
 
     measured = verdict()
-    choice = choice_of(runtime, Path(runtime.workdir or f"runs/{experiment.name}"))
+    choice = choice_of(runtime, at(runtime.workdir or f"runs/{experiment.name}"))
     compute, layout = choice.compute, runtime.layout
     mesh = dict(runtime.mesh.build().shape)
     limit, source = (memory_gb * 1e9, "--memory-gb") if memory_gb else device_memory()
+    experiment = teaching.for_estimates(experiment, compute)
     memory = estimate(experiment, compute, mesh, layout)
     speed = calibrate(experiment.model, compute.dtype, experiment.data.batch * experiment.data.length)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     table = _table(experiment, compute, mesh, memory, limit, source, speed, watts())
     for name, value in zip(("processor", "  measured"), measured.lines() if measured else (), strict=False):
         table.add_row(name, value)
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> int:
     if fit := carriers.fits(experiment):
         for name, value in zip((f"{len(fit)} rounded parameters", ""), carriers.lines(fit), strict=True):
             table.add_row(name, value)
-    console.print(table)
+    tables.show(table)
     if memory.total <= limit:
         print(f"verdict: fits, with {1 - memory.total / limit:.0%} of the memory to spare")
         print(f"next:\n  slmjax train {shlex.join(rest)}")
@@ -90,17 +88,6 @@ def take_memory(argv: list[str]) -> tuple[float | None, list[str]]:
     return gigabytes, rest
 
 
-def device_memory() -> tuple[float, str]:
-    """Bytes that a device may use, and where the figure is from."""
-    import jax
-    import psutil
-
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"]), jax.local_devices()[0].device_kind
-    return float(psutil.virtual_memory().total), "memory of this machine"
-
-
 def _resident() -> float:
     """Bytes of memory that this process takes before any step is computed."""
     import psutil
@@ -119,6 +106,7 @@ def _table(
     from slmjax.track.progress import duration, si
 
     flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted).attention
+    flops += experiment.objective.more_flops(experiment.model, experiment.data.length)
     tokens = experiment.steps * experiment.data.batch * experiment.data.length
     rate = speed.tokens_per_second(flops)
     seconds = tokens / rate

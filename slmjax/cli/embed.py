@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     loaded = load(args.model, step=args.step, say=_note)
     model = loaded.decoder.build(compute_of(args.dtype), loaded.numerics)
     length = args.length or min(model.context, 512)
-    vectors = embed(model, loaded.params, loaded.tokenizer(), texts, length=length, batch=args.batch)
+    vectors = embed(model, loaded.weights, loaded.tokenizer(), texts, length=length, batch=args.batch)
     if args.out is None:
         for vector in vectors:
             print(json.dumps([round(float(x), 7) for x in vector]))

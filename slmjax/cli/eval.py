@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
+from slmjax.cli import tables
 from slmjax.cli.args import parse
 
 HELP = "loss, perplexity and bits per byte of a model, or accuracy of a classifier, with their errors"
@@ -35,6 +36,9 @@ class Args:
     """Sequences a batch"""
     step: int | None = None
     """The checkpoint of a run; default: the latest"""
+    teacher: str | None = None
+    """A model to compare with: the share of tokens where both find the same one likeliest, and the KL divergence;
+    default: the teacher that the run names, if it is still there"""
     dtype: str | None = None
     """float32 or bfloat16; default: that of training on this machine"""
     json: bool = False
@@ -49,13 +53,15 @@ def main(argv: list[str]) -> int:
         description="Loss (nats a token), perplexity and bits per byte on a validation split, with standard errors. "
         "Of a classifier: accuracy with its 95% interval (Wilson), and loss (nats a text).",
         example="slmjax eval runs/quickstart --batches 50\n"
-        "  slmjax eval runs/quickstart/hf --data runs/data/english_classics",
+        "  slmjax eval runs/quickstart/hf --data runs/data/english_classics\n"
+        "  slmjax eval runs/student --teacher runs/teacher",
     )
     from rich.console import Console
 
     from slmjax.data.build_progress import show_progress
     from slmjax.runs.evaluating import HeldOut, compute_of, measure, opened
     from slmjax.runs.loading import load
+    from slmjax.runs.teaching import compared, teacher_of
 
     errors = Console(stderr=True)
     loaded = load(args.model, step=args.step, say=errors.print)
@@ -66,11 +72,17 @@ def main(argv: list[str]) -> int:
     with show_progress() as progress:
         done = functools.partial(_show, progress, args.batches)
         result: Any = measure(loaded, data, batches=args.batches, compute=compute_of(args.dtype), progress=done)
+    teacher = None if labels else teacher_of(loaded, args.teacher)
+    found = compared(loaded, teacher, data, batches=args.batches, compute=compute_of(args.dtype)) if teacher else None
     if args.json:
-        print(json.dumps(_labels_record(result, loaded, data) if labels else _record(result, loaded, data)))
+        record = _labels_record(result, loaded, data) if labels else _record(result, loaded, data)
+        print(json.dumps(record | _agreement_record(teacher, found)))
         return 0
     table = _labels_table(result, loaded, data) if labels else _table(result, loaded, data)
-    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
+    if found is not None:
+        table.add_row(f"same likeliest token as {teacher}", f"{found.same.value:.4f}", f"{found.same.se:.4f}")
+        table.add_row("KL from it (nats a token)", f"{found.kl.value:.4f}", f"{found.kl.se:.4f}")
+    tables.show(table)
     print(f"next:\n  slmjax {loaded.decoder.example.format(shlex.quote(args.model))}")
     return 0
 
@@ -80,8 +92,19 @@ def _record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"model": str(loaded.source), "step": loaded.step, "data": _held_out(opened)}
     for name, estimate in figures.items():
         if estimate is not None:
-            out |= {name: estimate.value, f"{name}_se": None if estimate.se != estimate.se else estimate.se}
+            out |= _figure(name, estimate)
     return out | {"tokens": result.tokens, "bytes": result.bytes, "sequences": result.sequences}
+
+
+def _agreement_record(teacher: str | None, found: Any) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {"teacher": teacher} | _figure("same_as_teacher", found.same) | _figure("kl_from_teacher", found.kl)
+
+
+def _figure(name: str, estimate: Any) -> dict[str, Any]:
+    """A figure and its standard error for JSON, which has no nan."""
+    return {name: estimate.value, f"{name}_se": None if math.isnan(estimate.se) else estimate.se}
 
 
 def _show(progress: Any, batches: int | None, done: int) -> None:
@@ -89,7 +112,7 @@ def _show(progress: Any, batches: int | None, done: int) -> None:
 
 
 def _labels_record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
-    accuracy, loss = result.accuracy, result.loss
+    accuracy = result.accuracy
     return {
         "model": str(loaded.source),
         "step": loaded.step,
@@ -97,8 +120,7 @@ def _labels_record(result: Any, loaded: Any, opened: Any) -> dict[str, Any]:
         "accuracy": accuracy.value,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
-        "loss": loss.value,
-        "loss_se": None if loss.se != loss.se else loss.se,
+        **_figure("loss", result.loss),
         "texts": result.texts,
     }
 

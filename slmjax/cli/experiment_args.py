@@ -2,6 +2,7 @@
 
 # Annotations stay objects (no `from __future__`): tyro reads those of the dataclasses made inside `parse`.
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,7 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
         runtime: Runtime
 
+    experiment = _shortened(experiment, rest)
     kinds = {"local": Local, "cluster": Cluster, "processes": Processes}
     distributed, rest = choose("--runtime.distributed", kinds, rest)
     reader, rest = choose("--runtime.reader", {"threads": ReadThreads, "processes": ReadProcesses}, rest)
@@ -57,3 +59,20 @@ def parse(argv: list[str], prog: str, about: str, example: str) -> tuple[Any, An
         as_text=(str | Recipe,),  # the source of a `Part`
     )
     return launch.experiment, launch.runtime, source
+
+
+def _shortened(experiment: Any, words: list[str]) -> Any:
+    """The experiment cut to the `--steps` of the command line, as the default of every other field: what is given there
+    still wins. What shrinks is said in one line."""
+    from slmjax.runs.shortening import shortened
+
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--steps"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--steps=")]
+    if len(given) != 1 or not given[0].isdecimal():
+        return experiment  # the parser says what is wrong
+    cut = shortened(experiment, int(given[0]))
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words}
+    if said := [change for change in cut.changes if change.split()[0] not in flags]:
+        before = experiment.steps
+        print(f"{given[0]} steps instead of {before}, in proportion: {', '.join(said)}", file=sys.stderr, flush=True)
+    return cut.experiment

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from slmjax.cli.args import parse
+from slmjax.files import at
 
 HELP = "write a Hugging Face folder or a GGUF file, reload it and compare the logits"
 
@@ -31,6 +31,9 @@ class Args:
     reference_python: str | None = None
     """A Python with torch and transformers (for gguf: xllamacpp), for the checks by stock transformers (llama.cpp);
     default: $SLMJAX_REFERENCE_PYTHON, or this Python if it has them"""
+    data: str | None = None
+    """A token store: the stock runtime's loss is compared on about 1,000 tokens of its validation split; default: on a
+    passage of text"""
     step: int | None = None
     """The checkpoint of a run to export; default: the latest"""
     name: str | None = None
@@ -53,12 +56,13 @@ def main(argv: list[str]) -> int:
 
     check, write = FORMATS[args.format]
     export = Export(
-        out=Path(args.out),
+        out=at(args.out),
         dtype=args.dtype,
         overwrite=args.overwrite,
         reference_python=args.reference_python,
         name=args.name,
         licence=args.licence,
+        data=args.data,
     )
     check(export)
     loaded = load(args.model, step=args.step)

@@ -30,17 +30,18 @@ class Args:
     a line from standard input (the terminal), as one conversation"""
     system: str | None = None
     """The system message of the conversation, for --chat"""
-    max_tokens: int = 128
-    """New tokens a prompt, at most"""
-    temperature: float = 0.8
-    """0 is greedy: always the likeliest token"""
+    max_tokens: int | None = None
+    """New tokens a prompt, at most; default: as the model's generation_config.json says, else 128"""
+    temperature: float | None = None
+    """0 is greedy: always the likeliest token. Default, as of the next four options: what the model's
+    generation_config.json says; else 0.8"""
     top_k: int | None = None
-    """Choose among the k likeliest tokens"""
+    """Choose among the k likeliest tokens; 0: all"""
     top_p: float | None = None
     """Choose among the likeliest tokens that together have this probability"""
     min_p: float | None = None
     """Choose among tokens at least this times as likely as the likeliest"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Above 1: tokens that have occurred become less likely"""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     r"""End before this string, in which \n is a line end and \t a tab; may be given several times"""
@@ -63,28 +64,30 @@ def main(argv: list[str]) -> int:
         example='slmjax generate runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95\n'
         '  slmjax generate runs/smollm2 --chat "What is gravity?" --system "Answer in one sentence."',
     )
+    from slmjax.data.generation_config import NOTHING_SAID
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
+    from slmjax.evals.text import StopStrings
     from slmjax.runs.loading import generative, load
 
     prompts = _prompts(args) if args.chat is None else _only_chat(args)
-    if args.max_tokens < 1:
+    if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; expected at least 1")
+    asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    stop = tuple(map(_unescaped, args.stop))
+    sampler(**NOTHING_SAID.sampling(default=0.8, **asked))  # what is wrong on the command line is said before loading
+    StopStrings(stop)
+    loaded = load(args.model, step=args.step, say=_note)
+    model, compute, said = generative(loaded.decoder), _compute(args.dtype), loaded.generation
+    if said.unused:
+        _note(f"{said.source} asks for {', '.join(said.unused)}, which slmjax does not do: generated without")
     options = {
-        "sampler": sampler(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-        ),
-        "max_tokens": args.max_tokens,
-        "stop": tuple(map(_unescaped, args.stop)),
+        "sampler": sampler(**said.sampling(default=0.8, **asked)),
+        **said.length(args.max_tokens, default=128),
+        "stop": (*stop, *said.stop),
         "seed": args.seed,
     }
-    loaded = load(args.model, step=args.step, say=_note)
-    model, compute = generative(loaded.decoder), _compute(args.dtype)
-    generator = Generator(model, loaded.params, loaded.tokenizer(), compute, numerics=loaded.numerics)
+    generator = Generator(model, loaded.weights, loaded.tokenizer(), compute, said.ends, numerics=loaded.numerics)
     if args.chat is not None:
         return _chat(generator, args, options)
     start, generated = time.monotonic(), 0
@@ -111,7 +114,7 @@ def _chat(generator: Any, args: Args, options: dict[str, Any]) -> int:
         messages.append({"role": "user", "content": text_of("--chat", question)})
         turn = prompt(generator.tokenizer, messages)
         answer = ""
-        for piece in replace(generator, ends=turn.ends).stream([turn.ids], **options):
+        for piece in replace(generator, ends=(*generator.ends, *turn.ends)).stream([turn.ids], **options):
             answer += piece.text
             print(piece.text, end="", flush=True)
         print(flush=True)
@@ -138,8 +141,9 @@ def _only_chat(args: Args) -> Sequence[str]:
 
 def _stream(generator: Any, prompt: str, options: dict[str, Any]) -> int:
     generated, reason = 0, None
+    pieces = generator.stream([prompt], **options)  # refuses what is wrong before anything is printed
     print(prompt, end="", flush=True)
-    for piece in generator.stream([prompt], **options):
+    for piece in pieces:
         print(piece.text, end="", flush=True)
         generated, reason = generated + len(piece.tokens), piece.reason
     print(flush=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import shlex
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from slmjax.cli import tables
 from slmjax.cli.args import parse
 from slmjax.errors import UserError
+from slmjax.files import at
 
 HELP = "parameters and FLOPs of a model or an experiment"
 
@@ -40,15 +40,14 @@ def main(argv: list[str]) -> int:
         description="Every parameter with shape, dtype, logical axes and initial values; training FLOPs a token.",
         example="slmjax inspect experiments/pretrain/quickstart.py\n  slmjax inspect llama/smollm2-135m",
     )
-    from rich.console import Console
 
     from slmjax.models.families import SIZES
     from slmjax.models.flops import active_count, flops_per_token, parameter_count
 
     decoder, length, params, predicted = _model(args)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(_parameters(decoder, params, console.width))
-    console.print(_flops(flops_per_token(decoder, length, predicted), length, predicted))
+    console = tables.console()
+    tables.show(_parameters(decoder, params, console.width), console)
+    tables.show(_flops(flops_per_token(decoder, length, predicted), length, predicted), console)
     total = parameter_count(decoder)
     print(f"{total:,} parameters, {total * 4:,} bytes in float32, {total * 2:,} in bfloat16")
     if (active := active_count(decoder)) < total:
@@ -67,7 +66,7 @@ def _model(args: Args) -> tuple[Any, int, Any, float]:
     from slmjax.experiment_file import load_experiment
     from slmjax.models.families import SIZES
 
-    path = Path(args.model)
+    path = at(args.model)
     if args.model in SIZES and not path.exists():
         decoder = SIZES[args.model]()
         return decoder, args.length or decoder.context, None, 1.0

@@ -16,7 +16,7 @@ from slmjax.cli.args import fail
 from slmjax.errors import Preempted, StorageError, UserError
 
 VERBS = {  # verb -> (module, what it does)
-    "data": ("data", "build a token store from text, or show one"),
+    "data": ("data", "build a token store from text, show one, or write a teacher's predictions of it"),
     "train": ("train", "train an experiment; resumes by itself"),
     "eval": ("eval", "loss, perplexity and bits per byte of a model, with standard errors"),
     "generate": ("generate", "sample text from a model"),
@@ -27,12 +27,15 @@ VERBS = {  # verb -> (module, what it does)
     "import": ("import_", "read a Hugging Face folder or a GGUF file"),
     "inspect": ("inspect", "parameters and FLOPs of a model or an experiment"),
     "doctor": ("doctor", "will this experiment fit, how long will it take, what will it cost"),
-    "verify": ("verify", "prove that an experiment resumes bit-exactly after being killed"),
-    "report": ("report", "rebuild a run's report.html from its records"),
+    "verify": ("verify", "prove that an experiment resumes bit-exactly, or that muP transfers its learning rate"),
+    "fit": ("fit", "fit a scaling law to a table of runs, with intervals, and predict"),
+    "sweep": ("sweep", "plan many runs, run them, and fit a scaling law to them"),
+    "launch": ("launch", "a sweep or a run on SLURM, or a run in several processes of this machine"),
+    "report": ("report", "rebuild a run's report.html from its records, or compare several runs"),
 }
 
-TRAINING = ("train",)
-"""Verbs that restart the process with other settings of malloc, which make steps faster"""
+TRAINING = (["train"], ["sweep", "cells"])
+"""Commands that restart the process with other settings of malloc, which make steps faster"""
 
 USAGE = """usage: slmjax VERB ...
 
@@ -81,7 +84,7 @@ def run(argv: list[str]) -> int:
 
     from slmjax import platform
 
-    if verb in TRAINING:
+    if any(argv[: len(words)] == words for words in TRAINING):
         platform.tune_malloc()
     platform.configure()
     if code:

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from slmjax.cli.args import parse
+from slmjax.cli.held_out import HeldOutArgs, compared, opened_for
 from slmjax.errors import UserError
+from slmjax.files import at
 
 HELP = "round the weights of a trained model to few bits (post-training quantization)"
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(HeldOutArgs):
     model: Annotated[str, tyro.conf.Positional]
     """A run folder, a checkpoint, a Hugging Face folder or a GGUF file"""
     out: str
     """The folder to write; every verb takes it as MODEL"""
-    method: Literal["rtn", "rtn-mse", "gptq"] = "gptq"
+    method: Literal["rtn", "rtn-mse", "gptq", "awq"] = "gptq"
     """rtn: to nearest, the scale from the largest weight. rtn-mse: the scale with the least squared error. gptq: later
-    columns make up for the error of earlier ones, by the inputs seen on calibration data"""
+    columns make up for the error of earlier ones, by the inputs seen on calibration data. awq: channels with
+    large inputs are scaled up first, and large weights clipped"""
     bits: int = 4
     """Bits a weight of the layers' matrices, 2 to 8"""
-    grid: Literal["symmetric", "asymmetric", "balanced"] = "symmetric"
-    """symmetric: multiples of a scale. asymmetric: with a zero point. balanced, for 2 bits: +-1/2 and +-3/2 scales"""
+    grid: Literal["symmetric", "asymmetric", "balanced", "mxfp4", "nvfp4"] = "symmetric"
+    """symmetric: multiples of a scale. asymmetric: with a zero point. balanced, for 2 bits: +-1/2 and +-3/2 scales.
+    mxfp4, nvfp4: floating point numbers of 4 bits, a scale of 8 bits for each 32 or 16 input channels"""
     group: int | None = None
     """Input channels that share a scale; default: all of an output channel"""
     embeddings: int | None = None
     """Bits of the embedding and output tables, each row with a scale; default: not rounded"""
-    data: str | None = None
-    """Calibration data: a token store, whose validation split is read; default: the validation data of the run"""
-    batches: int = 16
-    """Batches of calibration data"""
-    batch: int = 8
-    """Sequences a batch"""
-    length: int | None = None
-    """Tokens a sequence; default: as in training, or the model's context up to 1024"""
-    step: int | None = None
-    """The checkpoint of a run; default: the latest"""
     overwrite: bool = False
     """Replace what an earlier `slmjax quantize` wrote"""
 
@@ -58,36 +52,25 @@ def main(argv: list[str]) -> int:
     )
     from slmjax.convert.folder import check_free
     from slmjax.data.build_progress import show_progress
-    from slmjax.runs.evaluating import HeldOut, measure, opened
+    from slmjax.runs.comparing import record
     from slmjax.runs.loading import load
     from slmjax.runs.quantizing import METHODS
     from slmjax.runs.quantizing_folder import rules_of, write
 
     method = METHODS[args.method]
-    rules = rules_of(args.grid, args.bits, args.group, args.embeddings)
-    check_free(Path(args.out), overwrite=args.overwrite)
+    rules = rules_of(args.grid, args.bits, args.group, args.embeddings, args.method)
+    check_free(at(args.out), overwrite=args.overwrite)
     loaded = load(args.model, step=args.step)
-    if loaded.packed:
+    if loaded.packed and not loaded.foreign:
         raise UserError(f"{args.model} is quantized already; quantize the model that it was made from")
-    held_out = None
-    if args.data is not None or loaded.experiment is not None or method.reads_data:
-        held_out = opened(HeldOut(data=args.data, batch=args.batch, length=args.length), loaded)
+    held_out = opened_for(args, loaded, reads_data=method.reads_data)
     with show_progress() as progress:
         batches = tuple(held_out.validation(args.batches)) if held_out is not None and method.reads_data else ()
-        packed = method(loaded.decoder, loaded.params, rules, batches, progress)
-    done = write(Path(args.out), loaded, packed, about={"method": args.method, "grid": args.grid, "bits": args.bits},
+        rounded = method(loaded.decoder, loaded.params, rules, batches, progress)
+    done = write(at(args.out), loaded, rounded, about={"method": args.method, "grid": args.grid, "bits": args.bits},
                  overwrite=args.overwrite)  # fmt: skip
     _show(done)
-    if held_out is not None and not loaded.decoder.labels:
-        before: Any = measure(loaded, held_out, batches=args.batches)
-        after: Any = measure(load(args.out), held_out, batches=args.batches)
-        change = after.loss.value - before.loss.value
-        print(
-            f"loss {before.loss.value:.4f} before, {after.loss.value:.4f} after: {change:+.4f} nats a token, on "
-            f"{int(before.tokens):,} held-out tokens"
-        )
-    else:
-        print("loss not measured: add --data with a token store")
+    print(compared(args, held_out, loaded, lambda: load(args.out), keep=functools.partial(record, at(args.out))))
     out = shlex.quote(args.out)
     print(f"written to {args.out}\nnext:\n  slmjax export {out} --format gguf --out {out}.gguf\n  slmjax eval {out}")
     return 0

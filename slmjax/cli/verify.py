@@ -16,6 +16,7 @@ from typing import Any
 
 from slmjax.cli.args import parse
 from slmjax.errors import StorageError, UserError
+from slmjax.files import at
 from slmjax.track.jsonl import read
 
 HELP = "prove that an experiment resumes bit-exactly after being killed"
@@ -48,11 +49,21 @@ class Args:
 
 
 def main(argv: list[str]) -> int:
+    from slmjax.cli import verify_mup
+
+    if argv[:1] == ["mup"]:
+        return verify_mup.main(argv[1:])
     if argv[:1] != ["resume"]:
         if argv and argv[0] in ("-h", "--help"):
-            print(f"usage: {PROG} EXPERIMENT [--steps N] [-- --field value ...]\n\n{ABOUT}\n\nExample:\n  {EXAMPLE}")
+            for prog, about, example in (
+                (PROG, ABOUT, EXAMPLE),
+                (verify_mup.PROG, verify_mup.ABOUT, verify_mup.EXAMPLE),
+            ):
+                print(
+                    f"usage: {prog} EXPERIMENT [--flags] [-- --field value ...]\n\n{about}\n\nExample:\n  {example}\n"
+                )
             return 0
-        raise UserError(f"slmjax verify: expected `resume`; for example: {EXAMPLE}")
+        raise UserError(f"slmjax verify: expected `resume` or `mup`; for example: {EXAMPLE}")
     cut = argv.index("--") if "--" in argv else len(argv)
     own, overrides = argv[1:cut], argv[cut + 1 :]
     if not own or own[0].startswith("-"):
@@ -69,7 +80,7 @@ def verify(experiment: str, args: Args, overrides: Sequence[str]) -> int:
         UserError: the training fails by itself.
         StorageError: the runs differ.
     """
-    folder = Path(args.keep or tempfile.mkdtemp(prefix="slmjax-verify-"))
+    folder = at(args.keep or tempfile.mkdtemp(prefix="slmjax-verify-"))
     last = str(args.steps // args.every)
     common = ["--runtime.checkpoints.every", str(args.every), "--runtime.checkpoints.keep-last", last]
     common += ["--runtime.checkpoints.keep-every", str(args.steps)]  # it may train further before it is stopped

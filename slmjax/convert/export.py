@@ -16,10 +16,12 @@ from slmjax.convert import gate, gate_stock, memory
 from slmjax.convert.card import Facts, render
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import MARK, Rejected, publish
+from slmjax.convert.gate_loss import Texts, default_texts
 from slmjax.convert.hf import NOT_QUANTIZED, check_not_folded, import_hf, pad_id, write_hf
 from slmjax.convert.quantized_size import measure
 from slmjax.convert.safetensors_io import SHARD_BYTES
 from slmjax.convert.tokenizer_files import PROBES
+from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.models.assembly import Assembly
 from slmjax.models.flops import parameter_count
@@ -57,6 +59,8 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     donate: bool = False,
     packed: Mapping[str, Packed] = NOT_QUANTIZED,
+    scored: Texts | None = None,
+    generation: GenerationConfig = NOTHING_SAID,
 ) -> Exported:
     """Writes a Hugging Face folder and checks that it computes the same logits as the model.
 
@@ -76,6 +80,8 @@ def export_hf(
         donate: delete `params` once they are written and compared, so that memory never holds the model twice.
         packed: the codes of quantized parameters by path (`ParamView.pack`), whose values are in `params`. They are
             stored as codes, in the format `pack-quantized` of compressed-tensors.
+        scored: token ids of texts on which the loss of transformers is compared; by default a passage of text.
+        generation: what the model's folder says of generated text; it is written back.
 
     Raises:
         UserError: no class of transformers fits, `out` may not be written, a parameter is not finite, or a quantized
@@ -86,9 +92,10 @@ def export_hf(
     family, folded = expressed(decoder, numerics)
     check_not_folded(folded, packed)
     python = gate.find_python(reference_python)
+    scored = default_texts(decoder, tokenizer, TEXT) if scored is None else scored
     tokens = probe_tokens(tokenizer, decoder.vocab) if tokens is None else tokens
     stock = family.stock(decoder)
-    pad = pad_id(tokenizer) if stock.last else None  # transformers finds the end of a text by this id
+    pad = pad_id(tokenizer, generation) if stock.last else None  # transformers finds the end of a text by this id
     probe = gate.make_probe(tokens, decoder.context, pads=stock.pads, pad=pad)
     facts = facts or Facts(name=out.name)
     facts = replace(
@@ -110,7 +117,14 @@ def export_hf(
         decoder, params = folded.decoder, weights
     with publish(out, overwrite=overwrite) as folder:
         stored = write_hf(
-            folder, decoder, params, dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes, packed=packed
+            folder,
+            decoder,
+            params,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            shard_bytes=shard_bytes,
+            packed=packed,
+            generation=generation,
         )
         sizes = measure(folder, stored, dtype) if packed else None
         facts = replace(facts, quantized=sizes.lines() if sizes else ())
@@ -123,7 +137,7 @@ def export_hf(
         imported = replace(imported, params=memory.to_device(imported.params))
         checks += gate.check_reload(before, imported, probe)
         checks += [sizes.check()] if sizes else []
-        checks += gate_stock.check_stock(imported, folder, python, probe, tokenizer)
+        checks += gate_stock.check_stock(imported, folder, python, probe, tokenizer, scored)
         record = {"slmjax": __version__, "dtype": dtype, "folded": list(folded.scalars)}
         record |= {"quantized": sizes.json()} if sizes else {}
         record["checks"] = [check.json() for check in checks]

@@ -23,6 +23,7 @@ from slmjax.convert import memory
 from slmjax.convert.folder import Rejected
 from slmjax.convert.hf import Imported
 from slmjax.errors import UserError
+from slmjax.files import at
 from slmjax.models.assembly import Assembly
 from slmjax.nn.compute import Compute
 from slmjax.nn.initial import Normal
@@ -223,8 +224,8 @@ def find_python(given: str | None, *needs: str) -> str | None:
     Raises:
         UserError: `given` cannot be run.
     """
-    path = given or os.environ.get(ENVIRONMENT)
-    if path:
+    if named := given or os.environ.get(ENVIRONMENT):
+        path = str(at(named))
         if not os.access(path, os.X_OK):
             raise UserError(f"--reference-python {path} cannot be run; expected a Python with torch and transformers")
         return path

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from slmjax.convert.folder import Rejected
 from slmjax.convert.gate import ENVIRONMENT, Check, Forward, Probe, compare, forward, greedy, limit, make_probe
+from slmjax.convert.gate_loss import Texts, check_loss, log_probabilities
 from slmjax.convert.hf import Imported
 from slmjax.convert.tokenizer_files import PROBES
 from slmjax.data.tokenizer import Tokenizer
@@ -24,10 +25,12 @@ from slmjax.nn.compute import Compute
 
 
 def check_stock(
-    imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None
-) -> list[Check]:
+    imported: Imported, folder: pathlib.Path, python: str | None, probe: Probe, tokenizer: Tokenizer | None,
+    scored: Texts = (),
+) -> list[Check]:  # fmt: skip
     """Checks that stock transformers loads the whole folder, computes the same logits and greedy tokens (if the model
-    generates), and tokenizes the same. `Family.stock` says how the folder is loaded and run."""
+    generates), tokenizes the same, and gets the same loss on the texts `scored`. `Family.stock` says how the folder is
+    loaded and run."""
     if python is None:
         hint = f"not run: give --reference-python or {ENVIRONMENT}"
         return [Check(name="stock transformers", found=hint, expected="torch and transformers", passed=None)]
@@ -36,6 +39,7 @@ def check_stock(
     new_tokens = min(32, imported.decoder.context - prompts.tokens.shape[1]) if stock.generates else 0
     texts = list(PROBES) if tokenizer else []
     request = {"new_tokens": new_tokens, "texts": texts, "loader": stock.loader, "output": stock.output}
+    request["scored"] = scored
     report, tensors = _run_stock(folder, python, probe, prompts, request)
 
     name = f"transformers {report['transformers']}"
@@ -61,6 +65,9 @@ def check_stock(
         checks.append(Check(name=f"{name}: labels", found=", ".join(given), expected=", ".join(wanted), passed=same))
     if stock.generates:
         checks.append(_compare_greedy(f"{name}: greedy tokens", imported, prompts, tensors["generated"], ours))
+    if scored:
+        found = [tensors[f"scored.{i}"] for i in range(len(scored))]
+        checks.append(check_loss(name, log_probabilities(imported.decoder, imported.params, scored), found))
     if tokenizer:
         wanted = [tokenizer.encode(text, bos=True, eos=stock.closes) for text in texts]
         # a BOS that only the chat template uses is named in the tokenizer, too

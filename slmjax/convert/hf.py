@@ -13,18 +13,20 @@ from typing import Any
 import jax
 
 from slmjax.compress.quant.view import Packed
-from slmjax.convert import table
+from slmjax.convert import coded, table
 from slmjax.convert.expressed import expressed
 from slmjax.convert.fold import Folded
+from slmjax.convert.pack_float4 import GLOBAL
 from slmjax.convert.pack_quantized import Stored, Writing
 from slmjax.convert.safetensors_io import SHARD_BYTES, Tensors, unique, write
 from slmjax.convert.selection import select
 from slmjax.convert.tokenizer_files import write_tokenizer
 from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.data import chat
+from slmjax.data.generation_config import FILE, NOTHING_SAID, GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
-from slmjax.models.assembly import Assembly
+from slmjax.models.assembly import Assembly, is_declared
 from slmjax.models.families import FAMILIES
 from slmjax.models.families.common.rows import Family
 from slmjax.types import Params
@@ -49,7 +51,7 @@ class Imported:
 
     decoder: Assembly
     params: Params
-    """float32, as numpy arrays"""
+    """float32, as numpy arrays; quantized ones as codes (`InMemory`), if asked for"""
     family: Family
     tokenizer_path: pathlib.Path | None
     """The folder, if it has a tokenizer.json"""
@@ -68,7 +70,7 @@ def family_of(decoder: Assembly) -> Family:
 
 def abstract(decoder: Assembly) -> Params:
     """The parameter tree with jax.ShapeDtypeStruct leaves."""
-    return jax.eval_shape(decoder.build().init, jax.random.key(0))
+    return jax.tree.map(lambda p: p.value, decoder.declared(), is_leaf=is_declared)
 
 
 def write_hf(
@@ -81,13 +83,15 @@ def write_hf(
     shard_bytes: int = SHARD_BYTES,
     family: Family | None = None,
     packed: Mapping[str, Packed] = NOT_QUANTIZED,
+    generation: GenerationConfig = NOTHING_SAID,
 ) -> Mapping[str, Stored]:
     """Writes weights, config.json, generation_config.json and tokenizer files into an existing folder.
 
     `export.export_hf` writes atomically and checks the result; this function only writes. `family` chooses among
     classes that compute the same; None: the first of `FAMILIES` that does, with scalars it lacks folded into the
     weights where that is exact (`fold.py`). `packed` holds the codes of quantized parameters, by path
-    (`ParamView.pack`): they are written as codes (`pack_quantized.py`).
+    (`ParamView.pack`): they are written as codes (`pack_quantized.py`). `generation`: what the model's folder says of
+    generated text; it comes before what the tokenizer says.
 
     Returns:
         How each quantized matrix is stored, by the name of its module.
@@ -102,10 +106,10 @@ def write_hf(
         check_not_folded(folded, packed)
         decoder, params = folded.decoder, folded.apply(params)
     # without a tokenizer the ids stay unset: the defaults of a class (1 and 2 for Llama) would be made up
-    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stock = family.stock(decoder)
     if stock.last:
-        ids["pad_token_id"] = pad_id(tokenizer)
+        ids["pad_token_id"] = pad_id(tokenizer, generation)
     if tokenizer is not None:
         ids |= write_tokenizer(
             folder,
@@ -114,22 +118,23 @@ def write_hf(
             vocab=decoder.vocab,
             pads=stock.pads,
             closes=stock.closes,
+            pad=generation.ids.get("pad_token_id", generation.said.get("pad_token_id")),
         )
+    ids, text = generation.with_ids(ids)
+    if tokenizer is not None and "eos_token_id" not in generation.said and (turn := chat.ends(tokenizer)):
+        text["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
     config = {**(family.to_config(decoder) or {}), "dtype": dtype, **ids}
     stored: Mapping[str, Stored] = {}
     if packed:
         check_embeddings(packed)
         tensors = Writing(family.rows(decoder), params, packed, dtype)
-        write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
+        write(folder, tensors, dtype=dtype, shard_bytes=shard_bytes, unrounded=(GLOBAL,))
         config["quantization_config"], stored = tensors.config(), tensors.stored
     else:
         write(folder, table.to_theirs(family.rows(decoder), params), dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", config)
-    known: dict[str, Any] = {name: i for name, i in ids.items() if i is not None}
-    if tokenizer is not None and (turn := chat.ends(tokenizer)):
-        known["eos_token_id"] = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *turn]
     if stock.generates:
-        _write_json(folder / "generation_config.json", known)
+        _write_json(folder / FILE, text)
     return stored
 
 
@@ -158,17 +163,19 @@ def check_embeddings(packed: Mapping[str, Packed]) -> None:
         )
 
 
-def pad_id(tokenizer: Tokenizer | None) -> int:
-    """The padding id written to an export: EOS, else BOS, or 0 without a tokenizer. A classifier needs one to find the
-    last token of a text."""
-    ids = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+def pad_id(tokenizer: Tokenizer | None, generation: GenerationConfig = NOTHING_SAID) -> int:
+    """The padding id written to an export: what the model's folder says, else EOS, else BOS, or 0 without a tokenizer.
+    A classifier needs one to find the last token of a text."""
+    ids = (generation.ids.get("pad_token_id"), *((tokenizer.eos_id, tokenizer.bos_id) if tokenizer else ()))
     return next((i for i in ids if i is not None), 0)
 
 
-def import_hf(folder: pathlib.Path) -> Imported:
+def import_hf(folder: pathlib.Path, *, packed: bool = False) -> Imported:
     """Reads a folder saved by `transformers` or `export`. Runs no code from it.
 
-    Of weights that compressed-tensors has packed (`pack-quantized`) it gives the values.
+    Args:
+        packed: whether weights that compressed-tensors has packed (integers, MXFP4, NVFP4) stay codes
+            (`compress.quant.in_memory.InMemory`); else they become the values.
 
     Raises:
         UserError: it holds no model or only a pickle, or its model type, one of its fields or its quantization is not
@@ -194,7 +201,11 @@ def import_hf(folder: pathlib.Path) -> Imported:
     decoder, tree = _described(folder / "config.json", family, described)
     try:
         chosen = select(tensors, family)
-        params = table.to_ours(family.rows(decoder), chosen, tree, chosen.shapes)
+        rows = family.rows(decoder)
+        if packed and quantization:
+            params = coded.to_ours(rows, chosen, tree, decoder.axes(), chosen.shapes)
+        else:
+            params = table.to_ours(rows, chosen, tree, chosen.shapes)
     except StorageError as e:
         raise StorageError(f"{folder}: {e}") from e
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None

@@ -1,4 +1,5 @@
 """Quantized weights in the format `pack-quantized` of compressed-tensors, which stock transformers loads and vLLM runs.
+Floating point numbers of 4 bits have formats of their own: `pack_float4.py`.
 
 Each matrix of a layer [out, in] is stored as `weight_packed` (int32, the codes side by side without gaps),
 `weight_scale` and `weight_shape`; config.json says how to read them. Versions of compressed-tensors before 0.17 leave
@@ -19,9 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from slmjax.compress.quant.bits import pack_bits, unpack_bits
 from slmjax.compress.quant.blocks import sides
+from slmjax.compress.quant.float4 import Float4
 from slmjax.compress.quant.view import Packed
-from slmjax.convert import table
+from slmjax.convert import pack_float4, table
+from slmjax.convert.pack_float4 import Float4Carrier
 from slmjax.convert.packed import PackedTensor, to_theirs
 from slmjax.convert.safetensors_io import DTYPES
 from slmjax.errors import UserError
@@ -29,6 +33,7 @@ from slmjax.models.families.common.rows import Row
 from slmjax.tree import flatten, unflatten
 
 METHOD, FORMAT, VERSION = "compressed-tensors", "pack-quantized", "0.17.0"
+MIXED = "mixed-precision"  # of a model whose matrices are in several formats
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 ZERO = "weight_zero_point"
 """Read, never written"""
@@ -52,9 +57,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     out = np.zeros((rows, 4 * words(n, bits)), np.uint8)
     step = max(1, CHUNK // max(1, n))
     for i in range(0, rows, step):
-        unsigned = (codes[i : i + step].astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-        each = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
-        stream = np.packbits(each.reshape(len(each), n * bits), axis=-1, bitorder="little")
+        stream = pack_bits(codes[i : i + step].astype(np.int16) + 2 ** (bits - 1), bits)
         out[i : i + step, : stream.shape[1]] = stream
     return out.view("<i4").astype(np.int32, copy=False)
 
@@ -65,9 +68,7 @@ def unpack_codes(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     out = np.empty((len(data), n), np.int16)
     step = max(1, CHUNK // max(1, n))
     for i in range(0, len(data), step):
-        stream = np.unpackbits(data[i : i + step], axis=-1, count=n * bits, bitorder="little")
-        each = np.packbits(stream.reshape(len(stream), n, bits), axis=-1, bitorder="little")
-        out[i : i + step] = each[..., 0].astype(np.int16) - 2 ** (bits - 1)
+        out[i : i + step] = unpack_bits(data[i : i + step], bits, n).astype(np.int16) - 2 ** (bits - 1)
     return out
 
 
@@ -86,6 +87,10 @@ class Carrier:
     odd: bool = False
     """Whether a code q is stored as 2 q + 1, with half the step: the format has no values halfway between integers"""
 
+    format = FORMAT
+    parts = PACKED, SCALE, SHAPE
+    """The last parts of the keys of a matrix"""
+
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of `weight_scale`, for a matrix of this shape [out, in]."""
         groups = 1 if self.group is None else shape[1] // self.group
@@ -97,8 +102,8 @@ class Carrier:
         steps = DTYPES[dtype].itemsize * math.prod(scales)
         return 4 * shape[0] * words(shape[1], self.bits) + steps + SHAPE_BYTES
 
-    def pack(self, module: str, tensor: PackedTensor, dtype: str) -> dict[str, np.ndarray]:
-        """The arrays of one matrix, by the last part of their key.
+    def scales(self, module: str, tensor: PackedTensor, dtype: str) -> np.ndarray:
+        """`weight_scale` [out, groups].
 
         Raises:
             UserError: a step is not exact in the dtype of the file.
@@ -111,6 +116,11 @@ class Carrier:
                 f"{module}: its scales are not exact in {dtype}, so the export would be another model; "
                 f"use --dtype float32{' or float16' if half else ''}, or train with scale_type={dtype!r}"
             )
+        return stored
+
+    def pack(self, module: str, tensor: PackedTensor, dtype: str) -> dict[str, np.ndarray]:
+        """The arrays of one matrix, by the last part of their key. Raises as `scales`."""
+        stored = self.scales(module, tensor, dtype)
         codes = 2 * tensor.codes + 1 if self.odd else tensor.codes
         if tensor.zeros is not None:
             codes = codes - np.repeat(tensor.zeros, tensor.group, axis=1)
@@ -149,13 +159,15 @@ def unpack(arrays: Mapping[str, np.ndarray], bits: int) -> np.ndarray:
     return (grouped * scale[..., None]).reshape(out, inputs)
 
 
-def carrier(module: str, tensor: PackedTensor) -> Carrier:
+def carrier(module: str, tensor: PackedTensor) -> Carrier | Float4Carrier:
     """The smallest carrier that holds a tensor exactly.
 
     Raises:
         UserError: there is none.
     """
     grid, shifted, group = tensor.grid, tensor.zeros is not None, None
+    if isinstance(grid, Float4):
+        return pack_float4.carrier(module, tensor)
     odd = grid.offset == 0.5
     if grid.offset not in (0.0, 0.5) or (odd and shifted):
         raise UserError(f"{module} is on the grid {grid}, which {METHOD} cannot store; export its values as floats")
@@ -182,7 +194,7 @@ def carrier(module: str, tensor: PackedTensor) -> Carrier:
 class Stored(NamedTuple):
     """A matrix in the file."""
 
-    carrier: Carrier
+    carrier: Carrier | Float4Carrier
     shape: tuple[int, int]
 
 
@@ -227,13 +239,14 @@ class Writing:
 
     def config(self) -> dict[str, Any]:
         """`quantization_config` of config.json."""
-        groups: dict[Carrier, list[str]] = {}
+        groups: dict[Carrier | Float4Carrier, list[str]] = {}
         for module, stored in self.stored.items():
             groups.setdefault(_as_read(stored.carrier), []).append(module)
         everything = [*self.stored, *self._plain]
+        formats = {how.format for how in groups}
         return {
             "quant_method": METHOD,
-            "format": FORMAT,
+            "format": formats.pop() if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
             "version": VERSION,
             "config_groups": {
@@ -242,7 +255,7 @@ class Writing:
                     "weights": how.json(),
                     "input_activations": None,
                     "output_activations": None,
-                    "format": FORMAT,
+                    "format": how.format,
                 }
                 for i, (how, modules) in enumerate(groups.items())
             },
@@ -251,8 +264,10 @@ class Writing:
         }
 
 
-def _as_read(how: Carrier) -> Carrier:
+def _as_read(how: Carrier | Float4Carrier) -> Carrier | Float4Carrier:
     """Carriers that config.json describes alike."""
+    if isinstance(how, Float4Carrier):
+        return how
     return Carrier(bits=how.bits, strategy=how.strategy, group=how.group)
 
 

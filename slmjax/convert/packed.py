@@ -36,7 +36,7 @@ class PackedTensor(NamedTuple):
         """float32 [out, in], bit for bit what the model computes with."""
         zeros = 0.0 if self.zeros is None else np.repeat(self.zeros, self.group, axis=1)
         shifted = self.codes.astype(np.float32) - zeros + np.float32(self.grid.offset)
-        return np.repeat(self.steps, self.group, axis=1) * shifted
+        return np.repeat(self.steps, self.group, axis=1) * shifted + np.float32(0)
 
 
 class Kind(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slmjax.convert.gate import Check
-from slmjax.convert.pack_quantized import FORMAT, METHOD, PACKED, SCALE, SHAPE, Stored
+from slmjax.convert.pack_quantized import METHOD, Stored
 from slmjax.convert.safetensors_io import READ, Described, Tensors
 
 
@@ -19,6 +19,8 @@ class Kind(NamedTuple):
     """The quantized matrices that are stored alike."""
 
     name: str
+    format: str
+    """Of compressed-tensors"""
     matrices: int
     weights: int
     bytes: int
@@ -60,12 +62,13 @@ class Sizes(NamedTuple):
             {"carrier": k.name, "matrices": k.matrices, "weights": k.weights, "bytes": k.bytes, "bits_a_weight": k.bits}
             for k in self.kinds
         ]
-        return {"format": f"{METHOD} {FORMAT}", "kinds": kinds, "bytes": self.found, "bytes_of_all_tensors": self.total}
+        format = f"{METHOD} {', '.join(dict.fromkeys(k.format for k in self.kinds))}"
+        return {"format": format, "kinds": kinds, "bytes": self.found, "bytes_of_all_tensors": self.total}
 
     def lines(self) -> tuple[str, ...]:
         """For the model card."""
         each = [
-            f"{k.matrices} matrices as {k.name}: {k.bits:.3g} bits a weight ({METHOD} {FORMAT})" for k in self.kinds
+            f"{k.matrices} matrices as {k.name}: {k.bits:.3g} bits a weight ({METHOD} {k.format})" for k in self.kinds
         ]
         return *each, f"all tensors, embeddings and norms included: {self.total:,} bytes"
 
@@ -74,14 +77,16 @@ def measure(folder: pathlib.Path, stored: Mapping[str, Stored], dtype: str) -> S
     """Sizes of a folder whose quantized modules are `stored`."""
     described = Tensors(folder).described
     matrices, weights, sizes = Counter[str](), Counter[str](), Counter[str]()
+    formats: dict[str, str] = {}
     for how, shape in stored.values():
         name = str(how)
+        formats[name] = how.format
         matrices[name] += 1
         weights[name] += math.prod(shape)
         sizes[name] += how.bytes(shape, dtype)
-    keys = (f"{module}.{last}" for module in stored for last in (PACKED, SCALE, SHAPE))
+    keys = (f"{module}.{last}" for module, how in stored.items() for last in how.carrier.parts)
     return Sizes(
-        tuple(Kind(name, matrices[name], weights[name], sizes[name]) for name in matrices),
+        tuple(Kind(name, formats[name], matrices[name], weights[name], sizes[name]) for name in matrices),
         sum(_bytes(described[key]) for key in keys),
         sum(map(_bytes, described.values())),
     )

@@ -28,7 +28,9 @@ DTYPES: dict[str, Any] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8",
+         "float8_e4m3fn": "F8_E4M3"}  # fmt: skip
+AS_THEY_ARE = ("int32", "int64", "uint8", "float8_e4m3fn")
 READ: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -39,14 +41,20 @@ READ: dict[str, Any] = {
 
 
 def write(
-    folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], *, dtype: str, shard_bytes: int = SHARD_BYTES
+    folder: pathlib.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+    unrounded: tuple[str, ...] = (),
 ) -> list[pathlib.Path]:
     """Writes model.safetensors, or shards of at most `shard_bytes` and an index. Holds one tensor in memory.
 
     Args:
-        dtype: of the floating-point tensors: "float32", "float16" or "bfloat16" (rounded to nearest even). int32 and
-            int64 are written as they are.
+        dtype: of the floating-point tensors: "float32", "float16" or "bfloat16" (rounded to nearest even). Integers
+            and float8_e4m3fn are written as they are.
         shard_bytes: bytes of data in a shard; a larger tensor gets a shard of its own.
+        unrounded: endings of the keys of other tensors that are written as they are.
 
     Returns:
         The files written.
@@ -60,7 +68,7 @@ def write(
     try:
         for key, tensor in tensors:
             # The library writes a whole shard at once and copies it twice. The format is simple: the data in order.
-            whole = tensor.dtype.name in ("int32", "int64")
+            whole = tensor.dtype.name in AS_THEY_ARE or (unrounded and key.endswith(unrounded))
             x = np.ascontiguousarray(tensor if whole else _cast(tensor, DTYPES[dtype]))
             if not np.isfinite(x).all():
                 raise UserError(f"parameter {key} holds NaN or Inf as {dtype}: a diverged model is not exported")

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from slmjax.convert.coded import Coded, Source
 from slmjax.convert.safetensors_io import Tensors
 from slmjax.convert.unpack_quantized import Unpacked
 from slmjax.errors import StorageError
 from slmjax.models.families.common.rows import Family
 
 
-class Selection(Mapping[str, np.ndarray]):
+class Selection(Source):
     """Some of the tensors of a mapping, under other names."""
 
     def __init__(self, tensors: Tensors | Unpacked, names: Mapping[str, str]):
@@ -28,6 +29,14 @@ class Selection(Mapping[str, np.ndarray]):
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._tensors[self._names[key]]
+
+    def coded(self, key: str) -> Coded | None:
+        """As `Source`."""
+        return self._tensors.coded(self._names[key]) if isinstance(self._tensors, Unpacked) else None
+
+    def as_theirs(self, key: str, x: np.ndarray) -> np.ndarray:
+        """As `Source`."""
+        return x
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -21,6 +21,10 @@ from slmjax.tree import flatten, unflatten
 
 # Masks and tables that old files store beside the parameters; the configuration determines them.
 BUFFERS = re.compile(r"(^|\.)((rotary_emb|pos_embed)\.inv_freq|attn\.(masked_)?bias)$")
+HEADS = ("lm_head.weight", "embed_out.weight", "model.output.weight")
+"""Names of the output table"""
+TIED = "tie_word_embeddings"
+"""Field of config.json: whether the output table is the embedding table"""
 
 
 Where: TypeAlias = tuple[int | slice, ...]
@@ -133,25 +137,42 @@ def to_ours(
             this decoder does not use.
         UserError: as `entries`.
     """
+    fitting = placed(rows, tensors, abstract, shapes)  # before any memory is taken
+    out = {path: np.empty(x.shape, x.dtype) for path, x in flatten(abstract).items()}
+    for entry, key in fitting:
+        for (path, where), part in zip(entry.parts, entry.to_ours(floats(entry, tensors[key])), strict=True):
+            out[path][where] = part
+    return unflatten(out)
+
+
+def placed(
+    rows: Sequence[Row],
+    tensors: Mapping[str, np.ndarray],
+    abstract: Any,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[tuple[Entry, str]]:
+    """Each tensor that the decoder needs, and its key in this file. Raises as `to_ours`."""
     table = entries(rows, abstract)
-    leaves = flatten(abstract)
     stored = _stored_keys(table, tensors)
     shapes = {key: x.shape for key, x in tensors.items()} if shapes is None else shapes
     for entry in table:
         if (shape := tuple(shapes[stored[entry.key]])) != entry.shape:
             raise StorageError(f"tensor {entry.key} has shape {list(shape)}; expected {list(entry.shape)}")
-    out = {path: np.empty(x.shape, x.dtype) for path, x in leaves.items()}
-    for entry in table:
-        theirs = tensors[stored[entry.key]]
-        if not _is_float(theirs.dtype):
-            raise StorageError(f"tensor {entry.key} is {theirs.dtype}; expected float32, bfloat16 or float16")
-        for (path, where), part in zip(entry.parts, entry.to_ours(theirs), strict=True):
-            out[path][where] = part
-
     for key in sorted(set(tensors) - set(stored.values())):
         if not (BUFFERS.search(key) or _repeats_embedding(table, stored, tensors, key)):
             raise StorageError(f"tensor {key[:200]!r} has no place in this decoder")
-    return unflatten(out)
+    return [(entry, stored[entry.key]) for entry in table]
+
+
+def floats(entry: Entry, theirs: np.ndarray) -> np.ndarray:
+    """The tensor of an entry.
+
+    Raises:
+        StorageError: it is not floating point.
+    """
+    if theirs.dtype.name not in ("float32", "bfloat16", "float16"):
+        raise StorageError(f"tensor {entry.key} is {theirs.dtype}; expected float32, bfloat16 or float16")
+    return theirs
 
 
 def _paths(row: Row) -> tuple[str, ...]:
@@ -224,20 +245,27 @@ def _stored_keys(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> d
     stored |= {key: alias for key, alias in aliases.items() if alias in tensors}
     if missing := [entry for entry in table if stored[entry.key] not in tensors]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}")
+        head = [entry.key for entry in missing] == [missing[0].key] and missing[0].parts[0][0] == "unembed/table"
+        hint = f"; if the model is tied (its output head is the embedding table), set {TIED} to true" if head else ""
+        raise StorageError(f"tensor {missing[0].key} of shape {list(missing[0].shape)} is missing{more}{hint}")
     return stored
 
 
 def _repeats_embedding(
     table: Sequence[Entry], stored: Mapping[str, str], tensors: Mapping[str, np.ndarray], key: str
 ) -> bool:
-    """Whether an unexpected key is the output head of a tied model, stored a second time."""
+    """Whether an unexpected key is the output head of a tied model, stored a second time.
+
+    Raises:
+        StorageError: it is the output head, and not that of a tied model.
+    """
     embedding = next((e for e in table if e.parts[0][0] == "embed/table"), None)
     untied = any(e.parts[0][0] == "unembed/table" for e in table)
-    if embedding is None or untied or key not in ("lm_head.weight", "embed_out.weight", "model.output.weight"):
+    if embedding is None or untied or key not in HEADS:
         return False
-    return np.array_equal(tensors[key], tensors[stored[embedding.key]])
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    return dtype.name in ("float32", "bfloat16", "float16")
+    if not np.array_equal(tensors[key], tensors[stored[embedding.key]]):
+        raise StorageError(
+            f"tensor {key} differs from {stored[embedding.key]}, but the model is tied: its output head is the "
+            f"embedding table. If the head is one of its own, set {TIED} to false in config.json"
+        )
+    return True

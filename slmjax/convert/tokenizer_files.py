@@ -15,7 +15,14 @@ PROBES = ("The quick brown fox.", "naïve café, 北京 🙂", "  def f(x):\n\tr
 
 
 def write_tokenizer(
-    folder: pathlib.Path, tokenizer: Tokenizer, *, context: int, vocab: int, pads: str = "left", closes: bool = False
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    vocab: int,
+    pads: str = "left",
+    closes: bool = False,
+    pad: int | None = None,
 ) -> dict[str, int | None]:
     """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and chat_template.jinja if there is one.
 
@@ -26,6 +33,7 @@ def write_tokenizer(
         pads: "left" or "right", the side of padding.
         context: longest sequence of the model, in tokens.
         vocab: rows of the model's embedding table.
+        pad: the padding token, if the model's folder names one; else it is EOS, or BOS.
 
     Returns:
         bos_token_id, eos_token_id and pad_token_id, for config.json.
@@ -42,10 +50,12 @@ def write_tokenizer(
         begin, end = (tokenizer.bos, tokenizer.bos_id), (tokenizer.eos, tokenizer.eos_id)
         raw.post_processor = _framed(begin, end if closes else (None, None))
     (folder / "tokenizer.json").write_text(raw.to_str(pretty=True), "utf-8")
+    padding = None if pad is None else raw.id_to_token(pad)
     names = {
         "pad_token": tokenizer.eos or tokenizer.bos,  # transformers cannot batch without one; the mask hides it
         "unk_token": getattr(raw.model, "unk_token", None),
         **tokenizer.names,
+        **({} if padding is None else {"pad_token": padding}),
         # the names that pipelines for encoders use
         **({"cls_token": tokenizer.bos, "sep_token": tokenizer.eos} if closes else {}),
     }

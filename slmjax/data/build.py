@@ -19,6 +19,7 @@ from slmjax.data.recipe import Recipe, digest, load_recipe
 from slmjax.data.token_store import CHUNK, SHARD, TokenStore, files_of, read_file, url_of
 from slmjax.data.work import PART_BYTES, Context, Progress, silent, write_bytes
 from slmjax.errors import DataError
+from slmjax.files import at
 from slmjax.lock import hold
 
 
@@ -50,16 +51,16 @@ def build(
     show("checking files", 0, sum(map(len, files)))
     identity = {
         "recipe": recipe.identity(),
-        "files": writing.describe_files(files, Path(recipe.root), show),
+        "files": writing.describe_files(files, at(recipe.root), show),
         "shard": shard,
         "part_bytes": part_bytes,
     }
     if tokenizer_files := recipe.tokenizer_files():
-        identity["tokenizer"] = writing.describe_files([tokenizer_files], Path(recipe.root), silent)[0]
+        identity["tokenizer"] = writing.describe_files([tokenizer_files], at(recipe.root), silent)[0]
     local = _local_folder(out)
     if (existing := _existing(out, local, digest(identity))) is not None:
         return existing
-    folder = Path(work) if work else local.with_name(local.name + ".building") if local else _remote_work(out)
+    folder = at(work) if work else local.with_name(local.name + ".building") if local else _remote_work(out)
     with _locked(folder):
         _keep_or_clear(folder, digest(identity))
         context = Context(
@@ -111,7 +112,7 @@ def open_source(source: str | Recipe, cache: str | Path | None = None, progress:
 
 def cache_folder(cache: str | Path | None = None) -> Path:
     """Where built stores and packing plans are kept: `cache`, else $SLMJAX_CACHE, else ~/.cache/slmjax."""
-    return Path(cache or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax").expanduser()
+    return at(cache or os.environ.get("SLMJAX_CACHE") or "~/.cache/slmjax")
 
 
 def cores() -> int:
@@ -123,7 +124,7 @@ def _local_folder(out: str | Path) -> Path | None:
     text = str(out)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
-    return None if "://" in text else Path(text).expanduser().resolve()
+    return None if "://" in text else at(text).resolve()
 
 
 def _remote_work(out: str | Path) -> Path:

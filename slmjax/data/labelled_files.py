@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slmjax.data.reading import expand, first_line, guarded, open_bytes
+from slmjax.data.records import Bad
 from slmjax.data.sources import parse_line
 from slmjax.errors import DataError
+from slmjax.files import at
 
 PACKED = (".gz", ".zst")
 
@@ -56,7 +58,7 @@ def files_of(places: Sequence[str], cache: Path) -> list[Path]:
     files: list[Path] = []
     for place in places:
         if place.endswith(".py"):
-            files += _fetched(Path(place), cache)
+            files += _fetched(at(place), cache)
             continue
         try:
             files += expand(place, Path())
@@ -120,10 +122,15 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
             if not line.strip():
                 continue
             number += 1
-            record = parse_line(line, f"{path}: row {number}")
+            where = f"{path}: row {number}"
+            record = parse_line(line, where)
+            if isinstance(record, Bad):
+                raise DataError(f"{where}: {record.why}")
             for name in columns:
-                _place(list(record), name, f"{path}: row {number}")
-            yield record[columns[0]], record[columns[1]]
+                _place(list(record.value), name, where)
+                if name in record.twice:
+                    raise DataError(f"{where} has the key {name!r} twice; leave one of them out")
+            yield record.value[columns[0]], record.value[columns[1]]
 
 
 def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:

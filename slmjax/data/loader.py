@@ -7,6 +7,7 @@ ahead and keeps the position.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +16,8 @@ from pathlib import Path
 from slmjax.data import mixture
 from slmjax.data.build import cache_folder, open_source
 from slmjax.data.extra import Extra, added
-from slmjax.data.rows import Rows, assemble
+from slmjax.data.records import lines
+from slmjax.data.rows import Rows, assemble, origins
 from slmjax.data.spec import Opened, PackedText, Part, Store
 from slmjax.data.stream import Prefetch, ReadProcesses, ReadThreads, Stream, host_rows, shuffled
 from slmjax.data.token_store import Split, TokenStore
@@ -41,8 +43,9 @@ class _Sequences:
     extra: Extra
 
     def __call__(self, numbers: range) -> Batch:
-        batch = assemble([self.locate(n) for n in numbers], self.length, weighting=self.weighting)
-        return added(batch, self.extra)
+        rows = [self.locate(n) for n in numbers]
+        batch = assemble(rows, self.length, weighting=self.weighting)
+        return added(batch, self.extra, functools.partial(origins, rows))
 
     def locate(self, n: int) -> tuple[Rows, int]:
         """Global sequence n -> its part, and its row there."""
@@ -82,7 +85,7 @@ class Loader(Stream):
         super().__init__(
             _Sequences(self._parts, self._shares, data.seed, data.length, data.weighting, data.extra),
             batch=data.batch,
-            epoch=sum(part.count for part in self._parts),
+            epoch=epoch_of(stores, self._parts, [p.weight for p in data.train]),
             identity={
                 "stores": [s.fingerprint for s in stores],
                 "shares": [str(share) for share in self._shares],
@@ -104,6 +107,15 @@ class Loader(Stream):
         """How often each part has been read so far: 1.25 is once, and a quarter of the second time."""
         counts = mixture.drawn(self._shares, self._next)
         return tuple(n / part.count for n, part in zip(counts, self._parts, strict=True))
+
+
+def epoch_of(stores: Sequence[TokenStore], parts: Sequence[Rows], weights: Sequence[float]) -> float:
+    """Sequences of the mixture that hold as many tokens as the stores together: tokens, for a sequence is padded as far
+    as the documents of its store leave it empty. Of one store, that is its number of sequences."""
+    tokens = [store.count("train", "tokens") for store in stores]
+    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    each = sum(weight * n / part.count for weight, n, part in zip(exact, tokens, parts, strict=True)) / sum(exact)
+    return float(sum(tokens) / each)
 
 
 def open_stores(
@@ -163,7 +175,8 @@ def validation_batches(
         if k < parts[part].count:
             order.append((parts[part], shuffled(k, parts[part].count, (0, part, 0))))
     for rows in host_rows(order, size, host=host, hosts=hosts):
-        yield added(assemble(rows, data.length, size // hosts, weighting=data.weighting), data.extra)
+        filled = assemble(rows, data.length, size // hosts, weighting=data.weighting)
+        yield added(filled, data.extra, functools.partial(origins, rows))
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,12 @@ class OpenedText(Opened):
             *(_described(store, "validation", None) for store in self.held_out),
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        stores = {store.fingerprint: store for store in (*self.train, *self.held_out)}.values()
+        said = (line for store in stores for line in lines(store.manifest.get("sources", ())))
+        return (*said, *self.data.extra.notes(self.data.length))
+
     def tokenizer(self) -> Tokenizer:
         return self.train[0].tokenizer()
 
@@ -201,7 +220,9 @@ class OpenedText(Opened):
         return self.train[0].tokenizer_path
 
     def epochs(self, sequences: int) -> float:
-        return sequences * self.data.length / sum(store.count("train", "tokens") for store in self.train)
+        data, cache = self.data, cache_folder(self.cache)
+        parts = [Rows(store, "train", data.packing, data.length, cache) for store in self.train]
+        return sequences / epoch_of(self.train, parts, [part.weight for part in data.train])
 
     def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> Loader:
         return Loader(self.data, self.train, host=host, hosts=hosts, prefetch=reader, cache=self.cache)
@@ -219,9 +240,11 @@ def open_text(data: PackedText, *, cache: str | Path | None, progress: Progress 
 
     Raises:
         DataError: a store is missing or damaged, or their tokenizers differ.
+        UserError: `data.extra` has no arrays for one of them.
     """
     train = open_stores(data.train, cache=cache, progress=progress)
     held_out = open_stores(data.validation, cache=cache, progress=progress) or train
+    data.extra.fits((*train, *held_out))
     return OpenedText(data, train, held_out, cache)
 
 

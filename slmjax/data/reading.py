@@ -5,11 +5,14 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from slmjax.data.records import Bad, Remark
 from slmjax.errors import DataError
+from slmjax.files import at
 
 READ_BYTES = 1 << 20
 
@@ -20,7 +23,7 @@ def expand(pattern: str, root: Path) -> list[Path]:
     Raises:
         DataError: none match.
     """
-    full = str(root / Path(pattern).expanduser())
+    full = str(root / at(pattern))
     paths = [Path(p) for p in sorted(glob.glob(full, recursive=True))]
     if any(p.is_dir() for p in paths) and not any(p.is_file() for p in paths):
         raise DataError(f"{full}: a folder; name its files with a glob, such as {Path(pattern) / '*'}")
@@ -81,17 +84,39 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
-def split_text(file: io.BufferedIOBase, separator: str, path: Path) -> Iterator[str]:
-    """The documents of one text file. An empty separator makes the file one document."""
+SEPARATOR = Remark("a separator")
+"""Given once by `split_text`, when the separator first occurs"""
+
+
+def split_text(file: io.BufferedIOBase, separator: str, path: Path) -> Iterator[str | Bad | Remark]:
+    """The documents of one text file, in time that grows as its length. Line ends of Windows become "\\n", in the
+    text as in the separator. An empty separator makes the file one document."""
+    chunks = guarded(iter(lambda: file.read(READ_BYTES), b""), path)
     if not separator:
-        yield _utf8(b"".join(guarded(file, path)), str(path))
+        yield _document([b"".join(chunks)], path, 1)
         return
-    mark, rest = separator.encode(), b""
-    for chunk in guarded(iter(lambda: file.read(READ_BYTES), b""), path):
-        *done, rest = (rest + chunk).replace(b"\r\n", b"\n").split(mark)
-        yield from (_utf8(d, str(path)) for d in done if d.strip())
-    if rest.strip():
-        yield _utf8(rest, str(path))
+    mark = separator.replace("\r\n", "\n").encode()
+    # `held` begins the document, `tail` may begin a separator, `cut` half a line end
+    held, tail, cut, line, found = [], b"", b"", 1, False
+    for chunk in itertools.chain(chunks, [None]):
+        window = cut + (chunk or b"")
+        cut = b"\r" if chunk and window.endswith(b"\r") else b""
+        window = tail + window.removesuffix(cut).replace(b"\r\n", b"\n")
+        *done, rest = window.split(mark)
+        for piece in done:
+            if not found:
+                found = True
+                yield SEPARATOR
+            held.append(piece)
+            if any(map(bytes.strip, held)):
+                yield _document(held, path, line)
+            line += sum(part.count(b"\n") for part in held) + mark.count(b"\n")
+            held = []
+        keep = min(len(mark) - 1, len(rest)) if chunk else 0
+        held.append(rest[: len(rest) - keep])
+        tail = rest[len(rest) - keep :]
+    if any(map(bytes.strip, held)):
+        yield _document(held, path, line)
 
 
 def guarded(pieces: Iterable[bytes], path: Path) -> Iterator[bytes]:
@@ -102,11 +127,14 @@ def guarded(pieces: Iterable[bytes], path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be decompressed: {first_line(error)}; download or copy it again") from error
 
 
-def _utf8(raw: bytes, where: str) -> str:
+def _document(pieces: list[bytes], path: Path, line: int) -> str | Bad:
+    """A document that begins in this line."""
+    raw = b"".join(pieces)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} near {raw[error.start : error.start + 8]!r})") from error
+        where = f"{path}:{line + raw[: error.start].count(10)}"
+        return Bad(where, f"not UTF-8 ({error.reason} near {raw[error.start : error.start + 8]!r})")
 
 
 def first_line(error: BaseException) -> str:

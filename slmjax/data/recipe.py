@@ -15,6 +15,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.sources import Source
 from slmjax.data.tokenizer import BPE, TokenizerSpec
 from slmjax.errors import DataError, UserError
+from slmjax.files import at
 from slmjax.serialise import to_json
 from slmjax.user_code import find_beside, mistakes_in
 
@@ -53,15 +54,20 @@ class Recipe:
 
     def files(self) -> list[list[Path]]:
         """The local files of each source."""
-        return [source.files(Path(self.root)) for source in self.sources]
+        return [source.files(at(self.root)) for source in self.sources]
 
     def tokenizer_files(self) -> list[Path]:
         """The local files of the tokenizer; none if it is trained."""
-        return self.tokenizer.files(Path(self.root))
+        return self.tokenizer.files(at(self.root))
 
     def identity(self) -> dict[str, Any]:
-        """This recipe as JSON, without `root`: together with the contents of its files it decides the store."""
-        return {name: value for name, value in to_json(self).items() if name != "root"}
+        """This recipe as JSON, without `root`: together with the contents of its files it decides the store. What is
+        done with bad records is left out where it is as ever: it decides nothing then."""
+        described = {name: value for name, value in to_json(self).items() if name != "root"}
+        for source in described["sources"]:
+            if source.get("on_error") == "raise":
+                del source["on_error"], source["max_bad"]
+        return described
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -70,7 +76,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         UserError: no such file, no function `recipe`, it fails, or it returns something else.
     """
-    path = Path(path)
+    path = at(path)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"{path}: {'not' if path.exists() else 'no such'} recipe file; expected Python (.py)")
     find_beside(path)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slmjax.data.extra import Origin
 from slmjax.data.packing import Packing, Plan, plan
 from slmjax.data.recipe import digest
 from slmjax.data.token_store import Split, TokenStore
@@ -25,6 +26,8 @@ class Rows:
     def __init__(self, store: TokenStore, split: Split, packing: Packing, length: int, cache: Path):
         key = digest([store.fingerprint, split, to_json(packing), length, PLAN_VERSION])[:32]
         self.length = length
+        self._store = store.fingerprint
+        self._split: Split = split
         self._plan_of = (packing, length, cache / "plans" / key)
         self._tokens = store.tokens(split)
         self._plan: Plan | None = None
@@ -45,6 +48,14 @@ class Rows:
         """The pieces of documents in a row (`packing.PIECE_DTYPE`)."""
         pieces, rows = self._open()
         return pieces[rows[row] : rows[row + 1]]
+
+    def origin(self, row: int) -> Origin:
+        """Where the tokens of a row lie."""
+        index, at = np.full(self.length, -1, np.int64), 0
+        for start, length in self.pieces(row)[["start", "length"]].tolist():
+            index[at : at + length] = np.arange(start, start + length)
+            at += length
+        return Origin(self._store, self._split, index)
 
     def begin(self, row: int) -> list[Read]:
         """Start to read a row: neighbouring pieces in one read."""
@@ -103,6 +114,11 @@ def assemble(
         part.finish(row, reads, out, i)
     out.weights[...] *= weighting(*map(np.asarray, (out.tokens, out.targets, out.segment_ids, out.positions)))
     return out
+
+
+def origins(rows: Sequence[tuple[Rows, int]]) -> list[Origin]:
+    """Where the tokens of each row lie."""
+    return [part.origin(row) for part, row in rows]
 
 
 def empty_batch(rows: int, length: int) -> Batch:

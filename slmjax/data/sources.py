@@ -6,21 +6,25 @@ Paths are globs, relative to the folder of the recipe file. Licence and origin g
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from slmjax.data.reading import expand, first_line, guarded, open_bytes, split_text
+from slmjax.data.reading import SEPARATOR, expand, first_line, guarded, open_bytes, split_text
+from slmjax.data.records import FIRST, UNKNOWN, Bad, Remark, Report, keys_twice
 from slmjax.errors import DataError
+from slmjax.files import at
+
+LOOK = 100_000
+"""Good documents that are read on after a bad record, to name more of them"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What all sources have in common."""
 
-    licence: str
+    licence: str = UNKNOWN
     """SPDX name or a sentence; copied to the manifest and the model card"""
     name: str = ""
     """Defaults to the path"""
@@ -28,22 +32,58 @@ class Source:
     """Where the text was taken from: a URL, package or book"""
     limit: int | None = None
     """Read at most this many documents"""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a record that is no document does (not JSON, without the field, not UTF-8): ends the build, or is left out
+    and counted"""
+    max_bad: int = 1000
+    """With `on_error="skip"`: more of them end the build all the same"""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {self.on_error!r}; expected 'raise' or 'skip'")
+        if self.max_bad < 0:
+            raise DataError(f"max_bad is {self.max_bad}; expected 0 or more records")
 
     def files(self, root: Path) -> list[Path]:
         """The local files that are read, sorted: their SHA-256 goes into the manifest."""
         raise TypeError(f"{type(self).__name__} is not a source: use Text, JSONL, Parquet, Folder or Hub")
 
-    def stream(self, root: Path) -> Iterator[str]:
-        """Every document, in a fixed order."""
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
+        """Every document, in a fixed order, and what is found in their place or to be said."""
         raise TypeError(f"{type(self).__name__} is not a source: use Text, JSONL, Parquet, Folder or Hub")
 
-    def documents(self, root: Path) -> Iterator[str]:
-        """`stream` up to `limit`.
+    def documents(self, root: Path, report: Report | None = None) -> Iterator[str]:
+        """The documents of `stream`, up to `limit`; `report` gets what else was found.
 
         Raises:
-            DataError: a file is missing, malformed or has no such field; the message names file and line.
+            DataError: a file is missing or damaged; or there are bad records and `on_error` is "raise" (the first ten
+                are named, with file and line), or more than `max_bad`.
         """
-        return itertools.islice(self.stream(root), self.limit)
+        report = Report() if report is None else report
+        strict, given, looked = self.on_error == "raise", 0, 0
+        for item in self.stream(root) if self.limit != 0 else ():
+            if not isinstance(item, str):
+                report.add(item)
+                if report.bad == FIRST if strict else report.bad > self.max_bad:
+                    raise self._refused(report)
+            elif strict and report.bad:  # on to the next bad ones, which are named together
+                looked += 1
+                if looked == LOOK:
+                    break
+            else:
+                yield item
+                given += 1
+                if given == self.limit:
+                    return
+        if strict and report.bad:
+            raise self._refused(report)
+
+    def _refused(self, report: Report) -> DataError:
+        many = f"{report.bad} bad record{'s' if report.bad > 1 else ''}"
+        if self.on_error == "skip":
+            return DataError(f"{self.title}: {many}, more than max_bad {self.max_bad}: {report.named}")
+        them = "the first 10" if report.bad == FIRST else many
+        return DataError(f"{report.named} ({them}; mend the file, or leave them out and counted: on_error='skip')")
 
     @property
     def title(self) -> str:
@@ -70,10 +110,17 @@ class Text(Files):
 
     separator: str = "\n\n"
 
-    def stream(self, root: Path) -> Iterator[str]:
-        for path in self.files(root):
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
+        files, found = self.files(root), False
+        for path in files:
             with open_bytes(path) as file:
-                yield from split_text(file, self.separator, path)
+                for item in split_text(file, self.separator, path):
+                    found = found or item is SEPARATOR
+                    if item is not SEPARATOR:
+                        yield item
+        if self.separator and not found:
+            many = "the file" if len(files) == 1 else f"any of {len(files):,} files"
+            yield Remark(f"the separator {self.separator!r} does not occur in {many}: each file is one document")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +129,20 @@ class JSONL(Files):
 
     text_field: str = "text"
 
-    def stream(self, root: Path) -> Iterator[str]:
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
         for path in self.files(root):
             with open_bytes(path) as file:
                 for number, line in enumerate(guarded(file, path), 1):
-                    if line.strip():
-                        yield text_of(parse_line(line, f"{path}:{number}"), self.text_field, f"{path}:{number}")
+                    if not line.strip():
+                        continue
+                    where = f"{path}:{number}"
+                    record = parse_line(line, where)
+                    if isinstance(record, Bad):
+                        yield record
+                        continue
+                    for key in record.twice:
+                        yield Remark(f"the key {key!r} is twice in an object; the last one counts", where)
+                    yield text_of(record.value, self.text_field, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +151,7 @@ class Parquet(Files):
 
     text_field: str = "text"
 
-    def stream(self, root: Path) -> Iterator[str]:
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -104,10 +159,11 @@ class Parquet(Files):
             try:
                 with pq.ParquetFile(path) as file:
                     if self.text_field not in file.schema_arrow.names:
-                        raise _no_field(str(path), self.text_field, file.schema_arrow.names)
-                    for batch in file.iter_batches(batch_size=1024, columns=[self.text_field]):
-                        for value in batch.column(0).to_pylist():
-                            yield text_of({self.text_field: value}, self.text_field, str(path))
+                        raise DataError(f"{path}: {no_field(self.text_field, file.schema_arrow.names)}")
+                    batches = file.iter_batches(batch_size=1024, columns=[self.text_field])
+                    values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+                    for number, value in enumerate(values, 1):
+                        yield text_of({self.text_field: value}, self.text_field, f"{path}: row {number}")
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
@@ -121,15 +177,15 @@ class Folder(Source):
     text_field: str = "text"
 
     def files(self, root: Path) -> list[Path]:
-        folder = root / self.path
+        folder = root / at(self.path)
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; Folder needs the folder of a Hugging Face dataset")
         return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
 
-    def stream(self, root: Path) -> Iterator[str]:
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
         import datasets
 
-        folder = root / self.path
+        folder = root / at(self.path)
         self.files(root)
         saved = any((folder / f).exists() for f in ("dataset_info.json", "dataset_dict.json"))
         try:
@@ -162,12 +218,13 @@ class Hub(Source):
     text_field: str = "text"
 
     def files(self, root: Path) -> list[Path]:
-        return sorted(p for p in (root / self.path).rglob("*") if p.is_file())  # of a local copy; none when streamed
+        """Those of a local copy; none when it is streamed."""
+        return sorted(p for p in (root / at(self.path)).rglob("*") if p.is_file())
 
-    def stream(self, root: Path) -> Iterator[str]:
+    def stream(self, root: Path) -> Iterator[str | Bad | Remark]:
         import datasets
 
-        local = root / self.path
+        local = root / at(self.path)
         name = str(local) if local.is_dir() else self.path
         try:
             data = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
@@ -176,37 +233,41 @@ class Hub(Source):
         yield from _rows(data, self.text_field, self.path)
 
 
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """One line of JSONL as an object.
+class Record(NamedTuple):
+    """One object of JSON lines."""
 
-    Raises:
-        DataError: it is not a JSON object.
-    """
+    value: dict[str, Any]
+    twice: list[str]
+    """Keys that an object in it holds twice"""
+
+
+def parse_line(line: bytes, where: str) -> Record | Bad:
+    """One line of JSONL as an object."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); expected one object a line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object a line, found {type(record).__name__}")
-    return record
+        value, twice = keys_twice(line)
+    except (ValueError, RecursionError) as error:
+        return Bad(where, f"not JSON ({error}); expected one object a line")
+    if not isinstance(value, dict):
+        return Bad(where, f"expected a JSON object a line, found {type(value).__name__}")
+    return Record(value, twice)
 
 
-def text_of(record: dict[str, Any], field: str, where: str) -> str:
+def text_of(record: dict[str, Any], field: str, where: str) -> str | Bad:
     """The text of a record. A null is an empty document: cleaning counts and drops it."""
     if field not in record:
-        raise _no_field(where, field, list(record))
+        return Bad(where, no_field(field, list(record)))
     value = record[field]
     if value is None:
         return ""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} holds {type(value).__name__}, expected text")
-    return value
+    return (
+        value if isinstance(value, str) else Bad(where, f"field {field!r} holds {type(value).__name__}, expected text")
+    )
 
 
-def _rows(data: Any, field: str, where: str) -> Iterator[str]:
-    for row in data:
-        yield text_of(row, field, where)
+def no_field(field: str, names: list[str]) -> str:
+    return f"has no field {field!r}; there are: {', '.join(names)}. Set text_field"
 
 
-def _no_field(where: str, field: str, names: list[str]) -> DataError:
-    return DataError(f"{where}: has no field {field!r}; there are: {', '.join(names)}. Set text_field")
+def _rows(data: Any, field: str, where: str) -> Iterator[str | Bad]:
+    for number, row in enumerate(data, 1):
+        yield text_of(row, field, f"{where}: row {number}")

@@ -81,7 +81,7 @@ class Opened(abc.ABC):
 
     @abc.abstractmethod
     def epochs(self, sequences: int) -> float:
-        """How many epochs this many training sequences are."""
+        """How many epochs this many training sequences are; padding does not count."""
 
     @abc.abstractmethod
     def training(self, *, host: int = 0, hosts: int = 1, reader: Prefetch | None = None) -> BatchStream:
@@ -216,15 +216,16 @@ class PackedText(Data):
         return open_text(self, cache=cache, progress=progress)
 
     def reopen(self, stores: Sequence[Mapping[str, Any]], *, cache: str | Path | None = None) -> OpenedText:
-        """Its validation stores only, at the locations that the run recorded; recipes are not built again."""
+        """Its validation stores only, at the locations that the run recorded; recipes are not built again. Without
+        `extra`, which training alone reads."""
         places = [str(store["location"]) for store in stores][len(self.train) :]
         weights = [part.weight for part in self.validation or self.train]
         parts = tuple(Part(source=_path(a), weight=w) for a, w in zip(places, weights, strict=True))
-        return replace(self, train=parts, validation=()).open(cache=cache)
+        return replace(self, train=parts, validation=(), extra=NoExtra()).open(cache=cache)
 
     def elsewhere(self, place: str, tokenizer: Path, labels: Sequence[str] = ()) -> PackedText:
         """`place` is a token store, whose own tokenizer is used."""
-        return replace(self, train=(Part(source=place),), validation=())
+        return replace(self, train=(Part(source=place),), validation=(), extra=NoExtra())
 
     def identity(self) -> dict[str, Any]:
         described = to_json(self)

@@ -10,17 +10,20 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slmjax.data import dedup as dd
+from slmjax.data.records import Report
 from slmjax.data.token_store import SPLITS
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.data.work import Context, run, save_arrays, write_bytes
 from slmjax.errors import DataError
+from slmjax.files import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Parts:
     """Parts of cleaned text"""
     read: tuple[tuple[int, int], ...]
     """Documents and bytes read from each source"""
+    reports: tuple[dict[str, Any], ...]
+    """What else was found in each source (`records.Report.json`)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +63,30 @@ def clean(context: Context) -> Parts:
         (context.folder / "clean").mkdir(exist_ok=True)
         sources = context.recipe.sources
         read = [[0, 0] for _ in sources]
+        reports = [Report() for _ in sources]
         count = 0
 
         def tasks() -> Iterator[tuple]:
             nonlocal count
-            for texts, origin in _batches(context, read):
+            for texts, origin in _batches(context, read, reports):
                 count += 1
                 if not context.part("clean", count - 1).is_file():
                     yield context.quiet, count - 1, texts, origin
 
         for _ in run(context, _clean_part, tasks()):
             context.show("cleaning", sum(n for n, _ in read), None)
-        write_bytes(done, json.dumps({"count": count, "read": read}).encode())
+        found = {"count": count, "read": read, "reports": [report.json() for report in reports]}
+        write_bytes(done, json.dumps(found).encode())
     counts = json.loads(done.read_text())
     context.show("cleaning", sum(n for n, _ in counts["read"]), sum(n for n, _ in counts["read"]))
-    return Parts(count=counts["count"], read=tuple((n, size) for n, size in counts["read"]))
+    read_of = tuple((n, size) for n, size in counts["read"])
+    return Parts(count=counts["count"], read=read_of, reports=tuple(counts["reports"]))
 
 
-def _batches(context: Context, read: list[list[int]]) -> Iterator[tuple[list[str], list[int]]]:
+def _batches(context: Context, read: list[list[int]], reports: list[Report]) -> Iterator[tuple[list[str], list[int]]]:
     texts, origin, size = [], [], 0
     for index, source in enumerate(context.recipe.sources):
-        for text in source.documents(Path(context.recipe.root)):
+        for text in source.documents(at(context.recipe.root), reports[index]):
             length = len(text.encode("utf-8", "surrogatepass"))
             read[index][0] += 1
             read[index][1] += length
@@ -180,7 +188,7 @@ def make_tokenizer(context: Context, parts: Parts, selection: Selection) -> Toke
         step = max(1, -(-total // getattr(context.recipe.tokenizer, "sample_bytes", total or 1)))
         kept = (_texts(context, i, selection.of_part(i) == 0) for i in range(parts.count))
         texts = itertools.islice(itertools.chain.from_iterable(kept), 0, None, step)
-        tokenizer = context.recipe.tokenizer.make(texts, Path(context.recipe.root))
+        tokenizer = context.recipe.tokenizer.make(texts, at(context.recipe.root))
         building = context.folder / "tokenizer.tmp"
         tokenizer.save(building)
         os.rename(building, folder)
@@ -191,7 +199,8 @@ def make_tokenizer(context: Context, parts: Parts, selection: Selection) -> Toke
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path) -> Tokenizer:
     config = json.loads((folder / TOKENIZER_FILES[1]).read_text("utf-8"))
-    return Tokenizer.load(folder, bos=config["bos_token"] or "", eos=config["eos_token"] or "")
+    begins = "" if config.get("add_bos_token") is False else config["bos_token"] or ""  # else only the template uses it
+    return Tokenizer.load(folder, bos=begins, eos=config["eos_token"] or "")
 
 
 def _texts(context: Context, index: int, keep: np.ndarray) -> list[str]:

@@ -99,7 +99,7 @@ class Stream:
         read: Callable[[range], Batch],
         *,
         batch: int,
-        epoch: int,
+        epoch: float,
         identity: Mapping[str, Any],
         host: int = 0,
         hosts: int = 1,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ import tensorstore as ts
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import DataError
+from slmjax.files import at
 
 MANIFEST = "manifest.json"
 FORMAT = "slmjax token store"
@@ -41,7 +42,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 def url_of(location: str | Path) -> str:
     """A path or URL as a URL of a folder."""
     text = str(location)
-    url = text if "://" in text else Path(text).expanduser().resolve().as_uri()
+    url = text if "://" in text else at(text).resolve().as_uri()
     return url.rstrip("/") + "/"
 
 
@@ -73,12 +74,20 @@ class Array:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
-    def create(self, size: int, dtype: Any) -> ts.TensorStore:
-        """A new array, or the one that an interrupted build left."""
+    def create(
+        self, size: int, dtype: Any, *, chunk: int = CHUNK, compression: Mapping[str, Any] | None = None
+    ) -> ts.TensorStore:
+        """A new array, or the one that an interrupted build left.
+
+        Args:
+            chunk: values of one chunk; divides `shard`.
+            compression: a codec of zarr3 that each chunk is compressed by.
+        """
         little = {"name": "bytes", "configuration": {"endian": "little"}}
+        compressed = [] if compression is None else [dict(compression)]
         sharding = {
-            "chunk_shape": [CHUNK],
-            "codecs": [little, {"name": "crc32c"}],
+            "chunk_shape": [chunk],
+            "codecs": [little, *compressed, {"name": "crc32c"}],
             "index_codecs": [little, {"name": "crc32c"}],
         }
         metadata = {
@@ -87,7 +96,9 @@ class Array:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
-        return ts.open(self._spec() | {"metadata": metadata}, create=True, open=True).result()
+        # Chunks of zeros are written too: a chunk that is not there is one that was lost.
+        spec = self._spec() | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+        return ts.open(spec, create=True, open=True).result()
 
     def read(self, start: int, stop: int) -> ts.Future:
         """Begin to read values [start, stop). Pass the future to `result`."""
@@ -106,9 +117,23 @@ class Array:
                 self._probe(shard, max(start, shard * self.shard), min(stop, (shard + 1) * self.shard))
             raise DataError(f"{self.location}{self.name}: cannot be read: {_short(error)}") from error
 
-    def __getitem__(self, window: slice) -> np.ndarray:
-        start, stop = int(window.start), int(window.stop)
-        return self.result(self.read(start, stop), start, stop)
+    def __getitem__(self, at: slice | int) -> Any:
+        """As a numpy array: `[a:b:c]`, `[:]` and negative numbers; one number gives one value.
+
+        Raises:
+            IndexError: one number, beyond the end.
+            DataError: a shard is missing or damaged.
+        """
+        where = range(len(self))[at]
+        if isinstance(where, int):
+            return self.result(self.read(where, where + 1), where, where + 1)[0]
+        low, high = (min(where[0], where[-1]), max(where[0], where[-1]) + 1) if where else (0, 0)
+        values = self.result(self.read(low, high), low, high)
+        return values[:: where.step] if where.step > 0 else values[::-1][:: -where.step]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All values, read at once."""
+        return np.asarray(self[:], dtype)
 
     def __len__(self) -> int:
         return self._array().shape[0]
@@ -185,12 +210,13 @@ class TokenStore:
         """The token ids of a split."""
         return Array(self.location, f"{split}/tokens", shard=self.manifest["shard"])
 
+    def boundaries(self, split: Split) -> Array:
+        """Where each document of a split starts and, last, where the last one ends: int64, `documents + 1` values."""
+        return Array(self.location, f"{split}/offsets", shard=self.manifest["shard"])
+
     def offsets(self, split: Split, documents: int = 1 << 16) -> Iterator[np.ndarray]:
         """Document boundaries, int64, in blocks of this many documents; a block begins where the last one ended."""
-        array, total = (
-            Array(self.location, f"{split}/offsets", shard=self.manifest["shard"]),
-            self.count(split, "documents"),
-        )
+        array, total = self.boundaries(split), self.count(split, "documents")
         for start in range(0, total, documents):
             yield array[start : min(start + documents, total) + 1]
 

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from slmjax.data import tokenizer_config
 from slmjax.data.chat import ChatTemplate
 from slmjax.errors import DataError
+from slmjax.files import at
 from slmjax.types import Special
 
 BOS = "<|bos|>"
@@ -48,7 +49,7 @@ class Bytes(TokenizerSpec):
     """One token for each byte: ids 0 to 255 are the bytes of UTF-8, 256 is BOS, 257 is EOS. Nothing is trained."""
 
     def make(self, texts: Iterable[str], root: Path) -> Tokenizer:
-        letters = _letters_of_bytes()
+        letters = letters_of_bytes()
         vocab = {letter: byte for byte, letter in enumerate(letters)}
         raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -77,7 +78,7 @@ class BPE(TokenizerSpec):
             vocab_size=self.vocab,
             min_frequency=self.min_frequency,
             special_tokens=self._special(),
-            initial_alphabet=_letters_of_bytes(),
+            initial_alphabet=letters_of_bytes(),
             show_progress=False,
         )
         raw.train_from_iterator(texts, trainer)
@@ -125,7 +126,7 @@ class File(TokenizerSpec):
         return [file, *(f for f in (file.with_name(FILES[1]), file.with_name(TEMPLATE)) if f.is_file())]
 
     def _file(self, root: Path) -> Path:
-        path = root / Path(self.path).expanduser()
+        path = root / at(self.path)
         file = path / FILES[0] if path.is_dir() else path
         if not file.is_file():
             raise DataError(f"{file}: no such tokenizer")
@@ -234,9 +235,10 @@ class Tokenizer:
 
     @property
     def special(self) -> Special:
-        """The ids of the special tokens, and which of them is the mask."""
+        """The ids of the special tokens, and which of them are the mask and the end of a text."""
         named = {i for i in (self.bos_id, self.eos_id, self.mask_id) if i is not None}
-        return Special(mask=self.mask_id, all=tuple(sorted({*self.special_tokens.values(), *named})))
+        every = tuple(sorted({*self.special_tokens.values(), *named}))
+        return Special(mask=self.mask_id, all=every, end=self.eos_id)
 
     @property
     def fingerprint(self) -> str:
@@ -303,7 +305,7 @@ def _finish(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return raw
 
 
-def _letters_of_bytes() -> list[str]:
+def letters_of_bytes() -> list[str]:
     """The printable letter that byte-level tokenizers write for each byte, by byte value (the table of GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     shifted = iter(range(256, 512))

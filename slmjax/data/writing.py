@@ -88,9 +88,9 @@ def write_manifest(
     tokens, size = (sum(s[what] for s in splits.values()) for what in ("tokens", "bytes"))
     sources = [
         {"name": s.title, "licence": s.licence, "origin": s.origin, "files": used}
-        | {"documents_read": n, "bytes_read": b, "documents_kept": kept}
-        for s, used, (n, b), kept in zip(
-            context.recipe.sources, build["files"], parts.read, selection.kept, strict=True
+        | {"documents_read": n, "bytes_read": b, "documents_kept": kept, **found}
+        for s, used, (n, b), kept, found in zip(
+            context.recipe.sources, build["files"], parts.read, selection.kept, parts.reports, strict=True
         )
     ]
     about_tokenizer = {

@@ -1,7 +1,8 @@
 """The compiled part of generation: prompts fill the key-value cache, then one program generates token after token.
 
 What makes it fast: the parameters are cast to the compute dtype and split into layers once, before the first token (a
-slice of a stacked array would be copied for every token); the cache is donated, and only as long as its tokens need,
+slice of a stacked array would be copied for every token; of quantized weights, which are short, it is, so that they
+are in memory once); the cache is donated, and only as long as its tokens need,
 rounded up to a power of two; one call generates many tokens.
 """
 
@@ -19,6 +20,7 @@ from slmjax import tree
 from slmjax.evals.sampling import Sampler
 from slmjax.models.decoder import Decoder
 from slmjax.nn.compute import Compute, KeepAll
+from slmjax.nn.encoded import Weight, is_encoded
 from slmjax.nn.numerics import Numerics, Product
 from slmjax.types import Params
 
@@ -58,15 +60,22 @@ def decoding(
     sampler: Sampler,
     eos: tuple[int, ...],
     numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    stacked: bool = False,
 ) -> Decoding:
     """The compiled functions that generate with `decoder`.
 
     Args:
+        stacked: whether layers stay stacked in one array and run in a loop, for quantized weights (`encoded_layers`).
         eos: tokens that end a row.
     """
-    paths = tuple((f"layers/{number}/", f"{place.path}/") for place in decoder.places() for number in place.numbers)
-    product = Stacked(product=numerics.product, paths=paths if decoder.layers > 1 else ())
-    model = unrolled(decoder).build(replace(compute, remat=KeepAll(), unroll=1), replace(numerics, product=product))
+    compute = replace(compute, remat=KeepAll(), unroll=1)
+    if stacked:
+        model = decoder.build(compute, numerics)
+    else:
+        paths = tuple((f"layers/{number}/", f"{place.path}/") for place in decoder.places() for number in place.numbers)
+        product = Stacked(product=numerics.product, paths=paths if decoder.layers > 1 else ())
+        model = unrolled(decoder).build(compute, replace(numerics, product=product))
 
     def choose(prepared: Any, state: State, hidden: jax.Array, keys: Any, limits: jax.Array) -> State:
         """hidden [B, D] of the last token -> the state with the next one."""
@@ -122,7 +131,7 @@ def decoding(
         return state._replace(cache=cache)
 
     return Decoding(
-        prepare=functools.partial(prepare, decoder, compute),
+        prepare=functools.partial(prepare, decoder, compute, stacked=stacked),
         prefill=jax.jit(prefill, static_argnames="length"),
         decode=jax.jit(decode, static_argnames="count", donate_argnames="state"),
         grow=jax.jit(grow, static_argnames="length"),
@@ -137,7 +146,7 @@ class Stacked(Product):
     paths: tuple[tuple[str, str], ...]
     """(prefix of a path in the unrolled decoder, the corresponding prefix in the stacked one)"""
 
-    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: Weight, einsum: Callable) -> jax.Array:
         for prefix, stacked in self.paths:
             if path.startswith(prefix):
                 path = stacked + path.removeprefix(prefix)
@@ -166,17 +175,26 @@ def unroll(decoder: Decoder, params: Params) -> Params:
     return {**rest, "layers": layers["0"] if len(layers) == 1 else layers}
 
 
-def prepare(decoder: Decoder, compute: Compute, params: Params) -> dict[str, Params]:
-    """Casts parameters and splits them into layers, once. Rounds exactly what the model would round for every token.
+def encoded_layers(params: Params) -> bool:
+    """Whether parameters of layers are in a shorter form than arrays."""
+    flat = tree.flatten(params, is_leaf=is_encoded)
+    return any(path.startswith("layers") and is_encoded(x) for path, x in flat.items())
+
+
+def prepare(decoder: Decoder, compute: Compute, params: Params, *, stacked: bool = False) -> dict[str, Params]:
+    """Casts parameters and splits them into layers (unless `stacked`), once. Rounds exactly what the model would round
+    for every token.
 
     Matrices of layers are cast to the compute dtype; gains, biases and the tables that are looked up stay float32.
     """
 
-    def cast(path: str, x: Any) -> jax.Array:
+    def cast(path: str, x: Any) -> Weight:
         matrix = path.startswith("layers") and x.ndim > 2 and not path.endswith(("bias", "scale"))
-        return jnp.asarray(x, compute.dtype if matrix else None)
+        return x if is_encoded(x) else jnp.asarray(x, compute.dtype if matrix else None)
 
-    apply = unroll(decoder, tree.map_with_path(cast, params))
-    table = "embed" if decoder.tied else "unembed"
-    unembed = {table: {"table": jnp.asarray(params[table]["table"], compute.dtype)}}
+    apply = tree.map_with_path(cast, params, is_leaf=is_encoded)
+    apply = apply if stacked else unroll(decoder, apply)
+    name = "embed" if decoder.tied else "unembed"
+    table = params[name]["table"]
+    unembed = {name: {"table": table if is_encoded(table) else jnp.asarray(table, compute.dtype)}}
     return {"apply": apply, "unembed": unembed}

@@ -12,7 +12,7 @@ import numpy as np
 
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError
-from slmjax.evals.decoding import NOTHING, Decoding, decoding
+from slmjax.evals.decoding import NOTHING, Decoding, decoding, encoded_layers
 from slmjax.evals.sampling import GREEDY, Sampler
 from slmjax.evals.text import Detokenizer, StopStrings
 from slmjax.models.decoder import Decoder
@@ -62,9 +62,10 @@ class Generator:
     tokenizer: Tokenizer
     compute: Compute = Compute()  # noqa: RUF009
     ends: tuple[int, ...] = ()
-    """Tokens besides EOS that end a text, such as a chat model's end of turn"""
+    """Tokens besides EOS that end a text: those that the model's folder names (`GenerationConfig.ends`), and a chat
+    model's end of turn"""
     numerics: Numerics = Numerics()  # noqa: RUF009
-    _programs: dict[tuple[Sampler, tuple[int, ...]], Decoding] = field(default_factory=dict, compare=False)
+    _programs: dict[tuple[Sampler, tuple[int, ...], bool], Decoding] = field(default_factory=dict, compare=False)
     _prepared: list[Any] = field(default_factory=list, compare=False)
 
     def with_params(self, params: Params) -> Generator:
@@ -77,6 +78,7 @@ class Generator:
         *,
         sampler: Sampler = GREEDY,
         max_tokens: int = 128,
+        max_length: int | None = None,
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[Generated]:
@@ -84,7 +86,9 @@ class Generator:
         texts = [""] * len(prompts)
         tokens: list[tuple[int, ...]] = [()] * len(prompts)
         reasons: list[Reason] = ["length"] * len(prompts)
-        for piece in self.stream(prompts, sampler=sampler, max_tokens=max_tokens, stop=stop, seed=seed):
+        for piece in self.stream(
+            prompts, sampler=sampler, max_tokens=max_tokens, max_length=max_length, stop=stop, seed=seed
+        ):
             texts[piece.row] += piece.text
             tokens[piece.row] += piece.tokens
             reasons[piece.row] = piece.reason or reasons[piece.row]
@@ -96,6 +100,7 @@ class Generator:
         *,
         sampler: Sampler = GREEDY,
         max_tokens: int = 128,
+        max_length: int | None = None,
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[Piece]:
@@ -104,21 +109,43 @@ class Generator:
         A prompt is a text, or token ids, to which nothing is added.
 
         A row ends with EOS, before the first of the `stop` strings (which is not part of the text), after
-        `max_tokens`, or when prompt and continuation fill the model's context.
+        `max_tokens`, or when prompt and continuation have `max_length` tokens (None: no limit) or fill the model's
+        context.
 
         Raises:
-            UserError: no prompt, one that leaves no room in the context, or max_tokens below 1.
+            UserError: no prompt, one that leaves no room in the context or in `max_length`, max_tokens below 1, or an
+                empty stop string; at the call, before the first piece is asked for.
         """
         ids = [self.encode(prompt) for prompt in prompts]
+        if not ids:
+            raise UserError("no prompt; give at least one")
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; expected at least 1")
+        if max_length is not None and (longest := max(map(len, ids))) >= max_length:
+            raise UserError(
+                f"a prompt has {longest} tokens, and max_length is {max_length}; raise it, or give max_tokens"
+            )
         writers = [Writer(self.tokenizer, row, prompt, stop, self._ends) for row, prompt in enumerate(ids)]
         room = [self.decoder.context - len(prompt) for prompt in ids]
-        limits = np.array([min(max_tokens, r) for r in room], np.int32)
+        asked = [max_tokens if max_length is None else min(max_tokens, max_length - len(prompt)) for prompt in ids]
+        limits = np.array([min(a, r) for a, r in zip(asked, room, strict=True)], np.int32)
+        full: list[Reason] = ["context" if r < a else "length" for a, r in zip(asked, room, strict=True)]
+        return self._pieces(ids, writers, sampler, limits, full, seed)
+
+    def _pieces(
+        self,
+        ids: Sequence[Sequence[int]],
+        writers: Sequence[Writer],
+        sampler: Sampler,
+        limits: np.ndarray,
+        full: Sequence[Reason],
+        seed: int,
+    ) -> Iterator[Piece]:
         ended = lambda row: writers[row].reason is not None  # noqa: E731
         for chunk in self.tokens(ids, sampler=sampler, limits=limits, seed=seed, ended=ended):
             for writer, row in zip(writers, chunk, strict=True):
                 if writer.reason is None:
-                    full = "context" if room[writer.row] < max_tokens else "length"
-                    yield writer.write(row, limit=int(limits[writer.row]), full=full)
+                    yield writer.write(row, limit=int(limits[writer.row]), full=full[writer.row])
 
     def tokens(
         self,
@@ -133,10 +160,6 @@ class Generator:
 
         limits: maximum new tokens of each row, int32 [B]. ended: called between chunks; true stops the row.
         """
-        if not ids:
-            raise UserError("no prompt; give at least one")
-        if (low := int(limits.min())) < 1:
-            raise UserError(f"max_tokens leaves {low} tokens to generate; expected at least 1")
         programs, prepared = self._ready(sampler)
         wide = bucket(max(map(len, ids)), LEAST_PROMPT)
         padded = np.zeros((2, len(ids), wide), np.int32)  # left, so that all rows end in the same slot
@@ -184,12 +207,16 @@ class Generator:
 
     @property
     def _ends(self) -> tuple[int, ...]:
-        return self.ends if self.tokenizer.eos_id is None else (self.tokenizer.eos_id, *self.ends)
+        eos = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        return tuple(dict.fromkeys((*eos, *self.ends)))
 
     def _ready(self, sampler: Sampler) -> tuple[Decoding, Any]:
-        key = (sampler, self._ends)
+        stacked = encoded_layers(self.params)
+        key = (sampler, self._ends, stacked)
         if key not in self._programs:
-            self._programs[key] = decoding(self.decoder, self.compute, sampler, self._ends, self.numerics)
+            self._programs[key] = decoding(
+                self.decoder, self.compute, sampler, self._ends, self.numerics, stacked=stacked
+            )
         programs = self._programs[key]
         if not self._prepared:
             self._prepared.append(programs.prepare(self.params))

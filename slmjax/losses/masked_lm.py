@@ -100,7 +100,12 @@ def masked_lm(
         batch: as `Masking` made it: its targets are the original tokens, its weights are 0 except at masked tokens.
         most: the largest number of masked tokens in a row (`Masking.most`); the loss leaves out any beyond it.
     """
-    _, where = jax.lax.top_k(batch.weights, min(most, batch.weights.shape[1]))  # [B, most]
+    where = masked_positions(batch, most)
     picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
     targets, weights = (jnp.take_along_axis(x, where, axis=1) for x in (batch.targets, batch.weights))
     return next_token(unembed, params, picked, targets, weights, z_loss=z_loss, chunk=chunk)
+
+
+def masked_positions(batch: Batch, most: int) -> jax.Array:
+    """int32 [B, most]: the positions of a row's masked tokens, and after them others, whose weight is 0."""
+    return jax.lax.top_k(batch.weights, min(most, batch.weights.shape[1]))[1]

@@ -52,6 +52,7 @@ def weighted_means(
     *,
     factors: Mapping[str, Any],
     chunk: int | None = None,
+    arrays: int = 1,
 ) -> tuple[jax.Array, Metrics]:
     """`weighted_sums` divided by the sum of the weights: what `Objective.loss` returns.
 
@@ -59,7 +60,9 @@ def weighted_means(
         The loss [], and metrics: each name of `per_token` as a mean over tokens, and `weight`, the sum of the weights.
         With no weight at all everything is 0.
     """
-    total, sums = weighted_sums(per_token, unembed, params, hidden, inputs, weights, factors=factors, chunk=chunk)
+    total, sums = weighted_sums(
+        per_token, unembed, params, hidden, inputs, weights, factors=factors, chunk=chunk, arrays=arrays
+    )
     weight = sums["weight"]
     mean = 1.0 / jnp.where(weight == 0, 1.0, weight)
     return total * mean, {**{name: x * mean for name, x in sums.items()}, "weight": weight}
@@ -75,6 +78,7 @@ def weighted_sums(
     *,
     factors: Mapping[str, Any],
     chunk: int | None = None,
+    arrays: int = 1,
 ) -> tuple[jax.Array, Metrics]:
     """Sums over tokens of weight * value, and the combination of them that is minimised.
 
@@ -96,6 +100,8 @@ def weighted_sums(
         chunk: positions of each row whose logits [B, chunk, V] exist at once. None: as many as make
             B * chunk * V <= `MAX_LOGITS`, or B * chunk <= `MIN_TOKENS` tokens, at least one; a value of T or more: all.
             Where T is split over devices: T.
+        arrays: about how many arrays of the logits' shape `per_token` and its gradient work on at once; with `chunk`
+            None, pieces are that much smaller.
 
     Returns:
         The total [], which is differentiated, and {name: sum []} with `weight`, the sum of the weights, which are not.
@@ -103,7 +109,7 @@ def weighted_sums(
     Raises:
         ValueError: `per_token` returns something other than one value a token, or lacks a name that has a factor.
     """
-    size = _piece(unembed, params, hidden, chunk)
+    size = _piece(unembed, params, hidden, chunk, arrays)
     tokens = (hidden, inputs, jax.lax.stop_gradient(weights))
     # Only the arrays that the values depend on become arguments, so that no gradient is kept for the others.
     values, read = jax.closure_convert(
@@ -123,6 +129,7 @@ def token_values(
     weights: jax.Array,  # float32 [B, T]
     *,
     chunk: int | None = None,
+    arrays: int = 1,
 ) -> Any:
     """The values of `per_token` for each token, 0 where the weight is 0; they are not multiplied by the weights.
 
@@ -139,7 +146,7 @@ def token_values(
         ValueError: `per_token` returns something other than one value a token.
     """
     length = hidden.shape[1]
-    size = _piece(unembed, params, hidden, chunk)
+    size = _piece(unembed, params, hidden, chunk, arrays)
     whole = size == length
     # Inside a scan the compiler cannot merge the second computation with the first, so no barrier is needed there.
     values = jax.checkpoint(_masked(per_token, unembed, params), prevent_cse=whole)
@@ -256,16 +263,16 @@ def _backward(values, size, kept, cotangents):
 _sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _piece(unembed, params, hidden: jax.Array, chunk: int | None) -> int:
+def _piece(unembed, params, hidden: jax.Array, chunk: int | None, arrays: int) -> int:
     """The number of positions in a piece."""
     batch, length, _ = hidden.shape
     if chunk is not None:
         return min(chunk, length)
-    return _chunk(batch, length, jax.eval_shape(unembed, params, hidden[:, :1]).shape[-1])
+    return _chunk(batch, length, jax.eval_shape(unembed, params, hidden[:, :1]).shape[-1], arrays)
 
 
-def _chunk(batch: int, length: int, vocab: int) -> int:
-    tokens = max(MAX_LOGITS // vocab, MIN_TOKENS)
+def _chunk(batch: int, length: int, vocab: int, arrays: int = 1) -> int:
+    tokens = max(MAX_LOGITS // vocab, MIN_TOKENS) // arrays
     pieces = math.ceil(length / max(1, tokens // batch))
     return math.ceil(length / pieces)  # pieces of equal size, so that the last one has little padding
 

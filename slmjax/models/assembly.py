@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -12,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
-from slmjax.nn.attention_kernels import Mask
+from slmjax.nn.attention_kernels import Mask, Scores
 from slmjax.nn.block import AnyBlock
 from slmjax.nn.compute import Compute
 from slmjax.nn.initial import Initial, Normal
-from slmjax.nn.layer import Declared, Layer
+from slmjax.nn.layer import COLLECTED, Declared, Layer
 from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Flow
 from slmjax.tree import flatten
-from slmjax.types import Batch, Key, Model, Params
+from slmjax.types import Batch, Key, Model, Output, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +181,17 @@ class Assembly(abc.ABC):
         by_number = {number: place.block for place in self.places() for number in place.numbers}
         return tuple(by_number[i] for i in range(self.layers))
 
+    def rules(self) -> tuple[Scores | None, ...]:
+        """How the attention scores of each layer follow from its queries and keys; None for one without attention."""
+        return tuple(block.mixer.rule for block in self.blocks())
+
     def declared(self) -> Params:
         """The parameter tree, its leaves `Declared`: abstract `value`, logical axes `names`, distribution `initial`."""
+        return jax.tree.map(lambda p: p, self._declared, is_leaf=is_declared)
+
+    @functools.cached_property
+    def _declared(self) -> Params:
+        """Found once for each model: it takes as long as tracing the model."""
         return jax.eval_shape(self.drawn, jax.random.key(0))
 
     def paths(self) -> tuple[str, ...]:
@@ -201,6 +211,23 @@ def is_declared(x: Any) -> bool:
 def stage_names(stages: Sequence[Stage]) -> tuple[str, ...]:
     """The prefix of the paths of each stage's parameters."""
     return tuple("layers" if i == 0 else f"layers_{i}" for i in range(len(stages)))
+
+
+def applied(assembly: Assembly, module: Layer, params: Params, *args: Any, collect: bool) -> Output:
+    """`module.apply` with these parameters and arguments, and with `collect` the layers' queries, keys and values."""
+    output: Any
+    if not collect:
+        output = module.apply({"params": params}, *args)
+        return output
+    output, kept = module.apply({"params": params}, *args, mutable=[COLLECTED])
+    found: dict[int, Any] = {}
+    for place in assembly.places():
+        inside: Any = kept.get(COLLECTED, {})
+        for key in (*place.path.split("/"), place.block.mixer.label):
+            inside = inside.get(key, {})
+        for repeat, number in enumerate(place.numbers):
+            found[number] = {name: x[repeat] for name, x in inside.items()} or None
+    return output._replace(attention=tuple(found[i] for i in range(assembly.layers)))
 
 
 def run(
@@ -228,7 +255,7 @@ def _scan(layer: Layer, name: str, stage: Stage, collect: bool) -> Layer:
     unroll = stage.repeats if compute.unroll is None else min(compute.unroll, stage.repeats)
     scan = nn.scan(
         compute.remat(Layer, in_loop=unroll < stage.repeats),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, COLLECTED: 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=stage.repeats,

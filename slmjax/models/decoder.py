@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slmjax.models.assembly import Assembly, Carry, Place, Stage, run
+from slmjax.models.assembly import Assembly, Carry, Place, Stage, applied, run
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.block import Block
 from slmjax.nn.compute import Compute
@@ -69,8 +69,7 @@ class Decoder(Assembly):
 
         def apply(params, tokens, positions, segment_ids, *, cache=None, collect=False) -> Output:
             inside = {name: value for name, value in params.items() if name != "head"}
-            output: Any = modules[collect].apply({"params": inside}, tokens, positions, segment_ids, cache)
-            return output
+            return applied(self, modules[collect], inside, tokens, positions, segment_ids, cache, collect=collect)
 
         def unembed(params, hidden):
             if self.head is not None:
@@ -86,6 +85,7 @@ class Decoder(Assembly):
             context=self.context,
             vocab=self.vocab,
             read_at=last_token,
+            rules=self.rules(),
         )
 
     def drawn(self, key: jax.Array) -> Params:

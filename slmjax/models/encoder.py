@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from slmjax.errors import UserError, positive
 from slmjax.losses.masked_lm import Masking
-from slmjax.models.assembly import Assembly, Carry, run
+from slmjax.models.assembly import Assembly, Carry, applied, run
 from slmjax.nn.attention_kernels import Mask
 from slmjax.nn.compute import Compute
 from slmjax.nn.encoder_embedding import EncoderEmbedding
@@ -67,8 +67,7 @@ class Encoder(Assembly):
             if cache is not None:
                 raise UserError(CANNOT)
             inside = {name: value for name, value in params.items() if name != "head"}
-            output: Any = stacks[collect].apply({"params": inside}, tokens, positions, segment_ids, types)
-            return output
+            return applied(self, stacks[collect], inside, tokens, positions, segment_ids, types, collect=collect)
 
         def unembed(params, hidden):
             return head.apply({"params": params.get("head", {})}, hidden, params["embed"]["table"])
@@ -84,6 +83,7 @@ class Encoder(Assembly):
             init_cache=init_cache,
             context=self.context,
             vocab=self.vocab,
+            rules=self.rules(),
         )
 
     def drawn(self, key: jax.Array) -> Params:

@@ -112,6 +112,7 @@ class Queries(Mixer):
 
     def attended(self, layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array, flow: Flow, width: int) -> jax.Array:
         """q [B, T, H, K], k and v [B, S, G, K] -> [B, T, D]."""
+        layer.collected(q=q, k=k, v=v)
         y = layer.compute.attention(q, k, v, flow.mask, self.rule)
         shape, axes = (self.heads, self.head_dim, width), ("heads", "head_dim", "embed")
         return layer.linear("o", "bthk,hkd->btd", y, shape, axes, bias=self.o_bias, residual=True)

@@ -80,19 +80,29 @@ def distance(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return queries[:, None] - keys[None, :]
 
 
+def grouped_scores(q: jax.Array, k: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
+    """The scores before the softmax, also of keys that are not visible, in float32 (float64 for float64).
+
+    q [B, T, H, K], k [B, S, G, K] -> [B, G, H / G, T, S]; the first H / G of the H heads read the
+    first of the G keys, and so on.
+    """
+    b, t, h, e = q.shape
+    groups = k.shape[2]
+    q = q.reshape(b, t, groups, h // groups, e)
+    precision = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btgre,bsge->bgrts", q, k, preferred_element_type=precision) * rule.scale
+    scores = rule.squeezed(scores)
+    bias = rule.bias(mask.distance())
+    return scores if bias is None else scores + bias.reshape(groups, h // groups, *bias.shape[1:])
+
+
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Scores) -> jax.Array:
     """softmax(scale * q k^T) v by its definition, scores and softmax in float32. Vaswani et al. 2017, arXiv:1706.03762.
 
     q [B, T, H, K]; k, v [B, S, G, K], G dividing H (Ainslie et al. 2023, arXiv:2305.13245) -> [B, T, H, K]
     """
     b, t, h, e = q.shape
-    groups = k.shape[2]
-    q = q.reshape(b, t, groups, h // groups, e)
-    scores = jnp.einsum("btgre,bsge->bgrts", q, k, preferred_element_type=jnp.float32) * rule.scale
-    scores = rule.squeezed(scores)
-    bias = rule.bias(mask.distance())
-    if bias is not None:
-        scores = scores + bias.reshape(groups, h // groups, *bias.shape[1:])
+    scores = grouped_scores(q, k, mask, rule)
     scores = jnp.where(mask.dense(rule)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     values = jnp.einsum("bgrts,bsge->bgrte", weights, v)  # in this order of axes it is a batched matrix product

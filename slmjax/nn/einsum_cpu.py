@@ -21,7 +21,7 @@ ROWS = 512
 def cpu_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """`jnp.einsum(equation, x, weight)`, faster on a CPU for a weight used as a plain matrix (`btd,dhk->bthk`,
     `...d,vd->...v`), with the same gradient up to rounding."""
-    split = _matrix(equation)
+    split = matrix_form(equation)
     if split is None:
         return jnp.einsum(equation, x, weight)
     contracted, first = split
@@ -33,7 +33,7 @@ def cpu_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _matrix(equation: str) -> tuple[int, bool] | None:
+def matrix_form(equation: str) -> tuple[int, bool] | None:
     """How many of x's last axes are contracted, and whether they are the first axes of the weight (else its last).
     None: the equation is not a plain matrix product."""
     parsed = re.fullmatch(r"(\.\.\.)?(\w*),(\w+)->(\.\.\.)?(\w*)", equation.replace(" ", ""))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from slmjax.errors import positive
 from slmjax.nn.compute import Compute
+from slmjax.nn.encoded import Weight, contraction
 from slmjax.nn.layer import Layer
 from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Norm
@@ -29,8 +30,7 @@ class Embedding:
 
     def __call__(self, layer: Layer, tokens: jax.Array, positions: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         # Rows are looked up before the cast, so that the gradients of a frequent token add up in float32.
-        table = layer.matrix("table", (self.vocab, self.table_width or self.width), ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0)
+        x = layer.looked_up("table", (self.vocab, self.table_width or self.width), ("vocab", "embed"), tokens)
         x = x if self.scale == 1.0 else x * self.scale
         if self.table_width is not None:
             x = layer.linear("project", "btp,pd->btd", x, (self.table_width, self.width), (None, "embed"))
@@ -72,11 +72,9 @@ class Logits:
     def __post_init__(self):
         positive(softcap=self.softcap)
 
-    def __call__(
-        self, path: str, table: jax.Array, hidden: jax.Array, compute: Compute, numerics: Numerics
-    ) -> jax.Array:
+    def __call__(self, path: str, table: Weight, hidden: jax.Array, compute: Compute, numerics: Numerics) -> jax.Array:
         """table [V, D], the parameter at `path`; hidden [..., D] -> float32 [..., V]."""
         table, hidden = table.astype(compute.dtype), hidden.astype(compute.dtype)
-        y = numerics.product(path, "...d,vd->...v", hidden, table, compute.einsum).astype(jnp.float32)
+        y = numerics.product(path, "...d,vd->...v", hidden, table, contraction(compute.einsum)).astype(jnp.float32)
         y = y if self.scale == 1.0 else y * self.scale
         return y if self.softcap is None else self.softcap * jnp.tanh(y / self.softcap)

@@ -26,8 +26,7 @@ class EncoderEmbedding:
     def __call__(
         self, layer: Layer, tokens: jax.Array, positions: jax.Array, segments: jax.Array, types: jax.Array | None
     ) -> jax.Array:  # [B, T] -> [B, T, D]
-        table = layer.matrix("table", (self.vocab, self.trigram or self.width), ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0)
+        x = layer.looked_up("table", (self.vocab, self.trigram or self.width), ("vocab", "embed"), tokens)
         x = x if self.trigram is None else self.joined(layer, x, segments)
         x = x + Learned()(layer, positions, self.width, self.context)
         if self.types:

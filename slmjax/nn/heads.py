@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
+from slmjax.nn.encoded import Weight, values
 from slmjax.nn.layer import Layer
 from slmjax.nn.mlp import gelu, tanh
 from slmjax.nn.parts import Norm
@@ -33,7 +34,7 @@ class Head(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:
         """hidden [..., D], the embedding's table [V, E] -> float32 [..., X]."""
 
 
@@ -54,14 +55,14 @@ class MaskedWords(Head):
         """V * D."""
         return vocab * width
 
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., V]
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:  # [..., D] -> [..., V]
         vocab, narrow = table.shape
         width = hidden.shape[-1]
         x = self.activation(_dense(layer, "transform", hidden, width))
         x = layer.child("norm", self.norm)(x)
         if narrow < width:
             rest = layer.matrix("rest", (vocab, width - narrow), ("vocab", "embed"), fan_in=width)
-            table = jnp.concatenate([table, rest], axis=1)
+            table = jnp.concatenate([values(table), rest], axis=1)
         logits = layer.product("embed/table", "...d,vd->...v", x, table).astype(jnp.float32)
         return logits + layer.bias("bias", (vocab,), ("vocab",))
 
@@ -70,7 +71,7 @@ class MaskedWords(Head):
 class Bare(Head):
     """No head: returns the hidden vectors themselves, for embeddings."""
 
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:  # [..., D] -> [..., D]
         return hidden.astype(jnp.float32)
 
 
@@ -78,7 +79,7 @@ class Bare(Head):
 class Pooler(Head):
     """tanh(dense(h)): at the first token, the vector by which BERT represents a whole sequence."""
 
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:  # [..., D] -> [..., D]
         return tanh(_dense(layer, "pool", hidden, hidden.shape[-1])).astype(jnp.float32)
 
 
@@ -107,7 +108,7 @@ class Classifier(LabelHead):
     activation: Callable = tanh
     """relu in DistilBERT"""
 
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:  # [..., D] -> [..., labels]
         x = self.activation(_dense(layer, "pool", hidden, hidden.shape[-1]))
         return _dense(layer, "classify", x, len(self.labels)).astype(jnp.float32)
 
@@ -116,7 +117,7 @@ class Classifier(LabelHead):
 class LastTokenScore(LabelHead):
     """Scores from one matrix, without bias, at the last token of a text, for decoders: it alone sees the whole text."""
 
-    def __call__(self, layer: Layer, hidden: jax.Array, table: jax.Array) -> jax.Array:  # [..., D] -> [..., labels]
+    def __call__(self, layer: Layer, hidden: jax.Array, table: Weight) -> jax.Array:  # [..., D] -> [..., labels]
         shape = (hidden.shape[-1], len(self.labels))
         return layer.linear("score", "...d,de->...e", hidden, shape, ("embed", None)).astype(jnp.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 from jax.nn import initializers
 
 from slmjax.errors import UserError
+from slmjax.types import Factors
 
 
 class Role(NamedTuple):
@@ -52,6 +54,22 @@ class Initial(abc.ABC):
     def stated(self) -> float:
         """`initializer_range` in a config.json of transformers, which holds a single standard deviation."""
         return 0.02
+
+    def fits(self, model: Any) -> None:  # noqa: B027
+        """Checks a model (`models.assembly.Assembly`) that is to be trained from these values.
+
+        Raises:
+            UserError: its multipliers are not those that these values go with (`models.parametrisation`).
+        """
+
+    def factors(self, model: Any, step_norms: Callable[[Any], Mapping[str, Any]]) -> Mapping[str, Factors]:
+        """How parameters of this model train beside the others, by path: none by default. Values that belong to a
+        parametrisation, such as muP, come with learning rates (`models.parametrisation`).
+
+        Args:
+            step_norms: `OptimizerSpec.step_norms` of the optimizer.
+        """
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

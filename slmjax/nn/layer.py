@@ -17,11 +17,16 @@ from flax import struct
 
 from slmjax.axes import STACKED
 from slmjax.nn.compute import Compute
+from slmjax.nn.encoded import Encoded, Weight, contraction, rows, values
 from slmjax.nn.initial import Initial, Role
 from slmjax.nn.numerics import Numerics
 
 Axes = tuple[str | None, ...]
 """A name for each dimension of a parameter (axes.py), or None"""
+
+
+COLLECTED = "collected"
+"""Name of the Flax collection of the arrays that layers keep (`Layer.collected`)"""
 
 
 class Declared(nn.LogicallyPartitioned):
@@ -81,7 +86,7 @@ class Layer(nn.Module):
         summed = [
             n for letter, n, axis in zip(letters, shape, axes, strict=True) if letter not in out and axis not in STACKED
         ]
-        weight = self.matrix(name, shape, axes, fan_in=math.prod(summed), residual=residual)
+        weight = self._matrix(name, shape, axes, fan_in=math.prod(summed), residual=residual)
         y = self.product(self.path_of(name), equation, x, weight)
         if not bias:
             return y
@@ -90,19 +95,34 @@ class Layer(nn.Module):
         # The bias is added in float32 so that its gradient, a sum over all tokens, is in float32 too.
         return self.cast(y.astype(jnp.float32) + b)
 
-    def product(self, path: str, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def product(self, path: str, equation: str, x: jax.Array, weight: Weight) -> jax.Array:
         """`einsum(equation, x, weight)` in the compute dtype, rounded as `numerics` defines.
 
         Args:
             path: the path of the weight in the tree of parameters.
         """
-        return self.numerics.product(path, equation, self.cast(x), self.cast(weight), self.compute.einsum)
+        einsum = contraction(self.compute.einsum)
+        return self.numerics.product(path, equation, self.cast(x), weight.astype(self.compute.dtype), einsum)
+
+    def collected(self, **arrays: jax.Array) -> None:
+        """Keeps arrays for the caller of `Model.apply(..., collect=True)`; otherwise this does nothing."""
+        for name, x in arrays.items():
+            self.sow(COLLECTED, name, x, init_fn=_nothing, reduce_fn=_newest)
 
     def matrix(
         self, name: str, shape: tuple[int, ...], axes: Axes, *, fan_in: int | None = None, residual: bool = False
     ) -> jax.Array:
-        """A float32 parameter with random initial values, for other uses than `linear`, such as a table that is looked
-        up. `fan_in`, `residual`: see `initial.Role`."""
+        """A float32 parameter with random initial values, for other uses than `linear` and `looked_up`. `fan_in`,
+        `residual`: see `initial.Role`."""
+        return values(self._matrix(name, shape, axes, fan_in=fan_in, residual=residual))
+
+    def looked_up(self, name: str, shape: tuple[int, int], axes: Axes, ids: jax.Array) -> jax.Array:
+        """The rows `ids` [...] of a float32 table [V, D] with random initial values: [..., D]."""
+        return rows(self._matrix(name, shape, axes), ids)
+
+    def _matrix(
+        self, name: str, shape: tuple[int, ...], axes: Axes, *, fan_in: int | None = None, residual: bool = False
+    ) -> Weight:
         role = Role(self.path_of(name), shape, axes, fan_in, residual, self.branches)
         return self._declare(name, *self.initial(role), shape, axes)
 
@@ -115,6 +135,11 @@ class Layer(nn.Module):
         return self._declare(name, nn.initializers.zeros, "zeros", shape, axes)
 
     def _declare(self, name: str, initializer: Any, distribution: str, shape: tuple[int, ...], axes: Axes) -> Any:
+        if self.has_variable("params", name) and isinstance(held := self.get_variable("params", name), Encoded):
+            if held.shape != shape:
+                raise ValueError(f"{self.path_of(name)} has the shape {held.shape}; the model's is {shape}")
+            return held
+
         def declared(key, shape, dtype):
             return Declared(initializer(key, shape, dtype), names=axes, initial=distribution)
 
@@ -123,3 +148,11 @@ class Layer(nn.Module):
     def cast(self, x: jax.Array) -> jax.Array:
         """To the compute dtype."""
         return x.astype(self.compute.dtype)
+
+
+def _nothing() -> Any:
+    return None
+
+
+def _newest(before: Any, new: Any) -> Any:
+    return new

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slmjax.nn.encoded import Weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
@@ -26,8 +28,9 @@ class Product:
             return einsum(equation, rounded(x) if tree.matches(path, ("layers*/*",)) else x, weight)
     """
 
-    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
-        """`einsum(equation, x, weight)`; all three arrays have the compute dtype.
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: Weight, einsum: Callable) -> jax.Array:
+        """`einsum(equation, x, weight)`; all three arrays have the compute dtype. `weight` may be encoded
+        (`nn.encoded`): `einsum` takes it, and `encoded.values(weight)` is its array.
 
         Args:
             path: the parameter's path in the tree of parameters, in which layers are stacked: `layers/attn/q`,

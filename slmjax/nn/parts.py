@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
-from slmjax.nn.attention_kernels import Mask
+from slmjax.nn.attention_kernels import Mask, Scores
 from slmjax.nn.layer import Layer
 from slmjax.nn.numerics import Cache
 
@@ -103,6 +103,11 @@ class Mixer(abc.ABC):
     def attended_keys(self, length: int) -> float:
         """How many keys a query of a sequence of `length` tokens sees on average."""
         return length / 2
+
+    @property
+    def rule(self) -> Scores | None:
+        """How attention scores follow from queries and keys; None if it is no attention."""
+        return None
 
     @property
     def table_key(self) -> Hashable:

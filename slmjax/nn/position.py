@@ -82,7 +82,9 @@ class Rope(Position):
         width = self.rotated(head_dim)
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         powers = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
-        return np.float32(1) / powers if self.scaling is None else self.scaling.frequencies(powers, positions)
+        return (
+            np.float32(1) / powers if self.scaling is None else self.scaling.frequencies(powers, positions, self.theta)
+        )
 
     def table(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """positions [B, T] -> cosines and sines, float32 [B, T, 1, K]. One table serves all layers."""

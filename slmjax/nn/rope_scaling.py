@@ -17,7 +17,7 @@ class RopeScaling(abc.ABC):
     """Changes the frequencies of rotary positions."""
 
     @abc.abstractmethod
-    def frequencies(self, powers: np.ndarray, positions: Any) -> Any:
+    def frequencies(self, powers: np.ndarray, positions: Any, theta: float) -> Any:
         """powers float32 [K/2], theta^(2i/K); positions int32 [B, T] -> radians a token, float32 [K/2]."""
 
     @property
@@ -35,7 +35,7 @@ class LinearScaling(RopeScaling):
     def __post_init__(self):
         positive(factor=self.factor)
 
-    def frequencies(self, powers: np.ndarray, positions: Any) -> np.ndarray:
+    def frequencies(self, powers: np.ndarray, positions: Any, theta: float) -> np.ndarray:
         return np.float32(1) / powers / np.float32(self.factor)
 
 
@@ -57,7 +57,7 @@ class Llama3Scaling(RopeScaling):
         if self.low >= self.high:
             raise UserError(f"position.scaling: low = {self.low} is not below high = {self.high}")
 
-    def frequencies(self, powers: np.ndarray, positions: Any) -> np.ndarray:
+    def frequencies(self, powers: np.ndarray, positions: Any, theta: float) -> np.ndarray:
         frequencies = np.float32(1) / powers
         wavelength = np.float32(2 * math.pi) / frequencies
         blend = (np.float32(self.original_context) / wavelength - np.float32(self.low)) / np.float32(
@@ -92,7 +92,7 @@ class LongRope(RopeScaling):
         if len(self.short) != len(self.long):
             raise UserError(f"position.scaling: {len(self.short)} short factors but {len(self.long)} long ones")
 
-    def frequencies(self, powers: np.ndarray, positions: Any) -> Any:
+    def frequencies(self, powers: np.ndarray, positions: Any, theta: float) -> Any:
         if len(powers) != len(self.short):
             raise UserError(f"position.scaling: {len(self.short)} factors; {len(powers)} channel pairs are rotated")
         short, long = (np.float32(1) / (np.asarray(x, np.float32) * powers) for x in (self.short, self.long))
@@ -103,3 +103,60 @@ class LongRope(RopeScaling):
         if self.attention_factor is not None:
             return self.attention_factor
         return 1.0 if self.factor <= 1 else math.sqrt(1 + math.log(self.factor) / math.log(self.original_context))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn(RopeScaling):
+    """Fast rotations stay, slow ones are divided by `factor`, those between are blended; and attention grows sharper.
+    Peng et al. 2023, arXiv:2309.00071, as `transformers` computes it (Qwen2.5, Qwen3, SmolLM3 beyond their context).
+
+    Fast is what turns more than `fast` times within `original_context` tokens, slow less than `slow` times: between
+    the two the blend is linear in the channel pair. Sines and cosines grow by 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    """Full context / original_context"""
+    original_context: int
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    """Whether the blend begins and ends at whole channel pairs"""
+    attention_factor: float | None = None
+    """Factor on sines and cosines; None: the formula above"""
+    mscale: float | None = None
+    """With `mscale_all_dim`: the factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)"""
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self):
+        positive(factor=self.factor, fast=self.fast, slow=self.slow, attention_factor=self.attention_factor)
+        positive(original_context=self.original_context)
+        if self.slow > self.fast:
+            raise UserError(f"position.scaling: slow = {self.slow} is above fast = {self.fast}")
+
+    def frequencies(self, powers: np.ndarray, positions: Any, theta: float) -> np.ndarray:
+        if not theta > 1:
+            raise UserError(f"position.theta: {theta}; with YaRN the base has to be above 1")
+        width = 2 * len(powers)
+        low, high = (
+            width * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (self.fast, self.slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        high = high + 0.001 if low == high else high  # a step, where no pair lies between
+        pairs = np.arange(len(powers), dtype=np.float32)
+        kept = 1 - np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+        slow, fast = np.float32(1) / (np.float32(self.factor) * powers), np.float32(1) / powers
+        return (slow * (1 - kept) + fast * kept).astype(np.float32)
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
+
+    def _growth(self, scale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0

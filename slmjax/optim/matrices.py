@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from slmjax.axes import KNOWN, STACKED
+from slmjax import tree
+from slmjax.axes import APART, KNOWN, STACKED
 from slmjax.errors import UserError
 
 Axes = tuple[str | None, ...]
 """The logical axis names of one parameter"""
+
+
+StepNorm = Callable[[float, float], float]
+"""(inputs, outputs) of a matrix -> the largest spectral norm, up to a constant, that its change in a step of learning
+rate 1 can have. Learning rates for other widths follow from it: Yang, Simon and Bernstein 2023, arXiv:2310.17813"""
+
+
+def entrywise(inputs: float, outputs: float) -> float:
+    """Each entry moves by about 1, as under Adam and Lion: changes with aligned signs are a matrix of rank one."""
+    return math.sqrt(inputs * outputs)
+
+
+def orthogonal(inputs: float, outputs: float) -> float:
+    """Every singular value of the change is the square root of the longer side, as under `Muon`."""
+    return math.sqrt(max(inputs, outputs))
 
 
 class Matrix(NamedTuple):
@@ -48,3 +66,41 @@ def matrix(axes: Axes, path: str = "") -> Matrix | None:
             f"{where}: a matrix has two dimensions besides {' and '.join(STACKED)}; heads and their head_dim are one"
         )
     return Matrix(*groups) if len(groups) == 2 else None
+
+
+def by_path(axes: Any) -> dict[str, Axes]:
+    """A tree whose leaves are axes -> {path: axes}."""
+    return tree.flatten(axes, is_leaf=tree.is_axes)
+
+
+def mask(axes: Any, patterns: Sequence[str]) -> Any:
+    """A tree of bools: which parameters a pattern matches.
+
+    Raises:
+        UserError: a pattern matches no parameter.
+    """
+    return tree.mask(tree.unflatten(dict.fromkeys(by_path(axes), False)), patterns)
+
+
+def matrices(axes: Any) -> dict[str, Matrix]:
+    """Every matrix and table of these parameters, by path.
+
+    Raises:
+        UserError: an axis of a parameter is unknown.
+    """
+    return {path: m for path, a in by_path(axes).items() if (m := matrix(a, path)) is not None}
+
+
+def inner_matrices(axes: Any, excluded: Sequence[str] = ()) -> dict[str, Matrix]:
+    """Those of `matrices` that map vectors to vectors: no tables, no taps of convolutions, nothing that a pattern of
+    `excluded` matches.
+
+    Raises:
+        UserError: a pattern of `excluded` matches no parameter, or an axis of a parameter is unknown.
+    """
+    left_out, axes_of = tree.flatten(mask(axes, excluded)), by_path(axes)
+    return {
+        path: m
+        for path, m in matrices(axes).items()
+        if not left_out[path] and not any(name in APART for name in axes_of[path])
+    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,22 @@ import optax.contrib
 from jax.core import Tracer
 
 from slmjax import tree
-from slmjax.axes import APART, STACKED
+from slmjax.axes import STACKED
 from slmjax.errors import UserError, is_number
-from slmjax.optim.matrices import Axes, matrix
+from slmjax.optim.groups import with_own_decay, with_own_eps, with_own_rate, without
+from slmjax.optim.matrices import (
+    Axes,
+    StepNorm,
+    by_path,
+    entrywise,
+    inner_matrices,
+    mask,
+    matrices,
+    matrix,
+    orthogonal,
+)
 from slmjax.optim.schedules import Curve
-from slmjax.types import Group, Optimizer
+from slmjax.types import Factors, Group, Optimizer
 
 MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
 """Fields of optimizers that give the share of a moving average that is kept at each step"""
@@ -36,41 +47,6 @@ MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
 def map_axes(f: Callable[[Axes], Any], axes: Any) -> Any:
     """`jax.tree.map` over a tree whose leaves are tuples of axis names."""
     return jax.tree.map(f, axes, is_leaf=tree.is_axes)
-
-
-def _by_path(axes: Any) -> dict[str, Axes]:
-    return tree.flatten(axes, is_leaf=tree.is_axes)
-
-
-def _mask(paths: Mapping[str, Any], patterns: Sequence[str]) -> Any:
-    return tree.mask(tree.unflatten(dict.fromkeys(paths, False)), patterns)
-
-
-def _without(axes: Any, groups: Mapping[str, Group]) -> Any:
-    """The axes, with `()` for every parameter that has a group: like a vector, so the optimizer does not decay it."""
-    return tree.map_with_path(lambda path, a: () if path in groups else a, axes, is_leaf=tree.is_axes)
-
-
-def _decays(group: Group) -> bool:
-    return not (is_number(group.weight_decay) and group.weight_decay == 0)
-
-
-def _has_own_rate(group: Group) -> bool:
-    return not (is_number(group.rate) and group.rate == 1)
-
-
-def _decay_of_group(axes: Any, path: str, group: Group) -> optax.GradientTransformation:
-    mask = tree.map_with_path(lambda p, _: p == path, axes, is_leaf=tree.is_axes)
-    return optax.add_decayed_weights(group.weight_decay, mask)
-
-
-def _scale_by_group_rate(groups: Mapping[str, Group]) -> optax.GradientTransformation:
-    """Multiplies the updates of each group by its factor on the learning rate."""
-
-    def scale(updates, params=None):
-        return tree.map_with_path(lambda path, u: u * groups[path].rate if path in groups else u, updates)
-
-    return optax.stateless(scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,37 +78,64 @@ class OptimizerSpec(ABC):
     def direction(self, axes: Any) -> optax.GradientTransformation:
         """Gradients -> the direction to descend along, before weight decay and learning rate."""
 
+    def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
+        """How far a step moves each matrix, by path: from it follows how its learning rate depends on the width.
+
+        Raises:
+            UserError: this is not known of the optimizer.
+        """
+        raise UserError(
+            f"optimizer {type(self).__name__}: no rule is known for its learning rates at another width; use AdamW, "
+            "ScheduleFreeAdamW, Lion or Muon, or a model without muP"
+        )
+
     def decayed(self, axes: Any) -> Any:
         """A tree of bools: which parameters are decayed.
 
         Raises:
             UserError: a pattern of `no_decay` matches no parameter, or an axis of a parameter is unknown.
         """
-        spared = _mask(_by_path(axes), self.no_decay)
+        spared = mask(axes, self.no_decay)
         return tree.map_with_path(lambda path, spare, a: not spare and matrix(a, path) is not None, spared, axes)
 
     def descend(self, schedule: Curve, axes: Any, groups: Mapping[str, Group]) -> optax.GradientTransformation:
         """The optimizer without gradient clipping."""
         return optax.chain(
+            *with_own_eps(groups),
             self.direction(axes),
-            optax.add_decayed_weights(self.weight_decay, self.decayed(_without(axes, groups))),
-            *(_decay_of_group(axes, path, group) for path, group in groups.items() if _decays(group)),
-            *([_scale_by_group_rate(groups)] if any(_has_own_rate(group) for group in groups.values()) else []),
+            optax.add_decayed_weights(self.weight_decay, self.decayed(without(axes, groups))),
+            *with_own_decay(axes, groups),
+            *with_own_rate(groups),
             optax.scale_by_learning_rate(schedule),
         )
 
-    def build(self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}) -> Optimizer:
+    def build(
+        self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}, factors: Mapping[str, Factors] = {}
+    ) -> Optimizer:
         """The optimizer of parameters with these logical axes. Works sharded, and inside jit.
 
         Args:
             axes: logical axes of the trained parameters: `Model.axes`, or those that `train.stored.optimized` returns.
             groups: {path: `Group`} of the parameters that a view adds.
+            factors: by path, of parameters of the model that train otherwise than the rest (`Initial.factors`); paths
+                that are not trained are ignored.
 
         Raises:
             UserError: a pattern of `no_decay` matches no parameter, or an axis of a parameter is unknown.
         """
-        tx = optax.chain(self.clip(), self.descend(schedule, axes, groups))
+        tx = optax.chain(self.clip(), self.descend(schedule, axes, {**groups, **self._groups_of(axes, factors)}))
         return Optimizer(init=tx.init, update=tx.update, evaluate=lambda state, params: params)
+
+    def _groups_of(self, axes: Any, factors: Mapping[str, Factors]) -> dict[str, Group]:
+        """Factors as groups: a parameter that is decayed has the optimizer's weight decay times its factor."""
+        if not factors:
+            return {}
+        decays = {path: self.weight_decay if yes else 0.0 for path, yes in tree.flatten(self.decayed(axes)).items()}
+        return {
+            path: Group(rate=f.rate, weight_decay=f.weight_decay * decays[path], eps=f.eps)
+            for path, f in factors.items()
+            if path in decays
+        }
 
     def clip(self) -> optax.GradientTransformation:
         return optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
@@ -150,6 +153,9 @@ class AdamW(OptimizerSpec):
     b2: float = 0.95
     eps: float = 1e-8
 
+    def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
+        return dict.fromkeys(matrices(axes), entrywise)
+
     def direction(self, axes: Any) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
 
@@ -166,6 +172,9 @@ class Lion(OptimizerSpec):
     weight_decay: float = 0.5
     b1: float = 0.9
     b2: float = 0.99
+
+    def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
+        return dict.fromkeys(matrices(axes), entrywise)
 
     def direction(self, axes: Any) -> optax.GradientTransformation:
         return optax.scale_by_lion(b1=self.b1, b2=self.b2)
@@ -195,13 +204,13 @@ class Muon(OptimizerSpec):
     not_muon: tuple[str, ...] = ()
     """Path patterns of matrices that are left to AdamW as well"""
 
+    def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
+        return dict.fromkeys(matrices(axes), entrywise) | dict.fromkeys(inner_matrices(axes, self.not_muon), orthogonal)
+
     def direction(self, axes: Any) -> optax.GradientTransformation:
-        flat = _by_path(axes)
-        excluded = tree.flatten(_mask(flat, self.not_muon))
         numbers = {
             path: optax.contrib.MuonDimensionNumbers(reduction_axis=m.rows, output_axis=m.columns)
-            for path, a in flat.items()
-            if (m := matrix(a, path)) and not excluded[path] and not any(name in APART for name in a)
+            for path, m in inner_matrices(axes, self.not_muon).items()
         }
         muon = optax.contrib.muon(
             learning_rate=-1.0,  # optax multiplies by minus the learning rate: with -1 this is the direction alone
@@ -213,7 +222,7 @@ class Muon(OptimizerSpec):
         )
         # Not the Adam of optax's Muon: that would use Nesterov's momentum too.
         adam = optax.scale_by_adam(b1=self.adam_b1, b2=self.adam_b2, eps=self.adam_eps)
-        labels = tree.unflatten({path: "muon" if path in numbers else "adam" for path in flat})
+        labels = tree.unflatten({path: "muon" if path in numbers else "adam" for path in by_path(axes)})
         return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
@@ -278,8 +287,10 @@ class ScheduleFreeAdamW(AdamW):
     def direction(self, axes: Any) -> optax.GradientTransformation:
         return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
 
-    def build(self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}) -> Optimizer:
-        built = super().build(schedule, axes, groups)
+    def build(
+        self, schedule: Curve, axes: Any, groups: Mapping[str, Group] = {}, factors: Mapping[str, Factors] = {}
+    ) -> Optimizer:
+        built = super().build(schedule, axes, groups, factors)
         return built._replace(evaluate=lambda state, params: optax.contrib.schedule_free_eval_params(state[-1], params))
 
 

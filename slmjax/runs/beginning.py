@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from slmjax.config import Experiment
+from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig
 from slmjax.errors import UserError
+from slmjax.files import at
 from slmjax.runs.build import Built
 from slmjax.start import content_hash
 from slmjax.types import Params, TrainState
@@ -23,6 +25,10 @@ class Beginning(NamedTuple):
     """`content_hash` of its parameters"""
     params: Params | None
     """None if the model no longer exists, and the run resumes from its own checkpoints"""
+    generation: GenerationConfig = NOTHING_SAID
+    """What its folder says of generated text"""
+    tokenizer: str | None = None
+    """`Tokenizer.fingerprint` of its tokenizer: the token ids of `generation` are those of this one"""
 
 
 def read(experiment: Experiment, folder: Path) -> Beginning | None:
@@ -38,12 +44,14 @@ def read(experiment: Experiment, folder: Path) -> Beginning | None:
 
     if experiment.start.source is None:
         return None
-    source = Path(experiment.start.source).expanduser()
+    source = at(experiment.start.source)
     recorded = _recorded(folder)
     if recorded is not None and not source.exists():
         return Beginning(recorded, None)
-    params = jax.device_get(load(source).params)
-    return Beginning(content_hash(params), params)
+    loaded = load(source)
+    params = jax.device_get(loaded.params)
+    tokenizer = loaded.tokenizer().fingerprint if loaded.has_tokenizer else None
+    return Beginning(content_hash(params), params, loaded.generation, tokenizer)
 
 
 def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> None:

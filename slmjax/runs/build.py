@@ -15,6 +15,7 @@ from slmjax.train.sharding import Layout, Mesh
 from slmjax.train.state import States, states
 from slmjax.train.step import Program, program
 from slmjax.types import Model, Objective, Optimizer, ParamView
+from slmjax.views import carrying
 
 
 class Pieces(NamedTuple):
@@ -40,8 +41,11 @@ def pieces(experiment: Experiment, compute: Compute = Compute()) -> Pieces:  # n
     """The model of an experiment with its view and optimizer."""
     model = experiment.model.build(compute, experiment.numerics)
     view = experiment.view.over(experiment.steps).build(model.axes)
+    carried = experiment.objective.carried(experiment.model)
+    view = view if carried is None else carrying(view, carried)
     schedule = experiment.schedule.build(experiment.steps)
-    optimizer = experiment.optimizer.build(schedule, *stored.optimized(model.axes, view))
+    factors = experiment.model.initial.factors(experiment.model, experiment.optimizer.step_norms)
+    optimizer = experiment.optimizer.build(schedule, *stored.optimized(model.axes, view), factors)
     return Pieces(model, view, optimizer, schedule)
 
 

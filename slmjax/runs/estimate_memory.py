@@ -77,7 +77,7 @@ def estimate(
 
     n = micro_batches(experiment, compute, mesh, layout)
     rows = math.ceil(experiment.data.batch / n / layout.ways(mesh))
-    batch = batch_of(experiment.data, rows)
+    batch = jax.eval_shape(objective.prepare, batch_of(experiment.data, rows), key)
 
     def loss(trained: Any, params: Any, frozen: Any, view_state: Any, batch: Batch, key: Any) -> Any:
         whole = stored.parts(stored.complete(trained, params, view.frozen))
@@ -107,6 +107,16 @@ def micro_batches(
     data = experiment.data
     least, tokens = experiment.accumulate, compute.micro_tokens(experiment.model.width)
     return micro.count(data.batch, data.length, ways=layout.ways(mesh), least=least, tokens=tokens)
+
+
+def device_memory() -> tuple[float, str]:
+    """Bytes that a device may use, and where the figure is from."""
+    import psutil
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"]), jax.local_devices()[0].device_kind
+    return float(psutil.virtual_memory().total), "memory of this machine"
 
 
 def batch_of(data: Data, rows: int) -> Batch:

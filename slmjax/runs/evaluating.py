@@ -52,6 +52,8 @@ def opened(held_out: HeldOut, loaded: Loaded) -> Opened:
     if held_out.data is None and run is None:
         kind = "a file of labelled texts" if labels else "a token store"
         raise UserError(f"{loaded.source} does not say which data to evaluate on; add --data with {kind}")
+    if held_out.length is not None and held_out.length < 2:
+        raise UserError(f"--length is {held_out.length}; expected at least 2")
     length = held_out.length or (run.data.length if run else min(loaded.decoder.context, 1024))
     if length > loaded.decoder.context:
         raise UserError(f"--length is {length}, longer than the model's context {loaded.decoder.context}; shorten it")
@@ -120,11 +122,11 @@ def measure(
     model = loaded.decoder.build(compute or compute_of(None), loaded.numerics)
     rows = data.validation(batches)
     if loaded.decoder.labels:
-        return classify(model, loaded.params, rows, progress=progress)
+        return classify(model, loaded.weights, rows, progress=progress)
     tokenizer = loaded.tokenizer()
     return evaluate(
         model,
-        loaded.params,
+        loaded.weights,
         rows,
         token_bytes=token_bytes(tokenizer.raw) if loaded.decoder.causal else (),
         prepare=lambda batch, key: loaded.decoder.evaluation_batch(batch, key, tokenizer.special),

@@ -9,7 +9,7 @@ from typing import Any
 
 from slmjax.config import Experiment
 from slmjax.convert.card import Energy, Facts, Mixed, Result, Source
-from slmjax.models.flops import flops_per_token
+from slmjax.runs import cost
 from slmjax.track.jsonl import read
 
 
@@ -22,7 +22,7 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
     git = environment.get("git") or {}
     stores, data = config.get("stores", []), experiment.data
     tokens = step * data.batch * data.length
-    each = flops_per_token(experiment.model, data.length, experiment.objective.predicted).attention
+    spent = cost.read(run, experiment)
     return Facts(
         name=name,
         licence=licence,
@@ -30,8 +30,9 @@ def collect(run: Path, experiment: Experiment, *, step: int, name: str, licence:
         mixture=_mixture(stores),
         tokens=tokens or None,
         steps=step or None,
-        flops=float(tokens * each) or None,
-        flops_convention="forward and backward, attention and output head counted",
+        flops=tokens * spent.total or None,
+        flops_convention="forward and backward, attention and output head counted"
+        + (", teachers included" if spent.beside else ""),
         energy=_energy(_json(run / "energy.json")),
         hardware=_hardware(environment),
         results=_results(run, step, experiment.objective.unit),

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,26 +18,30 @@ from slmjax.config import Experiment, Runtime
 from slmjax.data.spec import Opened
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
 from slmjax.errors import UserError
+from slmjax.files import at
 from slmjax.models.assembly import Assembly
-from slmjax.models.flops import flops_per_token, parameter_count
-from slmjax.runs import beginning
+from slmjax.models.flops import parameter_count
+from slmjax.runs import beginning, cost, teaching
 from slmjax.runs import folder as runs
 from slmjax.runs.build import Built, build
 from slmjax.runs.estimate_time import about_time
 from slmjax.runs.loading import generative
 from slmjax.runs.peak import peak_flops
-from slmjax.runs.same_compute import settle
+from slmjax.runs.rates import fall, rates
+from slmjax.runs.same_compute import Choice, record, settle
 from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import open_trackers
+from slmjax.track.wandb_run import Server
 from slmjax.train import stored
+from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import extra, latest_step
 from slmjax.train.hooks import Evaluate, Hook, Profile, Sample, Silent, Tracker, silent
-from slmjax.train.lock import lock
+from slmjax.train.lock import OPEN, Fence
 from slmjax.train.loop import Speed
 from slmjax.train.loop import train as loop
 from slmjax.train.processes import barrier, of_the_first, together
-from slmjax.types import Batch, Params
+from slmjax.types import Batch, Frozen, Objective, Params
 
 
 def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened:
@@ -67,7 +71,7 @@ def open_data(experiment: Experiment, runtime: Runtime, progress: Any) -> Opened
 
 def folder_of(experiment: Experiment, runtime: Runtime) -> Path:
     """The run folder."""
-    return Path(runtime.workdir or f"runs/{experiment.name}")
+    return at(runtime.workdir or f"runs/{experiment.name}")
 
 
 def train(experiment: Experiment, runtime: Runtime, source: Path | None = None, hooks: Sequence[Hook] = ()) -> int:
@@ -81,8 +85,31 @@ def train(experiment: Experiment, runtime: Runtime, source: Path | None = None, 
     return 0
 
 
-def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook]) -> None:
-    """What each process does, once the processes have met."""
+class Ready(NamedTuple):
+    """A run whose folder is open, before anything of it is built."""
+
+    experiment: Experiment
+    runtime: Runtime
+    folder: Path
+    config: dict[str, Any]
+    """The content of config.json"""
+    changed: Sequence[str]
+    """In what the experiment differs from the one that the run began with, where that was allowed"""
+    opened: Opened
+    source: Path | None
+    """The experiment's file"""
+    start: beginning.Beginning | None
+    models: teaching.Models
+    hooks: Sequence[Hook]
+
+    @property
+    def code(self) -> Path:
+        """The folder of the experiment's file"""
+        return self.source.parent if self.source else Path()
+
+
+def prepare(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook] = ()) -> Ready | None:
+    """Opens what a run reads, and its folder; None if the run is complete."""
     from slmjax.data.build_progress import show_progress
 
     folder = folder_of(experiment, runtime)
@@ -93,85 +120,124 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks:
     with show_progress() as progress:
         opened = open_data(experiment, runtime, progress)
     start = beginning.read(experiment, folder)
-    config = runs.describe(experiment, runtime, opened.stores, None if start is None else start.hash)
+    models = teaching.read(experiment, opened.tokenizer(), folder)
+    config = runs.describe(experiment, runtime, opened.stores, None if start is None else start.hash, models.hashes)
     _check_agreement(config["fingerprint"])
     first = jax.process_index() == 0
     changed = []
     if first:
-        changed = runs.open_folder(folder, config, source, accept_changes=runtime.overwrite_changed)
+        changed = runs.check(folder, config, accept_changes=runtime.overwrite_changed)
     done = latest_step(folder / "checkpoints") or 0
     if of_the_first(done >= experiment.steps and not changed):
         if first:
             print(f"{folder}: complete, {done} steps; nothing to do")
-            print(_next_steps(folder, experiment.model))
+            print(next_steps(folder, experiment.model))
+        return None
+    return Ready(experiment, runtime, folder, config, changed, opened, source, start, models, hooks)
+
+
+def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook]) -> None:
+    """What each process does, once the processes have met."""
+    ready = prepare(experiment, runtime, source, hooks)
+    if ready is None:
         return
-    with lock(folder) if first else contextlib.nullcontext():
-        code = source.parent if source else Path()
-        _run(experiment, runtime, folder, config, changed, opened, code, start, hooks)
-    if first:
-        print(f"done: {folder}")
-        print(_next_steps(folder, experiment.model))
+    nobody = contextlib.nullcontext(OPEN)  # process 0 alone writes
+    with runs.held(ready.folder, ready.config) if jax.process_index() == 0 else nobody as fence:
+        _run(ready, fence)
+    if jax.process_index() == 0:
+        print(f"done: {ready.folder}")
+        print(next_steps(ready.folder, experiment.model))
 
 
-def _run(
-    experiment: Experiment,
-    runtime: Runtime,
-    folder: Path,
-    config: dict[str, Any],
-    changed: Sequence[str],
-    opened: Opened,
-    code: Path,
-    start: beginning.Beginning | None,
-    hooks: Sequence[Hook],
-) -> None:
-    """The training itself, in a locked run folder. `code`: the folder of the experiment's file."""
+def _run(ready: Ready, fence: Fence) -> None:
+    """The training itself, in a locked run folder."""
+    choice = settle(ready.runtime, ready.folder)
+    experiment = teaching.with_models(ready.experiment, ready.models, ready.opened.tokenizer(), choice.compute)
+    built = build(experiment, replace(ready.runtime, compute=choice.compute, dtype="auto"))
+    frozen = placed(built.objective, ready.runtime, built.program.mesh)
+    ready = ready._replace(experiment=experiment)
+    loop(frozen=frozen, fence=fence, **arguments(ready, built, choice, _replicated(built, ready.runtime)))
+
+
+def arguments(
+    ready: Ready, built: Built, choice: Choice, more: Sequence[str] = (), *, among: int = 1,
+    server: Server | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes the folder that of the run, opens what records it, and tells it what it is going to do; the arguments of
+    `loop.train` but for `frozen` and `fence`.
+
+    Args:
+        ready: its experiment has the models that its objective reads in memory.
+        built: what computes it.
+        choice: how it computes.
+        more: lines for the log.
+        among: runs that train together, this one included.
+        server: of W&B, shared by the runs of a process.
+    """
+    experiment, runtime, folder, opened = ready.experiment, ready.runtime, ready.folder, ready.opened
     first = jax.process_index() == 0
-    if first:
-        _copy_tokenizer(opened.tokenizer_path, folder)
-
-    compute, why = settle(runtime, folder)
-    built = build(
-        replace(experiment, objective=experiment.objective.with_special(opened.tokenizer().special)),
-        replace(runtime, compute=compute, dtype="auto"),
-    )
-    beginning.check(experiment, built, start)
-    frozen = jax.device_put(built.objective.frozen, NamedSharding(built.program.mesh, PartitionSpec()))
-    peak, peak_source = peak_flops(built.compute.dtype)
-    flops = flops_per_token(experiment.model, experiment.data.length, experiment.objective.predicted)
-    tracker, log = _open_trackers(experiment, runtime, folder, config, changed, code) if first else (Silent(), silent)
-    log(f"{experiment.name} in {folder}, fingerprint {config['fingerprint'][:12]}")
-    for line in (_summary(experiment, built, opened, peak, peak_source), *_replicated(built, runtime), *opened.notes):
+    beginning.check(experiment, built, ready.start)
+    peak, peak_source = peak_flops(built.compute.dtype, einsum=built.compute.einsum)
+    spent = cost.of(experiment)
+    own = _hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0)
+    data = opened.training(host=jax.process_index(), hosts=jax.process_count(), reader=runtime.reader)
+    if first:  # from here on the folder is this run's
+        _claim(ready, choice, spent)
+    total = experiment.steps * experiment.data.batch * experiment.data.length
+    sizes = {"params": parameter_count(experiment.model), "tokens": total, "flops": spent.total * total}
+    tracker, log = _open_trackers(ready, sizes, among, server) if first else (Silent(), silent)
+    log(f"{experiment.name} in {folder}, fingerprint {ready.config['fingerprint'][:12]}")
+    notes = (*more, *_unvalidated(experiment, runtime, opened), *opened.notes)
+    for line in (_summary(experiment, built, opened, peak, peak_source), *notes):
         log(line)
-    log(f"{compute.dtype} {why}{about_time(experiment, compute, flops.attention) if first else ''}")
-    loop(
-        built.program._replace(init=beginning.starting(experiment, built, start)),
-        data=opened.training(host=jax.process_index(), hosts=jax.process_count(), reader=runtime.reader),
-        steps=experiment.steps,
-        workdir=folder,
-        tracker=tracker,
-        guard=experiment.guard,
-        checkpoints=runtime.checkpoints,
-        hooks=[*_hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0), *hooks],
-        frozen=frozen,
-        speed=Speed(flops_per_token=flops.attention, peak_flops=peak),
-        log_every=runtime.log_every,
-        say=log,
-    )
+    log(f"{built.compute.dtype} {choice.reason}{about_time(experiment, built.compute, spent.model) if first else ''}")
+    return {
+        "program": built.program._replace(init=beginning.starting(experiment, built, ready.start)),
+        "data": data,
+        "steps": experiment.steps,
+        "workdir": folder,
+        "tracker": tracker,
+        "guard": experiment.guard,
+        "checkpoints": _checkpoints(experiment, runtime),
+        "hooks": [*own, *ready.hooks],
+        "speed": Speed(flops_per_token=spent.total, peak_flops=peak),
+        "log_every": runtime.log_every,
+        "say": log,
+    }
+
+
+def _claim(ready: Ready, choice: Choice, spent: cost.Cost) -> None:
+    """Writes what is known of the run before its first step."""
+    runs.claim(ready.folder, ready.config, ready.source)
+    record(choice, ready.folder)
+    cost.write(ready.folder, spent)
+    _copy_tokenizer(ready.opened.tokenizer_path, ready.folder)
+    if ready.start is not None and ready.start.tokenizer == ready.opened.tokenizer().fingerprint:
+        ready.start.generation.save(ready.folder)
+
+
+def placed(objective: Objective, runtime: Runtime, mesh: jax.sharding.Mesh) -> Frozen:
+    """The objective's frozen arrays on the devices: split like parameters if it names their axes, else copied."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if objective.axes is None:
+        return jax.device_put(objective.frozen, whole)
+    return jax.device_put(objective.frozen, runtime.layout.shardings(objective.frozen, objective.axes, mesh))
 
 
 def _open_trackers(
-    experiment: Experiment, runtime: Runtime, folder: Path, config: dict[str, Any], changed: Sequence[str], code: Path
+    ready: Ready, sizes: dict[str, float], among: int, server: Server | None
 ) -> tuple[Tracker, Callable[[str], None]]:
     """Everything that records the run, in the state of the checkpoint that it resumes from; and what prints a line."""
-    about = environment.collect(devices=jax.devices(), folder=code)
+    folder, runtime = ready.folder, ready.runtime
+    about = environment.collect(devices=jax.devices(), folder=ready.code)
     runs.write_json(folder / "environment.json", about)
-    (folder / "git.diff").write_text(environment.git_diff(code))
+    (folder / "git.diff").write_text(environment.git_diff(ready.code))
     tracking = runtime.tracking
     trackers, progress = open_trackers(
         folder,
-        config=config,
+        config=ready.config,
         environment=about,
-        steps=experiment.steps,
+        steps=ready.experiment.steps,
         wandb=tracking.wandb,
         project=tracking.project,
         entity=tracking.entity,
@@ -180,9 +246,12 @@ def _open_trackers(
         artifacts=tracking.artifacts,
         pue=tracking.pue,
         country=tracking.country,
+        sizes=sizes,
+        among=among,
+        server=server,
     )
     trackers.restore(extra(folder / "checkpoints").get("tracker", {}))
-    for change in changed:
+    for change in ready.changed:
         progress.say(f"continues although the experiment has changed: {change}")
     return trackers, progress.say
 
@@ -221,6 +290,28 @@ def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Bu
         return "\n\n".join(prompt + result.text for prompt, result in zip(samples.prompts, results, strict=True))
 
     return write
+
+
+def _checkpoints(experiment: Experiment, runtime: Runtime) -> Checkpoints:
+    """Those of `runtime`, and the one before the learning rate falls from a plateau."""
+    before, policy = fall(rates(experiment)), runtime.checkpoints
+    return policy if before is None else replace(policy, keep_steps=(*policy.keep_steps, before))
+
+
+def _unvalidated(experiment: Experiment, runtime: Runtime, opened: Opened) -> list[str]:
+    """A line if validation is asked for and there is none: no data for it, or no evaluation."""
+    every, best = experiment.evaluation.every, runtime.checkpoints.best
+    asked = f"evaluation.every is {every}" if every else f"checkpoints.best is {best!r}"
+    if not (every or best.startswith("validation/")) or (every and opened.has_validation):
+        return []
+    lacking = [store.name for store in opened.stores if store.split == "validation" and not store.tokens]
+    why = (
+        "evaluation.every is 0; set it to a number of steps"
+        if opened.has_validation
+        else f"{', '.join(lacking) or opened.name} holds no validation data; give the recipe validation=0.01, name "
+        "data.validation, or set evaluation.every to 0"
+    )
+    return [f"no validation: {asked}, but {why}"]
 
 
 def _replicated(built: Built, runtime: Runtime) -> list[str]:
@@ -264,7 +355,7 @@ def _check_agreement(fingerprint: str) -> None:
         )
 
 
-def _next_steps(folder: Path, model: Assembly) -> str:
+def next_steps(folder: Path, model: Assembly) -> str:
     run = shlex.quote(str(folder))
     return f"""next:
   slmjax eval {run}

@@ -20,6 +20,7 @@ from slmjax.evals.generate import Generator
 from slmjax.evals.perplexity import Result
 from slmjax.evals.sampling import sampler
 from slmjax.experiment_file import load_experiment
+from slmjax.files import at
 from slmjax.models.assembly import Assembly
 from slmjax.runs import evaluating, exporting, launch, loading
 from slmjax.track.jsonl import read
@@ -132,8 +133,8 @@ class LoadedModel:
         self,
         prompt: str | Sequence[str],
         *,
-        tokens: int = 128,
-        temperature: float = 0.0,
+        tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         stop: Sequence[str] = (),
@@ -142,15 +143,18 @@ class LoadedModel:
         """Continues a prompt, or each of several.
 
         Args:
-            tokens: new tokens at most.
-            temperature: 0 takes the likeliest token.
+            tokens: new tokens at most; None: as the model's generation_config.json says, else 128.
+            temperature: 0 takes the likeliest token, which is the default. Here, too, and for `top_k` and `top_p`,
+                None means what generation_config.json says first.
 
         Returns:
             The new text; for several prompts, a list of texts.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rule = sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-        results = self._generator(prompts, sampler=rule, max_tokens=tokens, stop=tuple(stop), seed=seed)
+        said = self.loaded.generation
+        rule = sampler(**said.sampling(default=0.0, temperature=temperature, top_k=top_k, top_p=top_p))
+        length = said.length(tokens, default=128)
+        results = self._generator(prompts, sampler=rule, **length, stop=(*stop, *said.stop), seed=seed)
         texts = [result.text for result in results]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -171,7 +175,7 @@ class LoadedModel:
             )
         if rows.shape[1] > self.config.context:
             raise UserError(f"ids has {rows.shape[1]} tokens a row; the model's context is {self.config.context}")
-        logits = np.asarray(self._logits(self.params, jnp.asarray(rows)))
+        logits = np.asarray(self._logits(self.loaded.weights, jnp.asarray(rows)))
         return logits[0] if array.ndim == 1 else logits
 
     def export(
@@ -185,16 +189,14 @@ class LoadedModel:
         """Writes the model as stock transformers or llama.cpp load it, reads it back and compares the logits.
 
         Args:
-            dtype: of the weights; default: float32, in GGUF f16.
+            dtype: of the weights; default: float32, in GGUF float16.
 
         Raises:
             UserError: the format cannot express the model, or `out` may not be written.
             Rejected: a comparison failed.
         """
         check, write = exporting.FORMATS[format]
-        export = exporting.Export(
-            out=Path(out), dtype=dtype or {"hf": "float32", "gguf": "f16"}[format], overwrite=overwrite
-        )
+        export = exporting.Export(out=at(out), dtype=dtype or exporting.DTYPES[format], overwrite=overwrite)
         check(export)
         write(export, self.loaded)
         return export.out
@@ -203,7 +205,8 @@ class LoadedModel:
     def _generator(self) -> Generator:
         model = loading.generative(self.config)
         compute = evaluating.compute_of("float32" if jax.default_backend() == "cpu" else None)
-        return Generator(model, self.params, self.tokenizer, compute, numerics=self.loaded.numerics)
+        ends = self.loaded.generation.ends
+        return Generator(model, self.loaded.weights, self.tokenizer, compute, ends, numerics=self.loaded.numerics)
 
     @cached_property
     def _logits(self) -> Any:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from slmjax.compress.quant.into_memory import floats, held, packed_in, with_codes
+from slmjax.compress.quant.view import Packed
 from slmjax.config import Experiment
+from slmjax.convert.memory import to_device
+from slmjax.data import generation_config
+from slmjax.data.generation_config import GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import DataError, StorageError, UserError
+from slmjax.files import at
 from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.encoder import CANNOT
@@ -29,8 +36,9 @@ class Loaded:
     """A model, and where it came from."""
 
     decoder: Assembly
-    params: Params
-    """The effective parameters of evaluation, float32, on the first device"""
+    weights: Params
+    """The effective parameters of evaluation, on the first device: float32, those that are rounded to a grid as codes
+    (`compress.quant.in_memory.InMemory`), with which a model computes as with arrays"""
     tokenizer_path: Path | None
     """A folder with tokenizer.json"""
     source: Path
@@ -43,9 +51,18 @@ class Loaded:
     """config.json of the folder"""
     embedded: Tokenizer | None = None
     """The tokenizer inside a GGUF file"""
-    packed: Mapping[str, Any] = field(default_factory=dict)
-    """The codes of the parameters that the run's view rounds to a grid, by path (`compress.quant.view.Packed`); their
-    values are in `params`"""
+    told: GenerationConfig | None = None
+    """What a GGUF file says of generated text"""
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """`weights` as float32 arrays."""
+        return floats(self.weights)
+
+    @functools.cached_property
+    def packed(self) -> Mapping[str, Packed]:
+        """The codes of the parameters that are rounded to a grid, by path."""
+        return packed_in(self.weights)
 
     @property
     def numerics(self) -> Numerics:
@@ -53,8 +70,29 @@ class Loaded:
         return Numerics() if self.experiment is None else self.experiment.numerics
 
     @property
+    def foreign(self) -> bool:
+        """Whether slmjax has neither trained nor quantized it: then its codes stand for weights like any others."""
+        return self.experiment is None and "quantized" not in self.config
+
+    @property
     def has_tokenizer(self) -> bool:
         return self.embedded is not None or self.tokenizer_path is not None
+
+    @functools.cached_property
+    def generation(self) -> GenerationConfig:
+        """What the folder says of text generated from the model.
+
+        Raises:
+            UserError: its generation_config.json has a value that cannot be.
+        """
+        return self.told or generation_config.read(self.source, self.config)
+
+    def save_texts(self, folder: Path) -> None:
+        """Writes what turns text into tokens and back, so that `folder` generates as this model does: the tokenizer, if
+        there is one, and generation_config.json, if it says anything."""
+        self.generation.save(folder)
+        if self.has_tokenizer:
+            self.tokenizer().save(folder)
 
     def tokenizer(self) -> Tokenizer:
         """
@@ -67,59 +105,68 @@ class Loaded:
         return fitting(tokenizer, self.decoder.vocab, self.source)
 
 
-def load(path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print) -> Loaded:
+PART = "part"
+"""Key of config.json in folders that hold some of a model's parameters alone: what they are, for messages"""
+
+
+def load(
+    path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print, part: bool = False
+) -> Loaded:
     """Reads a model; of a run, its newest undamaged checkpoint.
 
     Args:
         step: the checkpoint of a run to take, and no other.
         say: called with one line if an older checkpoint is used because a newer one is damaged.
+        part: whether a folder with some of a model's parameters alone will do.
 
     Raises:
         UserError: the path is none of these; the message says what is there.
         StorageError: no checkpoint, or only damaged ones.
     """
-    if Path(path).suffix == ".gguf" and not Path(path).is_dir():
-        return _gguf(Path(path), step)
-    folder, step = _resolve(Path(path), step)
+    place = at(path)
+    if place.suffix == ".gguf" and not place.is_dir():
+        return _gguf(place, step)
+    folder, step = _resolve(place, step)
     config = _config(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    if PART in config and not part:
+        raise UserError(f"{path} holds {config[PART]} alone, which is no model by itself; name the whole model")
     about = {"source": folder, "config": config, "tokenizer_path": tokenizer}
     if "model_type" in config:
         from slmjax.convert.hf import import_hf
-        from slmjax.convert.memory import to_device
 
         if step is not None:
             raise UserError(f"{folder} is a Hugging Face folder, without checkpoints: there is no step {step} to take")
-        imported = import_hf(folder)
-        return Loaded(decoder=imported.decoder, params=to_device(imported.params), **about)
+        imported = import_hf(folder, packed=True)
+        return Loaded(decoder=imported.decoder, weights=to_device(held(imported.params)), **about)
     if packed_folder.KEY in config:
         if step is not None:
-            raise UserError(f"{folder} was written by slmjax quantize, without checkpoints: there is no step {step}")
-        decoder, params, packed = packed_folder.read(folder, config)
-        return Loaded(decoder=decoder, params=_on_device(params), packed=packed, **about)
+            raise UserError(f"{folder} holds packed weights, without checkpoints: there is no step {step} to take")
+        decoder, params = packed_folder.read(folder, config)
+        return Loaded(decoder=decoder, weights=to_device(held(params)), **about)
     step = _good_step(folder / "checkpoints", step, say)
     if "experiment" in config:
         experiment = from_json(config["experiment"])
-        params, packed = _run_params(folder / "checkpoints", step, experiment)
-        return Loaded(decoder=experiment.model, params=params, packed=packed, step=step, experiment=experiment, **about)
+        weights = _run_weights(folder / "checkpoints", step, experiment)
+        return Loaded(decoder=experiment.model, weights=weights, step=step, experiment=experiment, **about)
     from slmjax.train.checkpoint_folder import restore_params
 
     params = restore_params(folder / "checkpoints", step)
-    return Loaded(decoder=from_json(config["model"]), params=_on_device(params), **about)
+    return Loaded(decoder=from_json(config["model"]), weights=_on_device(params), **about)
 
 
 def _gguf(file: Path, step: int | None) -> Loaded:
     from slmjax.convert.gguf.load import import_gguf
-    from slmjax.convert.memory import to_device
 
     if step is not None:
         raise UserError(f"{file} is a GGUF file, without checkpoints: there is no step {step} to take")
-    imported = import_gguf(file)
+    imported = import_gguf(file, packed=True)
     return Loaded(
         decoder=imported.decoder,
-        params=to_device(imported.params),
+        weights=to_device(held(imported.params)),
         tokenizer_path=None,
         embedded=imported.tokenizer,
+        told=imported.generation,
         source=file,
         config={"imported": {"folder": file.name, "licence": imported.licence}},
     )
@@ -210,10 +257,9 @@ def _good_step(checkpoints: Path, wanted: int | None, say: Callable[[str], None]
     return newest
 
 
-def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> tuple[Params, Mapping[str, Any]]:
-    """The parameters that training evaluated with: after the optimizer's averaging and the view; and the codes of those
-    that the view rounds."""
-    from slmjax.compress.quant.view import with_values
+def _run_weights(checkpoints: Path, step: int, experiment: Experiment) -> Params:
+    """The parameters that training evaluated with, after the optimizer's averaging and the view; those that the view
+    rounds as codes."""
     from slmjax.runs.build import pieces, states_of
     from slmjax.train.checkpoint_folder import restore
     from slmjax.train.state import evaluation_params
@@ -222,7 +268,7 @@ def _run_params(checkpoints: Path, step: int, experiment: Experiment) -> tuple[P
     state = restore(checkpoints, step, states.abstract).state
     packed = evaluation_params(state, parts.optimizer, parts.view._replace(evaluate=parts.view.pack))
     params = states.params(state)
-    return with_values(params, packed) if packed else params, packed
+    return held(with_codes(params, packed)) if packed else params
 
 
 def _on_device(params: Params) -> Params:

@@ -49,6 +49,10 @@ ROUNDS = 15
 """How often each implementation runs at most"""
 TOKENS, LENGTH, WIDTH, HIDDEN, HEADS = 1024, 256, 256, 704, 4
 """The layer: a micro-batch of a model of 4 million parameters"""
+LAYER = ((WIDTH, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+"""Its matrices"""
+LAYER_FLOPS = 3 * 2 * TOKENS * sum(inner * outer for inner, outer in LAYER)
+"""Of its products: results, and gradients of both factors"""
 
 Seconds: TypeAlias = Mapping[str, Mapping[str, float]]
 """{"float32": {"cpu_einsum": seconds of a layer's products, "cpu_attention": of its attention, ...}, ...}"""
@@ -169,7 +173,7 @@ def measure(dtypes: Sequence[str], seconds: float = SECONDS, rounds: int = ROUND
     """Compiles every implementation and times them in turn, so that other load on the machine affects all alike."""
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for dtype in dtypes:
-        for parts, layer in ((EINSUMS, _products), (ATTENTIONS, _attention)):
+        for parts, layer in ((EINSUMS, layer_products), (ATTENTIONS, _attention)):
             for name, form in parts.items():
                 f, args = layer(form, dtype)
                 runs[dtype, name] = jax.jit(f).lower(*args).compile()
@@ -199,9 +203,9 @@ def _with_args(f: Callable, args: tuple) -> Callable[[], Any]:
     return lambda: f(*args)
 
 
-def _products(form: Callable, dtype: str) -> tuple[Callable, tuple]:
+def layer_products(form: Callable, dtype: str) -> tuple[Callable, tuple]:
     """Results and gradients of the products with a layer's matrices, one of each shape."""
-    shapes = [(WIDTH, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    shapes = LAYER
     inputs = [_random(i, (1, TOKENS, n), dtype) for i, (n, _) in enumerate(shapes)]
     weights = [_random(i, shape, dtype) for i, shape in enumerate(shapes)]
     cotangents = [_random(i + 1, (1, TOKENS, n), dtype) for i, (_, n) in enumerate(shapes)]

@@ -16,35 +16,11 @@ from slmjax.compress.prune.layout import from_matrices, prunable, to_matrices
 from slmjax.compress.prune.structured import block_influence, most_important
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
-from slmjax.models.decoder import Decoder
-from slmjax.models.slicing import keep_hidden, keep_layers
+from slmjax.models.slicing import keep_layers
 from slmjax.nn.compute import Compute
 from slmjax.runs.calibrating import Grams, grams
+from slmjax.runs.pruning_parts import Progress, Pruning, as_numpy, decoder_of, left
 from slmjax.types import Batch, Params
-
-Progress = Callable[[str, int, int], None]
-"""(what, done, of)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruning(abc.ABC):
-    """How a trained model is made sparser or smaller."""
-
-    sparsity: float
-    """Share of the weights, layers or hidden channels that is removed"""
-
-    def __post_init__(self):
-        if not 0 < self.sparsity < 1:
-            raise UserError(f"--sparsity is {self.sparsity}; expected more than 0 and less than 1, such as 0.5")
-
-    reads_data = True
-    """Whether it needs calibration data"""
-
-    @abc.abstractmethod
-    def __call__(
-        self, model: Assembly, params: Params, batches: tuple[Batch, ...], progress: Progress
-    ) -> tuple[Assembly, Params]:
-        """The pruned model and its parameters (float32, as numpy arrays)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,49 +87,14 @@ class Depth(Pruning):
     def __call__(
         self, model: Assembly, params: Params, batches: tuple[Batch, ...], progress: Progress
     ) -> tuple[Assembly, Params]:
-        decoder, keep = _decoder(model), _left(model.layers, self.sparsity, "layers")
+        decoder, keep = decoder_of(model), left(model.layers, self.sparsity, "layers")
         built = decoder.build(Compute())
         run = jax.jit(lambda params, b: built.apply(params, b.tokens, b.positions, b.segment_ids, collect=True).blocks)
         sums = np.zeros(model.layers)
         for done, batch in enumerate(batches, start=1):
             sums += np.asarray(block_influence(run(params, jax.tree.map(np.asarray, batch)), batch.segment_ids > 0))
             progress("batches", done, len(batches))
-        return _as_numpy(*keep_layers(decoder, params, most_important(sums, keep)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Width(Pruning):
-    """Leaves out the hidden channels of each feed-forward layer with the smallest activations. Muralidharan et al. 2024
-    (Minitron), arXiv:2407.14679."""
-
-    def __call__(
-        self, model: Assembly, params: Params, batches: tuple[Batch, ...], progress: Progress
-    ) -> tuple[Assembly, Params]:
-        decoder, found, hidden = _decoder(model), grams(model, params, batches), []
-        places = {number: (place.path, i) for place in model.places() for i, number in enumerate(place.numbers)}
-        for number in range(model.layers):
-            path, index = places[number]
-            importance = found.importance(f"{path}/mlp/down")[index]
-            hidden.append(most_important(importance, _left(len(importance), self.sparsity, "hidden channels")))
-            progress("layers", number + 1, model.layers)
-        return _as_numpy(*keep_hidden(decoder, params, hidden))
-
-
-def _decoder(model: Assembly) -> Decoder:
-    if not isinstance(model, Decoder):
-        raise UserError(f"--method depth and width cut decoders; this is a {type(model).__name__}")
-    return model
-
-
-def _left(number: int, sparsity: float, what: str) -> int:
-    keep = round(number * (1 - sparsity))
-    if not 1 <= keep < number:
-        raise UserError(f"--sparsity is {sparsity}: that leaves {keep} of {number} {what}; choose another share")
-    return keep
-
-
-def _as_numpy(model: Assembly, params: Params) -> tuple[Assembly, Params]:
-    return model, jax.tree.map(np.asarray, params)
+        return as_numpy(*keep_layers(decoder, params, most_important(sums, keep)))
 
 
 METHODS: dict[str, Callable[..., Pruning]] = {
@@ -161,9 +102,8 @@ METHODS: dict[str, Callable[..., Pruning]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "depth": Depth,
-    "width": Width,
 }
-"""What `slmjax prune --method` takes"""
+"""What `slmjax prune --method` takes, besides `width` (`pruning_width.WIDTHS`)"""
 
 
 def pattern(text: str | None) -> tuple[float, int] | None:

@@ -28,5 +28,4 @@ def write(out: Path, loaded: Loaded, model: Assembly, params: Params, about: dic
     with publish(out, overwrite=None) as folder:
         write_json(folder / "config.json", described)
         save_params(folder / "checkpoints", to_device(params), described["imported"])
-        if loaded.has_tokenizer:
-            loaded.tokenizer().save(folder)
+        loaded.save_texts(folder)

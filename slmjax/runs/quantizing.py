@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from slmjax import tree
 from slmjax.compress.ptq.gptq import gptq
-from slmjax.compress.ptq.rtn import Search, least_error, nearest, usual
-from slmjax.compress.quant.blocks import Axes, Blocks, PerTensor, sides
-from slmjax.compress.quant.grids import Codes
+from slmjax.compress.ptq.rtn import Search, least_error, usual
+from slmjax.compress.quant.in_memory import width
 from slmjax.compress.quant.quantizers import Quantizer
-from slmjax.compress.quant.view import Packed, Rule, chosen
+from slmjax.compress.quant.view import Packed, Rule, chosen, with_values
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.runs.calibrating import Grams, grams
-from slmjax.runs.packed_folder import width
+from slmjax.runs.packed_folder import steps_of
+from slmjax.runs.quantizing_awq import AWQ
+from slmjax.runs.quantizing_parts import (
+    Method,
+    Parts,
+    Progress,
+    Rounded,
+    axes_of,
+    jobs_of,
+    silent,
+    tables_of,
+    to_nearest,
+)
 from slmjax.types import Batch, Params
 
-Progress = Callable[[str, int, int], None]
-"""(what, done, of)"""
-
-
-def silent(what: str, done: int, of: int) -> None:
-    """No progress."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method(abc.ABC):
-    """How weights are rounded after training."""
-
-    reads_data: ClassVar[bool] = False
-    """Whether it needs calibration data"""
-
-    @abc.abstractmethod
-    def __call__(
-        self, model: Assembly, params: Params, rules: tuple[Rule, ...], batches: tuple[Batch, ...], progress: Progress
-    ) -> dict[str, Packed]:
-        """{path: codes} of the parameters that `rules` name.
-
-        Args:
-            batches: calibration data; a method that needs none ignores them.
-        """
+__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "Method", "Progress", "Rounded", "bits_a_weight", "silent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +43,13 @@ class RTN(Method):
 
     def __call__(
         self, model: Assembly, params: Params, rules: tuple[Rule, ...], batches: tuple[Batch, ...], progress: Progress
-    ) -> dict[str, Packed]:
-        axes, weights, packed = _axes(model), tree.flatten(params), {}
+    ) -> Rounded:
+        axes, weights, packed = axes_of(model), tree.flatten(params), {}
         quantizers = chosen(model.axes(), rules)
         for done, (path, quantizer) in enumerate(quantizers.items(), start=1):
-            packed[path] = _nearest(path, quantizer, weights[path], axes[path], self.search)
+            packed[path] = to_nearest(path, quantizer, weights[path], axes[path], self.search)
             progress("parameters", done, len(quantizers))
-        return packed
-
-
-def _nearest(path: str, quantizer: Quantizer, w: Any, axes: Axes, search: Search) -> Packed:
-    blocks = quantizer.granularity.cut(tuple(w.shape), axes, path)
-    return Packed(nearest(quantizer, jnp.asarray(w), blocks, search), quantizer.grid, blocks, axes)
+        return Rounded(with_values(params, packed), packed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +72,13 @@ class GPTQ(Method):
 
     def __call__(
         self, model: Assembly, params: Params, rules: tuple[Rule, ...], batches: tuple[Batch, ...], progress: Progress
-    ) -> dict[str, Packed]:
-        quantizers, axes = chosen(model.axes(), rules), _axes(model)
+    ) -> Rounded:
+        quantizers, axes = chosen(model.axes(), rules), axes_of(model)
         weights = {path: np.array(x, np.float32) for path, x in tree.flatten(params).items()}
-        jobs = _jobs(model, quantizers)
+        jobs = jobs_of(model, quantizers)
         inside = dict.fromkeys(path for job in jobs for path, _ in job)
-        tables = {
-            path: _nearest(path, quantizer, weights[path], axes[path], self.search)
-            for path, quantizer in quantizers.items()
-            if path not in inside
-        }
-        parts = {path: _Parts.of(path, quantizers[path], weights[path].shape, axes[path]) for path in inside}
+        tables = tables_of(quantizers, inside, weights, axes, self.search)
+        parts = {path: Parts.of(path, quantizers[path], weights[path].shape, axes[path]) for path in inside}
         done, rounds = 0, [list(x) for x in np.array_split(np.arange(model.layers), min(self.rounds, model.layers))]
         for of_round in rounds:
             found = grams(model, tree.unflatten(weights), batches)
@@ -109,11 +86,11 @@ class GPTQ(Method):
                 self._one(path, index, quantizers[path], weights, parts[path], found)
                 done += 1
                 progress("matrices", done, sum(map(len, jobs)))
-        rounded = {path: Packed(p.codes(), quantizers[path].grid, p.blocks, axes[path]) for path, p in parts.items()}
-        return tables | rounded
+        packed = tables | {path: part.packed(quantizers[path], axes[path]) for path, part in parts.items()}
+        return Rounded(with_values(params, packed), packed)
 
     def _one(
-        self, path: str, index: int, quantizer: Quantizer, weights: dict[str, np.ndarray], part: _Parts, found: Grams
+        self, path: str, index: int, quantizer: Quantizer, weights: dict[str, np.ndarray], part: Parts, found: Grams
     ) -> None:
         matrix = part.matrix(weights[path][index])
         codes, steps, zeros = gptq(quantizer, matrix, found.of(path)[index], part.group, self.search)
@@ -123,63 +100,14 @@ class GPTQ(Method):
         weights[path][index] = part.back(scale * (codes - shift + np.float32(quantizer.grid.offset)))
 
 
-@dataclass(kw_only=True)
-class _Parts:
-    """The codes of one stacked parameter, filled layer by layer; matrices are [out, in]."""
-
-    blocks: Blocks
-    inputs: int
-    group: int | None
-    taken: np.ndarray
-    steps: np.ndarray
-    zeros: np.ndarray | None = None
-
-    @staticmethod
-    def of(path: str, quantizer: Quantizer, shape: tuple[int, ...], axes: Axes) -> _Parts:
-        cut = sides(axes, path)
-        if cut.stacked != (0,) or isinstance(quantizer.granularity, PerTensor):
-            raise UserError(f"{path}: GPTQ rounds matrices stacked by layer, with a scale for each channel or group")
-        blocks = quantizer.granularity.cut(shape, axes, path)
-        inputs = int(np.prod([shape[i] for i in cut.inputs]))
-        steps = np.empty((shape[0], *blocks.scales[1:]), np.float32)
-        return _Parts(blocks=blocks, inputs=inputs, group=blocks.group, taken=np.empty(shape, np.int16), steps=steps)
-
-    def matrix(self, w: np.ndarray) -> np.ndarray:
-        """[inputs..., outputs...] -> [out, in]."""
-        return w.reshape(self.inputs, -1).T
-
-    def back(self, matrix: np.ndarray) -> np.ndarray:
-        """[out, in] -> [inputs..., outputs...]."""
-        return np.ascontiguousarray(matrix.T).reshape(self.blocks.shape[1:])
-
-    def put(self, index: int, codes: np.ndarray, steps: np.ndarray, zeros: np.ndarray | None) -> None:
-        self.taken[index] = self.back(codes)
-        self.steps[index] = steps.T.reshape(self.steps.shape[1:])
-        if zeros is not None:
-            self.zeros = np.empty(self.steps.shape, np.int16) if self.zeros is None else self.zeros
-            self.zeros[index] = zeros.T.reshape(self.steps.shape[1:])
-
-    def codes(self) -> Codes:
-        return Codes(self.taken, self.steps, self.zeros)
-
-
-def _axes(model: Assembly) -> dict[str, Axes]:
-    return tree.flatten(model.axes(), is_leaf=tree.is_axes)
-
-
-def _jobs(model: Assembly, paths: Iterable[str]) -> list[list[tuple[str, int]]]:
-    """For each layer of the model, the (path, index on its layer axis) of its parameters among `paths`."""
-    jobs: list[list[tuple[str, int]]] = [[] for _ in range(model.layers)]
-    for path in paths:
-        for place in (p for p in model.places() if path.startswith(f"{p.path}/")):
-            for index, number in enumerate(place.numbers):
-                jobs[number].append((path, index))
-    return jobs
-
-
 def bits_a_weight(packed: Mapping[str, Packed]) -> float:
-    """Mean bits of the quantized weights: their codes, and 16 for each step."""
-    total = sum(p.codes.steps.size * 16 + np.prod(p.blocks.shape) * width(p.grid.levels) for p in packed.values())
+    """Mean bits of the quantized weights in slmjax's own folder: their codes, steps and zero points."""
+    total = sum(
+        8 * sum(x.nbytes for x in steps_of(p).values())
+        + np.prod(p.blocks.shape) * width(p.grid.levels)
+        + (0 if p.codes.zeros is None else 8 * np.size(p.codes.zeros))
+        for p in packed.values()
+    )
     return float(total / sum(np.prod(p.blocks.shape) for p in packed.values()))
 
 
@@ -187,5 +115,6 @@ METHODS: Mapping[str, Method] = {
     "rtn": RTN(),
     "rtn-mse": RTN(search=least_error),
     "gptq": GPTQ(),
+    "awq": AWQ(),
 }
 """What `slmjax quantize --method` takes"""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slmjax import __version__
 from slmjax.compress.quant.blocks import Granularity, PerChannel, PerGroup
+from slmjax.compress.quant.float4 import MXFP4, NVFP4
 from slmjax.compress.quant.learned import Balanced
 from slmjax.compress.quant.quantizers import Quantizer
 from slmjax.compress.quant.uniform import Asymmetric, Symmetric
-from slmjax.compress.quant.view import Packed, Rule, with_values
+from slmjax.compress.quant.view import Rule
 from slmjax.convert.folder import MARK, publish
 from slmjax.errors import UserError
 from slmjax.models.flops import parameter_count
 from slmjax.runs import packed_folder
 from slmjax.runs.loading import Loaded
-from slmjax.runs.quantizing import bits_a_weight
+from slmjax.runs.quantizing import Rounded, bits_a_weight
 
 TABLES = ("*embed/table",)
 
@@ -41,19 +41,30 @@ class Quantized:
     with it: Kumar et al. 2024, arXiv:2411.04330"""
 
 
-def rules_of(grid: str, bits: int, group: int | None, embeddings: int | None) -> tuple[Rule, ...]:
-    """The rules that the options of `slmjax quantize` stand for.
+def rules_of(grid: str, bits: int, group: int | None, embeddings: int | None, method: str = "rtn") -> tuple[Rule, ...]:
+    """The rules that the options of `slmjax quantize` stand for. Methods that search for scales get those of MXFP4 that
+    clip no weight: they may choose any smaller power of two.
 
     Raises:
-        UserError: they contradict one another.
+        UserError: one is out of range, or they contradict one another.
     """
+    for option, given in (("--bits", bits), ("--embeddings", embeddings)):
+        if given is not None and not 2 <= given <= 8:
+            raise UserError(f"{option} is {given}; expected 2 to 8")
+    if group is not None and group < 1:
+        raise UserError(f"--group is {group}; expected at least 1, such as 128")
     granularity: Granularity = PerChannel() if group is None else PerGroup(size=group)
     if grid == "balanced" and bits != 2:
         raise UserError(f"--grid balanced has 2 bits, but --bits is {bits}; use --bits 2, or --grid symmetric")
+    if grid in ("mxfp4", "nvfp4") and (bits != 4 or group is not None):
+        wrong = f"--bits is {bits}" if bits != 4 else f"--group is {group}"
+        raise UserError(f"--grid {grid} has 4 bits and groups of its own, but {wrong}; leave that out")
     quantizer: Quantizer = {
         "symmetric": lambda: Symmetric(bits=bits, granularity=granularity),
         "asymmetric": lambda: Asymmetric(bits=bits, granularity=granularity),
         "balanced": lambda: Balanced(granularity=granularity),
+        "mxfp4": lambda: MXFP4(exponent="floor" if method == "rtn" else "ceil"),
+        "nvfp4": NVFP4,
     }[grid]()
     rules = (Rule(quantizer=quantizer),)
     if embeddings is None:
@@ -61,21 +72,18 @@ def rules_of(grid: str, bits: int, group: int | None, embeddings: int | None) ->
     return (Rule(quantizer=Symmetric(bits=embeddings), patterns=TABLES), *rules)
 
 
-def write(
-    out: Path, loaded: Loaded, packed: Mapping[str, Packed], *, about: dict[str, Any], overwrite: bool
-) -> Quantized:
-    """Writes the model with these codes; the folder appears once it is complete.
+def write(out: Path, loaded: Loaded, rounded: Rounded, *, about: dict[str, Any], overwrite: bool) -> Quantized:
+    """Writes the rounded model; the folder appears once it is complete.
 
     Raises:
         UserError: `out` may not be written.
         StorageError: the disk is full or not writable.
     """
     described = {"slmjax": __version__, "quantized": about, "imported": {"folder": loaded.source.name}}
-    params = with_values(loaded.params, packed)
+    packed = rounded.packed
     with publish(out, overwrite=overwrite) as folder:
-        if loaded.has_tokenizer:
-            loaded.tokenizer().save(folder)
-        size = packed_folder.write(folder, loaded.decoder, params, packed, described)
+        loaded.save_texts(folder)
+        size = packed_folder.write(folder, loaded.decoder, rounded.params, packed, described)
         (folder / MARK).write_text(json.dumps({"slmjax": __version__, "quantized": about}, indent=2) + "\n", "utf-8")
     parameters = parameter_count(loaded.decoder)
     return Quantized(

@@ -34,14 +34,16 @@ class Choice(NamedTuple):
 
 def settle(runtime: Runtime, folder: Path) -> Choice:
     """How the run in this folder computes, the same in all processes: as `runtime.compute` says; else as the run began;
-    else in the way that process 0 has measured to be the fastest on its machine. Process 0 writes it to the folder."""
-    first = jax.process_index() == 0
-    choice = choice_of(runtime, folder) if first else Choice(Compute(), "")
+    else in the way that process 0 has measured to be the fastest on its machine. `record` writes it to the folder."""
+    choice = choice_of(runtime, folder) if jax.process_index() == 0 else Choice(Compute(), "")
     if runtime.compute is None:  # else every process has it from its command line
         choice = _of_process_0(choice)
-    if first:
-        write_json(folder / FILE, {"backend": jax.default_backend(), "compute": to_json(choice.compute)})
     return choice
+
+
+def record(choice: Choice, folder: Path) -> None:
+    """Writes the choice into the run folder: later starts compute in the same way."""
+    write_json(folder / FILE, {"backend": jax.default_backend(), "compute": to_json(choice.compute)})
 
 
 def choice_of(runtime: Runtime, folder: Path) -> Choice:

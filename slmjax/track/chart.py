@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 34
+COLOURS = 10
+"""Of `report_style`; further series take them again"""
 POINTS = 300
 """A longer line is drawn as this many means, with a band from the least to the greatest value behind"""
 
@@ -21,6 +23,10 @@ class Series(NamedTuple):
     y: Sequence[float]
     dots: bool = False
     """Whether points are marked, which suits few points"""
+    half_widths: Sequence[float] = ()
+    """Of the intervals of y, drawn as a band; of a single point, as a bar. nan: none"""
+    text: str = ""
+    """Written beside the last point"""
 
 
 class Bucket(NamedTuple):
@@ -32,14 +38,18 @@ class Bucket(NamedTuple):
     high: float
 
 
-def downsample(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> list[Bucket]:
+def downsample(
+    x: Sequence[float], y: Sequence[float], points: int = POINTS, half_widths: Sequence[float] = ()
+) -> list[Bucket]:
     """At most `points` buckets of equally many points each, without those that are not finite."""
-    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    around = [h if math.isfinite(h) else 0.0 for h in half_widths] or [0.0] * len(x)
+    pairs = [(a, b, h) for a, b, h in zip(x, y, around, strict=True) if math.isfinite(a) and math.isfinite(b)]
     size = max(1, math.ceil(len(pairs) / points))
     buckets = []
     for start in range(0, len(pairs), size):
-        xs, ys = zip(*pairs[start : start + size], strict=True)
-        buckets.append(Bucket(math.fsum(xs) / len(xs), math.fsum(ys) / len(ys), min(ys), max(ys)))
+        xs, ys, hs = zip(*pairs[start : start + size], strict=True)
+        low, high = (min(y - h for y, h in zip(ys, hs, strict=True)), max(y + h for y, h in zip(ys, hs, strict=True)))
+        buckets.append(Bucket(math.fsum(xs) / len(xs), math.fsum(ys) / len(ys), low, high))
     return buckets
 
 
@@ -66,7 +76,7 @@ def label(value: float) -> str:
 
 def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_zero: bool = False) -> str:
     """An SVG element for a page with the style sheet of `report_style`. Empty series are left out."""
-    drawn = [(s, buckets) for s in series if (buckets := downsample(s.x, s.y))]
+    drawn = [(s, buckets) for s in series if (buckets := downsample(s.x, s.y, half_widths=s.half_widths))]
     if not drawn:
         return (
             f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="empty">no data yet</p></figure>'
@@ -83,8 +93,9 @@ def chart(title: str, series: Sequence[Series], *, x_label: str = "step", from_z
 
     parts = [_grid(px, py, ticks(x_low, x_high, 6), ticks(low, high), x_label)]
     for number, (s, buckets) in enumerate(drawn):
-        parts.append(_line(px, py, buckets, f"s{number}", s.dots))
-    legend = "".join(f'<span class="key s{n}">{escape(s.name)}</span>' for n, (s, _) in enumerate(drawn))
+        parts.append(_line(px, py, buckets, f"s{number % COLOURS}", s.dots))
+        parts.append(_beside(px(buckets[-1].x), py(buckets[-1].mean), s.text) if s.text else "")
+    legend = "".join(f'<span class="key s{n % COLOURS}">{escape(s.name)}</span>' for n, (s, _) in enumerate(drawn))
     legend = legend if len(drawn) > 1 else ""
     summary = ", ".join(f"{s.name} ends at {b[-1].mean:.4g}" for s, b in drawn)
     return (
@@ -124,6 +135,16 @@ def _line(px, py, buckets: Sequence[Bucket], style: str, dots: bool) -> str:
         edge += [f"{px(b.x):.1f} {py(b.low):.1f}" for b in reversed(buckets)]
         out += f'<path class="band {style}" d="M{"L".join(edge)}Z"/>'
     out += f'<path class="line {style}" d="M{"L".join(points)}"/>'
+    if len(points) == 1 and buckets[0].high > buckets[0].low:
+        low, high = py(buckets[0].low), py(buckets[0].high)
+        out += f'<path class="line {style}" d="M{px(buckets[0].x):.1f} {low:.1f}V{high:.1f}"/>'
     if (dots and len(points) <= 60) or len(points) == 1:
         out += "".join(f'<circle class="{style}" cx="{p.split()[0]}" cy="{p.split()[1]}" r="3"/>' for p in points)
     return out
+
+
+def _beside(x: float, y: float, text: str) -> str:
+    """A word to the right of a point, or to its left where the picture ends."""
+    left = x > WIDTH - RIGHT - 9 * len(text) - 8
+    anchor, dx = ("end", -6) if left else ("start", 6)
+    return f'<text x="{x + dx:.1f}" y="{y - 4:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -194,12 +194,14 @@ class Energy(Tracker):
         pue: float = 1.0,
         country: str = "",
         interval: float = 15.0,
+        share: float = 1.0,
         using: Sequence[Meter] | None = None,
     ):
         """`pue`: power usage effectiveness, the kWh that the building draws for each kWh of its computers; `interval`:
-        seconds between readings; `using`: the meters, found in the background if None."""
+        seconds between readings; `share`: the part of what the meters tell that this run is charged; `using`: the
+        meters, found in the background if None."""
         self.path = Path(path)
-        self._pue, self._country, self._interval = pue, country, interval
+        self._pue, self._country, self._interval, self._share = pue, country, interval, share
         self._meters, self._since = using, time.process_time()
         before = _read(self.path)
         self._had_file = before is not None
@@ -222,7 +224,11 @@ class Energy(Tracker):
             seconds, self._last = now - self._last, now
             for meter in working:
                 part = self._total["parts"].setdefault(meter.part, {"kwh": 0.0})
-                part |= {"kwh": part["kwh"] + meter.kwh(seconds), "method": meter.method, "detail": meter.detail}
+                part |= {
+                    "kwh": part["kwh"] + self._share * meter.kwh(seconds),
+                    "method": meter.method,
+                    "detail": meter.detail,
+                }
             self._total["seconds"] += seconds
             _write(self.path, self.summary())
 

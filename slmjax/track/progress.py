@@ -35,8 +35,12 @@ class Progress(Tracker):
     Nothing is drawn more often than every quarter of a second, so logging each of a thousand steps a second is fine.
     """
 
-    def __init__(self, steps: int, log: str | Path | None = None, *, stream: Stream | None = None, line: float = LINE):
-        """`steps` of the whole run; `log` is appended to; `stream` is stderr unless given."""
+    def __init__(
+        self, steps: int, log: str | Path | None = None, *, stream: Stream | None = None, line: float = LINE,
+        name: str = "",
+    ):  # fmt: skip
+        """`steps` of the whole run; `log` is appended to; `stream` is stderr unless given; `name`: what lines on the
+        stream begin with, in place of a bar, where several runs share it."""
         self.steps = steps
         self._stream = stream or sys.stderr
         self._log = Path(log).open("a", encoding="utf-8", buffering=1) if log else None  # noqa: SIM115
@@ -48,7 +52,8 @@ class Progress(Tracker):
         self._drawn = self._lined = -math.inf
         self._live: Any = None
         self._task: Any = None
-        if getattr(self._stream, "isatty", lambda: False)():
+        self._name = f"{name}: " if name else ""
+        if not name and getattr(self._stream, "isatty", lambda: False)():
             self._live, self._task = _bar(steps, self._stream)
             self._live.start()
 
@@ -58,7 +63,7 @@ class Progress(Tracker):
             if self._live is not None:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
-                print(text, file=self._stream, flush=True)
+                print(f"{self._name}{text}", file=self._stream, flush=True)
             self._write(text)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -83,7 +88,7 @@ class Progress(Tracker):
             text = f"step {step}/{self.steps}  {describe(new)}  {self._eta(now)}".rstrip()
             with self._lock:
                 if self._live is None:
-                    print(text, file=self._stream, flush=True)
+                    print(f"{self._name}{text}", file=self._stream, flush=True)
                 self._write(text)
 
     def _latest(self) -> str:

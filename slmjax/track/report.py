@@ -7,7 +7,6 @@ written again at any time, also for a run that still trains or has been moved to
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import threading
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.errors import StorageError
+from slmjax.files import write_text
 from slmjax.track import jsonl
 from slmjax.track.chart import Series, chart
 from slmjax.track.ledger import attempts, state_of
+from slmjax.track.page import cards, page, table
 from slmjax.track.progress import duration, si
-from slmjax.track.report_style import STYLE
 from slmjax.track.tracker import Tracker
 
 Rows = Sequence[Mapping[str, Any]]
@@ -40,12 +40,7 @@ def write(folder: str | Path) -> Path:
     folder = Path(folder)
     target = folder / "report.html"
     text = render(folder)
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror}") from error
+    write_text(target, text)
     return target
 
 
@@ -61,27 +56,17 @@ def render(folder: Path) -> str:
         _numbers(rows, experiment, energy),
         _charts(rows),
         '<div class="tables">',
-        _table("Validation", _evaluations(rows), head=("step", "loss ± standard error", "perplexity", "tokens")),
-        _table("Energy", _energy(energy)),
-        _table("Experiment", _experiment(experiment)),
-        _table("Data", _data(config)),
-        _table("Environment", _environment(environment)),
-        _table("What happened", _events(events), head=("when", "event", "")),
+        table("Validation", _evaluations(rows), head=("step", "loss ± standard error", "perplexity", "tokens")),
+        table("Energy", _energy(energy)),
+        table("Experiment", _experiment(experiment)),
+        table("Data", _data(config)),
+        table("Environment", _environment(environment)),
+        table("What happened", _events(events), head=("when", "event", "")),
         "</div>",
     ]
     fingerprint = str(config.get("fingerprint", ""))
-    made = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")[:-6]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><main>"
-        f'<header><h1>{escape(name)}</h1><span class="state {escape(state)}">{escape(state)}</span>'
-        f'<p>fingerprint <code title="{escape(fingerprint)}">{escape(fingerprint[:12])}</code>{_when(events)}</p>'
-        "</header>"
-        f"{''.join(sections)}"
-        f"<footer>slmjax {escape(str(config.get('slmjax', '')))}, report made {made} UTC</footer>"
-        "</main></body></html>\n"
-    )
+    about = f'fingerprint <code title="{escape(fingerprint)}">{escape(fingerprint[:12])}</code>{_when(events)}'
+    return page(name, about, "".join(sections), f"slmjax {config.get('slmjax', '')}, report", state=state)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -107,36 +92,35 @@ def _median(values: Sequence[float]) -> float | None:
 
 def _numbers(rows: Rows, experiment: Mapping[str, Any], energy: Mapping[str, Any]) -> str:
     """The cards at the top."""
-    cards: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, str]] = []
     steps, losses = _column(rows, "loss")
     if losses:
         of = experiment.get("steps")
         last = losses[-min(20, len(losses)) :]
-        cards.append(("training loss", f"{statistics.fmean(last):.3f}", f"mean of the last {len(last)} rows"))
-        cards.append(("steps", f"{int(steps[-1]):,}", f"of {of:,}" if isinstance(of, int) else ""))
+        found.append(("training loss", f"{statistics.fmean(last):.3f}", f"mean of the last {len(last)} rows"))
+        found.append(("steps", f"{int(steps[-1]):,}", f"of {of:,}" if isinstance(of, int) else ""))
     at, validation = _column(rows, "validation/loss")
     if validation:
         best = min(range(len(validation)), key=validation.__getitem__)
-        cards.insert(
+        found.insert(
             0, ("validation loss", f"{validation[-1]:.3f}", f"best {validation[best]:.3f} at {int(at[best]):,}")
         )
     _, tokens = _column(rows, "tokens")
     if tokens:
         _, epochs = _column(rows, "epoch")
-        cards.append(("tokens", si(tokens[-1]).strip(), f"{epochs[-1]:.2f} epochs" if epochs else ""))
+        found.append(("tokens", si(tokens[-1]).strip(), f"{epochs[-1]:.2f} epochs" if epochs else ""))
     speed = _median(_column(rows, "tokens_per_second")[1])
     if speed:
         mfu = _median(_column(rows, "mfu")[1])
-        cards.append(("tokens a second", si(speed).strip(), f"median; MFU {mfu:.1%}" if mfu else "median"))
+        found.append(("tokens a second", si(speed).strip(), f"median; MFU {mfu:.1%}" if mfu else "median"))
     if rows:
         memory = max(_column(rows, "memory_bytes")[1], default=0)
         note = f"peak memory {memory / 2**30:.2f} GiB" if memory else ""
-        cards.append(("training time", duration(rows[-1]["elapsed"]), note))
+        found.append(("training time", duration(rows[-1]["elapsed"]), note))
     if energy:
         note = f"{'estimate' if energy['estimate'] else 'measured'}; {energy['co2e_kg'] * 1000:.2g} g CO2e"
-        cards.append(("energy", kwh(energy["kwh"]), note))
-    cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><small>{escape(c)}</small></div>" for a, b, c in cards)
-    return f'<dl class="cards">{"".join(cells)}</dl>'
+        found.append(("energy", kwh(energy["kwh"]), note))
+    return cards(found)
 
 
 def _charts(rows: Rows) -> str:
@@ -241,15 +225,6 @@ def _when(events: Rows) -> str:
     first = datetime.fromtimestamp(events[0]["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
     count = attempts(events)
     return f", made {first}{f', started {count} times' if count > 1 else ''}"
-
-
-def _table(title: str, rows: Iterable[tuple[str, ...]], head: Sequence[str] = ()) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows if any(row[1:]))
-    if not body:
-        return ""
-    top = f"<tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>" if head else ""
-    kind = "columns" if head else "fields"
-    return f'<section class="{kind}"><h2>{escape(title)}</h2><table>{top}{body}</table></section>'
 
 
 class Report(Tracker):

@@ -28,6 +28,15 @@ MAX_WAITING = 100_000
 """Calls that may wait for a slow W&B; further ones are dropped, which is reported once"""
 
 
+class Server:
+    """What the W&B runs of a process know of the server. They open one after the other, and once it has not answered
+    they all go on offline: giving up on it ends W&B's own service, which they share."""
+
+    def __init__(self):
+        self.opening = threading.Lock()
+        self.silent = False
+
+
 class WandbRun(Tracker):
     """The tracker that writes to W&B."""
 
@@ -42,10 +51,12 @@ class WandbRun(Tracker):
         tags: Sequence[str] = (),
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
+        summary: Mapping[str, Any] | None = None,
         artifacts: bool = False,
         start_timeout: float = 30.0,
         finish_timeout: float = 60.0,
         say: Callable[[str], None] = print,
+        server: Server | None = None,
     ):
         """Returns at once; W&B starts at the first call of `resume` or `log`.
 
@@ -53,18 +64,23 @@ class WandbRun(Tracker):
             folder: the run folder; W&B's files go to `wandb/` in it.
             mode: "auto" follows WANDB_MODE, else is online with an API key and offline without.
             config: JSON; secrets are taken out.
+            summary: what is shown beside the run's name, with the last value of each metric.
             artifacts: whether `artifact` records checkpoints and exports, as references to where they lie.
             start_timeout: seconds that its server gets to answer, before it goes on offline.
             finish_timeout: seconds that W&B gets to upload what is left; `wandb sync` does it later.
+            server: shared by the runs that are open in this process at the same time; None: there is one.
         """
         self.folder = Path(folder)
         self.mode = resolve(mode)
         if mode == "online" and self.mode == "offline":
             say("W&B is offline: there is no API key; set WANDB_API_KEY or run `wandb login`, and `wandb sync` later")
-        self.id = _read_id(self.folder) or _new_id()
+        # An agent of a W&B sweep has made the run already, and names it to the one run of its process.
+        named = os.environ.get("WANDB_RUN_ID", "") if server is None else ""
+        self.id = _read_id(self.folder) or named or _new_id()
         self._init = {"project": project, "entity": entity, "group": group, "tags": list(tags), "name": name}
         self._config = redact_json(dict(config or {}))
-        self._artifacts, self._say = artifacts, say
+        self._summary, self._artifacts, self._say = dict(summary or {}), artifacts, say
+        self._shared, self._server = server is not None, server or Server()
         self._start_timeout, self._finish_timeout = start_timeout, finish_timeout
         self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MAX_WAITING)
         self._thread: threading.Thread | None = None
@@ -140,7 +156,9 @@ class WandbRun(Tracker):
 
     def _work(self) -> None:
         try:
-            run = self._open()
+            with self._server.opening:
+                run = self._open()
+                run.summary.update(self._summary)
         except Exception as error:
             self._say(f"W&B does not start ({_short(error)}); training goes on without it")
             run = None
@@ -177,15 +195,18 @@ class WandbRun(Tracker):
             x_save_requirements=False,
             disable_git=True,
             save_code=False,
+            reinit="create_new" if self._shared else "default",
         )
         start = {**self._init, "dir": str(self.folder), "id": self.id, "config": self._config, "settings": settings}
         wandb.setup(settings)  # else it prints a greeting before `init` has read them
+        if self.mode == "online" and self._server.silent:
+            self.mode = "offline"
         if self.mode == "online":
             try:
                 return _defined(wandb.init(mode="online", resume="allow", **start))
             except Exception as error:
                 self._say(f"W&B cannot be reached ({_short(error)}); going on offline")
-            self.mode = "offline"
+            self.mode, self._server.silent = "offline", True
             _stop_service()  # it holds the run id, and would go on trying
             with contextlib.suppress(Exception, SystemExit):  # its connection was closed on purpose
                 wandb.teardown()

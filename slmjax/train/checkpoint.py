@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from slmjax.errors import UserError
 from slmjax.train import checkpoint_folder
 from slmjax.train.checkpoint_folder import Checksummed, Items, Restored, beside, steps, storage
-from slmjax.train.lock import lock
+from slmjax.train.lock import OPEN, Fence, lock
 from slmjax.train.processes import of_the_first
 from slmjax.types import TrainState
 
@@ -35,6 +35,9 @@ class Checkpoints:
     """How many of the newest checkpoints are kept"""
     keep_every: int = 0
     """Steps that are multiples of this are saved and kept forever; 0 for none"""
+    keep_steps: tuple[int, ...] = ()
+    """Further steps that are saved and kept forever. A run whose learning rate falls from a plateau (WSD) adds the last
+    step before, from which `--extend` goes on"""
     best: str = ""
     """Name of a metric to minimise (`validation/loss`): the step with its least value is saved and kept as well; empty
     for none"""
@@ -45,12 +48,13 @@ class Checkpoints:
                 raise UserError(f"checkpoints.{name} is {getattr(self, name)}; expected at least {least}")
 
     def due(self, step: int) -> bool:
-        """Whether `step` is to be saved because of its number alone, `every` or `keep_every`."""
-        return any(n > 0 and step % n == 0 for n in (self.every, self.keep_every))
+        """Whether `step` is to be saved because of its number alone, `every`, `keep_every` or `keep_steps`."""
+        return step in self.keep_steps or any(n > 0 and step % n == 0 for n in (self.every, self.keep_every))
 
     def kept(self, saved: Sequence[int], score: Callable[[int], float]) -> set[int]:
         """Which of the saved steps (oldest first) to keep. `score`: `best` of a step; infinite if unknown."""
-        kept = {*saved[-self.keep_last :], *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
+        kept = {*saved[-self.keep_last :], *(step for step in saved if step in self.keep_steps)}
+        kept |= {step for step in saved if self.keep_every and step % self.keep_every == 0}
         if self.best:
             scores = {step: score(step) for step in saved}
             kept |= {step for step, x in scores.items() if x == min(scores.values()) < math.inf}
@@ -60,10 +64,17 @@ class Checkpoints:
 class Checkpointer:
     """Saves and restores the checkpoints of one run. A context manager: inside it no other run can use the folder."""
 
-    def __init__(self, folder: Path, policy: Checkpoints, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: Path,
+        policy: Checkpoints,
+        say: Callable[[str], None] = print,
+        fence: Fence = OPEN,
+    ):
         self.folder = folder.absolute()
         self.policy = policy
         self.say = say
+        self.fence = fence
         self._saved = False  # since old checkpoints were last removed
 
     def __enter__(self) -> Checkpointer:
@@ -75,7 +86,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 stack.enter_context(lock(self.folder))
                 checkpoint_folder.remove_leftovers(self.folder)
-            self._writer = ocp.AsyncCheckpointer(Checksummed())
+            self._writer = ocp.AsyncCheckpointer(Checksummed(self.fence))
             self._held = stack.pop_all()
         return self
 
@@ -90,8 +101,10 @@ class Checkpointer:
 
         Raises:
             StorageError: this save, or the one before it, failed. Earlier checkpoints are intact.
+            Superseded: a later attempt has the run.
         """
         self.wait()
+        self.fence.check(now=True)
         if of_the_first(step in steps(self.folder)):
             return
         with storage(self.folder, f"save step {step}"):
@@ -128,6 +141,7 @@ class Checkpointer:
         with storage(self.folder, "save"):
             self._writer.wait_until_finished()
         if self._saved and jax.process_index() == 0:
+            self.fence.check(now=True)
             saved = steps(self.folder)
             kept = self.policy.kept(saved, lambda step: _score(self.folder, step, self.policy.best))
             with storage(self.folder, "remove an old checkpoint"):
@@ -147,6 +161,7 @@ class Checkpointer:
             StorageError: the checksums match, but the checkpoint is of another model or optimizer.
         """
         self.wait()
+        self.fence.check(now=True)
         step = self._newest_good()
         if step is None:
             return None

@@ -23,6 +23,7 @@ from etils import epath
 
 from slmjax.errors import StorageError
 from slmjax.train import manifest
+from slmjax.train.lock import OPEN, Fence
 from slmjax.types import Params, TrainState
 
 # Orbax also logs the errors that it raises, from each of its threads with a traceback: hundreds of lines before the one
@@ -51,9 +52,14 @@ class Checksummed(ocp.CompositeCheckpointHandler):
     Orbax calls `finalize` on the first process, after every process has written and before the rename.
     """
 
+    def __init__(self, fence: Fence = OPEN, **handlers: Any):
+        super().__init__(**handlers)
+        self._fence = fence
+
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         manifest.write(Path(directory))
+        self._fence.check(now=True)
 
 
 @ocp.args.register_with_handler(Checksummed, for_save=True, for_restore=True)

@@ -18,17 +18,22 @@ import numpy as np
 import xxhash
 
 from slmjax.errors import Diverged, Preempted
+from slmjax.lease import Superseded
+from slmjax.train.advance import Alone, Held, Measured, Steps
 from slmjax.train.checkpoint import Checkpointer, Checkpoints
 from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
 from slmjax.train.hooks import At, Hook, Silent, Tracker, silent
-from slmjax.train.lock import Locked
+from slmjax.train.lock import OPEN, Fence, Locked
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
-from slmjax.types import Batch, BatchStream, Frozen, Metrics, TrainState
+from slmjax.types import Batch, BatchStream, Frozen, TrainState
 
 CLOCK = ("step_seconds", "tokens_per_second", "mfu", "memory_bytes")
 """Metrics that depend on the machine; an interrupted and resumed run repeats all others bit for bit"""
+
+FASTER = 3
+"""Rows that exceed the peak before it is taken to be wrong: one alone may be a clock's error"""
 
 
 class Speed(NamedTuple):
@@ -47,7 +52,7 @@ class Pending(NamedTuple):
     batch: Batch
     position: dict[str, Any]
     """Position of the data stream after this batch"""
-    metrics: Metrics
+    metrics: Measured
     agreed: Any
     """Sums over all processes, see `consensus`"""
     done: float | None
@@ -77,36 +82,76 @@ def train(
     speed: Speed | None = None,
     log_every: int = 1,
     say: Callable[[str], None] = print,
+    fence: Fence = OPEN,
 ) -> TrainState:
     """Trains to `steps`, from the newest good checkpoint in `workdir/checkpoints` if there is one.
 
     A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` (if the
     data have epochs), `batch` (a hash of the batch over all processes), `step_seconds`, `tokens_per_second`, `mfu`
-    (given `speed`) and `memory_bytes`. None of them counts time spent in hooks and saves.
+    (given `speed`, and where that is at most 1) and `memory_bytes`. None of them counts time spent in hooks
+    and saves.
 
     Args:
         guard: the one that `program` was made with; its `then` decides what follows a bad step.
         frozen: `Objective.frozen`, on the mesh.
+        fence: asked before everything that is written to `workdir`, and before each row.
 
     Raises:
         Locked: another run holds the checkpoint folder; `tracker.finish` is not called.
+        Superseded: a later attempt has the run; nothing is written any more, so `tracker.finish` is not called.
         Preempted: SIGTERM, SIGUSR1 or (`signals.Interrupted`) Ctrl-C; the state is saved.
         Diverged: the guard stopped the run; the bad batches are in `workdir/evidence`.
         StorageError: a checkpoint cannot be written or read.
+    """
+    alone = Alone(program, frozen)
+    with Signals() as signals:
+        return alone(
+            training(
+                program, alone, signals, data=data, steps=steps, workdir=workdir, tracker=tracker, guard=guard,
+                checkpoints=checkpoints, hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say,
+                fence=fence,
+            )
+        )  # fmt: skip
+
+
+def training(
+    program: Program,
+    held: Held,
+    signals: Signals,
+    *,
+    data: BatchStream,
+    steps: int,
+    workdir: Path,
+    tracker: Tracker,
+    guard: Guard,
+    checkpoints: Checkpoints,
+    hooks: Sequence[Hook] = (),
+    frozen: Frozen = (),
+    speed: Speed | None = None,
+    log_every: int = 1,
+    say: Callable[[str], None] = print,
+    fence: Fence = OPEN,
+) -> Steps:
+    """`train` as a generator: whoever drives it computes its steps.
+
+    Args:
+        held: where the driver keeps the run's state.
+        signals: of the process.
     """
     first = jax.process_index() == 0
     tracker, say = (tracker, say) if first else (Silent(), silent)
     status = "failed"
     try:
-        with Signals() as signals, Checkpointer(workdir / "checkpoints", checkpoints, say) as saved:
+        with Checkpointer(workdir / "checkpoints", checkpoints, say, fence) as saved:
             run = _Run(
                 program=program, data=data, steps=steps, workdir=workdir, tracker=tracker, guard=guard, saved=saved,
-                hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say, signals=signals,
+                hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say, signals=signals, held=held,
+                fence=fence,
             )  # fmt: skip
-            state = run()
+            state = yield from run.advancing()
         status = "complete"
         return state
-    except Locked:
+    except (Locked, Superseded):
         status = ""
         raise
     except Diverged:
@@ -116,7 +161,7 @@ def train(
         status = "preempted"
         raise
     finally:
-        if status:
+        if status and fence.mine():
             tracker.finish(status)
 
 
@@ -137,22 +182,27 @@ class _Run:
     log_every: int
     say: Callable[[str], None]
     signals: Signals
+    held: Held
+    fence: Fence
     rollbacks: int = 0
     marked: tuple[float, int] = (0.0, 0)
     """Monotonic seconds and step from which the speed is measured"""
+    faster: int = 0
+    """Rows that were faster than `Speed.peak_flops`"""
     settled: float = 0.0
     """Monotonic seconds at which the latest step was seen to be complete"""
 
-    def __call__(self) -> TrainState:
-        state, step = self.restore()
+    def advancing(self) -> Steps:
+        step = self.restore()
         policy, consensus = self.saved.policy, make_consensus(self.program.mesh)
         last_save = time.monotonic()
         pending: Pending | None = None
         while step < self.steps:
             batch = next(self.data)
-            state, metrics = self.program.step(state, self.frozen, self.program.put(batch))
+            metrics = yield batch
+            assert metrics is not None, "whoever computes the step answers with its metrics"
             step += 1
-            at_once = metrics["loss"].is_ready() and (pending is None or pending.done is not None)
+            at_once = metrics.is_ready() and (pending is None or pending.done is not None)
             done = time.monotonic() if at_once else None
             overdue = 0 < policy.seconds <= time.monotonic() - last_save
             rows = batch_hash(batch, jax.process_index() * len(batch.tokens))
@@ -163,7 +213,7 @@ class _Run:
             if previous is not None:  # while the device computes this step, read the one before
                 settled = self.settle(previous)
                 if settled.then is Then.ROLL_BACK:
-                    (state, step), pending = self.roll_back(previous), None
+                    step, pending = self.roll_back(previous), None
                     continue
                 stop, save = settled.stop, settled.save
                 self.log(previous.step, settled.metrics)
@@ -175,9 +225,11 @@ class _Run:
 
             settled = self.settle(pending)
             if settled.then is Then.ROLL_BACK:
-                (state, step), pending = self.roll_back(pending), None
+                step, pending = self.roll_back(pending), None
                 continue
+            state = self.held.get()
             row = settled.metrics
+            self.fence.check()
             for hook in due:
                 row |= hook(At(step, state, self.program, self.frozen, self.workdir, self.say))
             if step == self.steps and policy.best and policy.best not in row:
@@ -190,17 +242,19 @@ class _Run:
                 extra = {"data": pending.position, "tracker": self.tracker.state(), "rollbacks": self.rollbacks}
                 self.saved.save(step, state, extra, row)
                 last_save = time.monotonic()
+            del state  # it may be a copy
             if (stop or settled.stop) and step < self.steps:
                 self.saved.wait()
                 raise self.signals.error(step)
             pending = None
             self.marked = (time.monotonic(), step)
         self.saved.wait()
+        self.fence.check(now=True)
         self.tracker.artifact(self.saved.folder / str(step), "checkpoint", {"step": step})
-        return state
+        return self.held.get()
 
-    def restore(self) -> tuple[TrainState, int]:
-        """(state, step) of the newest good checkpoint, or of step 0 if there is none."""
+    def restore(self) -> int:
+        """Sets the state of the newest good checkpoint, or of step 0 if there is none. Returns its step."""
         restored = self.saved.restore(self.program.abstract)
         step = restored.step if restored else 0
         if restored:
@@ -209,16 +263,17 @@ class _Run:
             self.say(f"resumed after step {step} of {self.steps}")
         self.tracker.resume(step)
         self.marked = (time.monotonic(), step)
-        return restored.state if restored else self.program.init(), step
+        self.held.set(restored.state if restored else self.program.init())
+        return step
 
-    def roll_back(self, bad: Pending) -> tuple[TrainState, int]:
-        """(state, step) of the newest good checkpoint; the data go on after the bad batch."""
+    def roll_back(self, bad: Pending) -> int:
+        """Sets the state of the newest good checkpoint; the data go on after the bad batch. Returns its step."""
         rollbacks = self.rollbacks + 1
-        state, step = self.restore()
+        step = self.restore()
         self.rollbacks = rollbacks
         self.data.restore(bad.position)
         self.say(f"rolled back to step {step}; the data up to the batch of step {bad.step} are skipped")
-        return state, step
+        return step
 
     def settle(self, pending: Pending) -> Settled:
         """Waits for a step, reads its metrics, and lets the guard decide what follows if it was bad.
@@ -227,7 +282,7 @@ class _Run:
             Diverged: the guard stops the run.
             StorageError: a save in the background has failed.
         """
-        row = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
+        row = pending.metrics.read()
         self.settled = pending.done or time.monotonic()
         seconds = (self.settled - self.marked[0]) / (pending.step - self.marked[1])
         self.saved.check()
@@ -255,17 +310,29 @@ class _Run:
         out["step_seconds"] = seconds
         out["tokens_per_second"] = per_step / seconds
         if self.speed is not None:
-            out["mfu"] = per_step / seconds * self.speed.flops_per_token / self.speed.peak_flops
+            mfu = per_step / seconds * self.speed.flops_per_token / self.speed.peak_flops
+            if mfu <= 1:
+                out["mfu"] = mfu
+            else:
+                self.faster += 1
+                if self.faster == FASTER:
+                    self.speed = None
+                    self.say(
+                        f"{FASTER} steps were faster than the ceiling that was measured for matrix products (step "
+                        f"{pending.step}: {mfu:.0%} of it), so that figure is wrong: MFU is not shown"
+                    )
         out["memory_bytes"] = memory_bytes()
         return {name: float(x) for name, x in out.items()}
 
     def log(self, step: int, row: dict[str, float], always: bool = False) -> None:
         if always or step % self.log_every == 0 or step == self.steps:
+            self.fence.check()
             self.tracker.log(step, row)
             self.marked = (self.settled, step)
 
     def keep_evidence(self, pending: Pending, row: Mapping[str, float]) -> Path:
         """Writes batch and metrics of a bad step to evidence/step-<n>, with -retry-<k> after k rollbacks."""
+        self.fence.check()
         retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
         at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
         at.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,14 @@ def init_state(
     )
 
 
+def seeded_state(
+    init: Callable[[Key], Params], optimizer: Optimizer, view: ParamView, guard: Guard, seed: Any
+) -> TrainState:
+    """The state of step 0 of a run with this seed, a number or an array []."""
+    root = jax.random.key(seed)
+    return init_state(init, optimizer, view, guard, jax.random.fold_in(root, 0), jax.random.fold_in(root, 3))
+
+
 def evaluation_params(state: TrainState, optimizer: Optimizer, view: ParamView) -> Params:
     """The effective parameters of evaluation, sampling and export: those that the optimizer gives for evaluation
     (schedule-free averages), transformed by the view's `evaluate` (EMA, quantization)."""
@@ -79,10 +87,9 @@ def states(
         optimizer: built for the trained parameters (`stored.optimized`).
         seed: parameters are drawn from `fold_in(key(seed), 0)`, those of the view from `fold_in(key(seed), 3)`.
     """
-    root = jax.random.key(seed)
 
     def begin(init: Callable[[Key], Params]) -> TrainState:
-        return init_state(init, optimizer, view, guard, jax.random.fold_in(root, 0), jax.random.fold_in(root, 3))
+        return seeded_state(init, optimizer, view, guard, seed)
 
     shapes = jax.eval_shape(lambda: begin(init))
     params = layout.shardings(shapes.params, stored.join(axes, view.axes), mesh)

@@ -151,6 +151,12 @@ def make_evaluate(
     return evaluate_step
 
 
+def step_keys(seed: Any) -> tuple[Key, Key]:
+    """The keys of a run's training steps and of its evaluations. `seed`: a number, or an array []."""
+    root = jax.random.key(seed)
+    return jax.random.fold_in(root, 1), jax.random.fold_in(root, 2)
+
+
 def program(
     init: Callable[[Key], Params],
     axes: Any,
@@ -179,7 +185,7 @@ def program(
         schedule: step -> learning rate, for the metric `lr` alone: the optimizer has its own.
     """
     built = states(init, axes, optimizer, view, mesh=mesh, layout=layout, seed=seed, guard=guard)
-    steps, evals = (jax.random.fold_in(jax.random.key(seed), i) for i in (1, 2))
+    steps, evals = step_keys(seed)
     everywhere = NamedSharding(mesh, P())
     gather = layout.gather(stored.parts(built.abstract.params)[0], axes, mesh)
     ways = layout.ways(mesh.shape)

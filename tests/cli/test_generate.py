@@ -57,11 +57,13 @@ def test_mistakes_are_named(tiny_run, tmp_path):
         ((tiny_run, "--prompt", "\udcff"), "is not UTF-8 text"),
         ((tiny_run, "--prompt-file", tmp_path / "latin1"), "cannot be read as text"),
         ((tiny_run, "--prompt", "x", "--stop", "\udcff"), "is not UTF-8 text"),
+        ((tiny_run, "--prompt", "x", "--stop", ""), "stop string '' is empty"),
     ):
         done = slmjax("generate", *argv)
         assert done.code == 2
         assert message in done.err
         assert done.err.count("\n") == 1
+        assert done.out == "", "a prompt is printed once nothing can be refused"
 
 
 @pytest.mark.fast

@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_each_verb_has_help_with_an_example(verb):
-    sub = {"data": ["data", "build"], "verify": ["verify", "resume"]}.get(verb, [verb])
+    sub = {"data": ["data", "build"], "verify": ["verify", "resume"], "sweep": ["sweep", "plan"]}.get(verb, [verb])
     out = slmjax(*sub, "--help")
     assert out.returncode == 0, out.stderr
     assert f"slmjax {' '.join(sub)} " in out.stdout.replace("\n", " ")

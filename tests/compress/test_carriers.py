@@ -6,6 +6,7 @@ import pytest
 from running import slmjax
 
 from slmjax.compress.quant.blocks import PerGroup
+from slmjax.compress.quant.float4 import MXFP4, NVFP4
 from slmjax.compress.quant.learned import LSQ, SEQ, Balanced, Binary
 from slmjax.compress.quant.uniform import Asymmetric, BitNet, Symmetric
 from slmjax.compress.quant.view import Quantize, Rule, quantizes
@@ -36,6 +37,8 @@ def base(tiny):
         (Asymmetric(bits=4), "int5", "Q4_K"),
         (LSQ(bits=4, granularity=PerGroup(size=32)), "int4", "Q4_0"),
         (LSQ(bits=2, granularity=PerGroup(size=64)), "int2", "Q2_0"),
+        (MXFP4(), "MXFP4", "MXFP4"),
+        (NVFP4(), "NVFP4", "NVFP4"),
     ],
     ids=str,
 )
@@ -45,9 +48,10 @@ def test_the_carriers_of_the_specification(base, quantizer, hf, gguf):
     assert {fit.hf.name for fit in found} == {hf}
     assert {fit.gguf.name for fit in found} == {gguf}
     known = {"Q1_0": 1.125, "TQ1_0": 1.6875, "TQ2_0": 2.0625, "Q2_0": 2.25, "Q2_K": 2.625, "Q3_K": 3.4375, "Q4_0": 4.5,
-             "Q4_K": 4.5, "Q8_0": 8.5}  # fmt: skip
+             "Q4_K": 4.5, "Q8_0": 8.5, "MXFP4": 4.25, "NVFP4": 4.5}  # fmt: skip
     assert all(fit.gguf.bits == known[gguf] for fit in found)
-    assert all(int(hf[3:]) < fit.hf.bits < int(hf[3:]) + 1.2 for fit in found)
+    least = known[hf] if hf in known else int(hf[3:])
+    assert all(least <= fit.hf.bits < least + 1.2 for fit in found)
 
 
 def test_one_format_is_enough(base):

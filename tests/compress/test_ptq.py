@@ -1,5 +1,6 @@
 """Post-training quantization against small references, and its verb on a trained model."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -13,17 +14,24 @@ from hypothesis import strategies as st
 from running import slmjax
 
 from slmjax import tree
-from slmjax.compress.ptq.gptq import gptq
+from slmjax.compress.ptq.gptq import factor, gptq
 from slmjax.compress.ptq.rtn import least_error, nearest, usual
+from slmjax.compress.quant.activations import RoundedInputs
+from slmjax.compress.quant.bits import pack_bits, unpack_bits
 from slmjax.compress.quant.blocks import Blocks, PerChannel, PerGroup
 from slmjax.compress.quant.grids import decoded
 from slmjax.compress.quant.learned import Balanced
 from slmjax.compress.quant.uniform import Asymmetric, Symmetric
+from slmjax.data.build import build
+from slmjax.data.recipe import Recipe
+from slmjax.data.sources import JSONL
+from slmjax.data.tokenizer import Bytes, File
+from slmjax.errors import UserError
 from slmjax.models.families.llama import llama
 from slmjax.nn.compute import Compute
-from slmjax.runs.calibrating import grams
+from slmjax.nn.numerics import Numerics
+from slmjax.runs.calibrating import grams, with_static_scales
 from slmjax.runs.loading import load
-from slmjax.runs.packed_folder import pack_bits, unpack_bits
 from slmjax.types import Batch
 
 RNG = np.random.default_rng
@@ -62,6 +70,26 @@ def test_gptq_is_optimal_brain_quantization(columns):
     same = np.mean(steps * codes == np.asarray(wanted, np.float32))
     assert same > 0.99  # float32 values meet a float64 reference: a near tie may fall to either side
     np.testing.assert_allclose(steps * codes, wanted, atol=float(steps.max()) * 1.01)
+
+
+def test_scales_of_groups_that_straddle_blocks():
+    """Against a loop over columns in float64: a scale is that of its group as it is when its first column is reached,
+    with the errors of this block of 128 columns in the columns of this block only."""
+    x, w = inputs(width=192), RNG(3).normal(size=(8, 192)) * 0.1
+    codes, steps, _ = gptq(Symmetric(bits=3, scale_type="float32"), w, x.T @ x, 48, usual)
+    upper, scales = factor(x.T @ x)[0], []
+    for first in (0, 128):
+        last, errors = min(first + 128, 192), []
+        for i in range(first, last):
+            if i % 48 == 0:
+                scales.append(np.abs(w[:, i : i + 48]).max(axis=1) / 3)
+            value = scales[-1] * np.clip(np.round(w[:, i] / scales[-1]), -4, 3)
+            errors.append((w[:, i] - value) / upper[i, i])
+            w[:, i:last] -= errors[-1][:, None] * upper[i, i:last]
+            w[:, i] = value
+        w[:, last:] -= np.stack(errors, axis=1) @ upper[first:last, last:]
+    np.testing.assert_allclose(steps, np.stack(scales, axis=1), rtol=1e-5)
+    assert np.mean(np.isclose(np.repeat(steps, 48, axis=1) * codes, w, rtol=1e-5)) > 0.99
 
 
 @pytest.mark.fast
@@ -134,6 +162,53 @@ def test_gram_matrices_are_those_of_each_layers_inputs():
     assert found.of("layers/attn/o").shape == (3, 16, 16)
 
 
+@pytest.mark.fast
+def test_fixed_scales_of_activations_are_those_of_the_largest_inputs():
+    """Against the residual stream, and the rounded products against NumPy."""
+    model = llama(layers=2, width=16, heads=2, kv_heads=1, hidden=24, vocab=32, context=8, tied=True)
+    built = model.build(Compute())
+    params = built.init(jax.random.key(1))
+    tokens = RNG(1).integers(0, 32, (3, 8), dtype=np.int32)
+    ones = np.ones((3, 8), np.int32)
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), ones.shape).copy()
+    segments = ones.copy()
+    segments[2, 5:] = 0
+    batches = [Batch(tokens, tokens, ones.astype(np.float32), positions, segments)] * 2
+    asked = Numerics(product=RoundedInputs(bits=8, patterns=("layers/attn/*", "embed/table")))
+    found = with_static_scales(model, params, batches, asked)
+    assert found == replace(asked, product=replace(asked.product, scale=found.product.scale))
+    largest = dict(found.product.scale.largest)
+    assert set(largest) == {"embed/table", *(f"layers/attn/{name}" for name in "qkvo")}
+    rows = [jnp.asarray(x[:2]) for x in (tokens, positions, ones)]
+    flat = tree.flatten(params)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    def computed(numerics):
+        run = model.build(Compute(), numerics)
+        out = run.apply(params, *rows, collect=True)
+        return out, run.unembed(params, out.hidden)
+
+    (out, plain), (rounded_out, rounded) = computed(Numerics()), computed(found)
+    normed = [
+        x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5) * np.asarray(flat["layers/attn_norm/scale"][i])
+        for i, x in enumerate(np.asarray(out.blocks[:-1], np.float64))
+    ]
+    np.testing.assert_allclose(largest["layers/attn/q"], np.abs(normed).max(), rtol=1e-5)
+    np.testing.assert_allclose(largest["embed/table"], np.abs(out.hidden).max(), rtol=1e-5)
+    step = largest["embed/table"] / 127
+    hidden = np.clip(np.round(np.asarray(rounded_out.hidden) / step), -128, 127) * step
+    np.testing.assert_allclose(rounded, hidden @ np.asarray(flat["embed/table"]).T, atol=1e-5)
+    assert 0 < np.abs(rounded - plain).max() < 0.05 * np.abs(plain).max()
+    for wrong, message in (
+        (Numerics(), "numerics.product is Product"),
+        (Numerics(product=RoundedInputs(patterns=("layers/ssm/*",))), "match no product"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_static_scales(model, params, batches, wrong)
+    with pytest.raises(UserError, match="every row of the calibration data has padding"):
+        with_static_scales(model, params, [jax.tree.map(lambda x: x[2:], batches[0])], asked)
+
+
 @pytest.fixture(scope="module")
 def quantized(tiny_run, tmp_path_factory):
     def make(*options):
@@ -169,31 +244,65 @@ def test_the_verb_writes_codes_that_every_verb_reads(quantized, tiny_run):
         assert slmjax(*verb).code == 0
 
 
-def test_methods_and_grids(quantized, tiny_run):
+def test_methods_and_grids(quantized):
+    lost = {}
     for options in (
-        ["--method", "rtn", "--bits", 3],
+        ["--method", "rtn", "--bits", 2, "--group", 16],
+        ["--method", "awq", "--bits", 2, "--group", 16],
         ["--method", "rtn-mse", "--bits", 2, "--grid", "balanced"],
         ["--bits", 3, "--grid", "asymmetric"],
+        ["--method", "rtn", "--bits", 4, "--grid", "mxfp4"],
+        ["--method", "rtn", "--bits", 4, "--grid", "nvfp4"],
     ):
-        out, _ = quantized(*options)
+        out, said = quantized(*options)
+        if options[-1] in ("mxfp4", "nvfp4"):  # 4 and 8 / 32; 4, 8 / 16 and 32 for each of 7 parameters
+            assert f"rounded to {'4.25' if options[-1] == 'mxfp4' else '4.51'} bits each" in said
         config = json.loads((out / "config.json").read_text())
         assert config["quantized"]["bits"] == options[options.index("--bits") + 1]
         assert load(out).packed
+        lost[tuple(options)] = float(said.split(" after: ")[1].split()[0])
+    nearest, scaled = list(lost.values())[:2]
+    assert scaled < nearest - 5e-4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", 9], "bits is 9"),
+        (["--bits", 9], "--bits is 9; expected 2 to 8"),
+        (["--embeddings", 1], "--embeddings is 1; expected 2 to 8"),
         (["--bits", 4, "--grid", "balanced"], "--grid balanced has 2 bits"),
+        (["--grid", "nvfp4", "--group", 16], "--grid nvfp4 has 4 bits and groups of its own, but --group is 16"),
+        (["--group", 0], "--group is 0"),
         (["--group", 7], "which does not divide"),
+        (["--batches", 0], "--batches is 0"),
+        (["--length", 0], "--length is 0"),
+        (["--length", 65], "longer than the model's context 64"),
     ],
 )
 def test_mistakes(tiny_run, tmp_path, options, message):
     done = slmjax("quantize", tiny_run, "--out", tmp_path / "out", *options)
     assert done.code == 2
+    assert done.err.count("\n") == 1
     assert message in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_data_that_do_not_fit(tiny, tiny_run, tmp_path):
+    """Too little text for one sequence, and text of another tokenizer (a mistake in data: exit code 4)."""
+    text = JSONL(name="short", path=str(tmp_path / "short.jsonl"), licence="x")
+    (tmp_path / "short.jsonl").write_text(
+        "".join(f'{{"text": "{words}"}}\n' for words in ("Call me Ishmael.", "Loomings."))
+    )
+    for tokenizer, code, message in (
+        (File(path=str(tiny_run)), 2, "every row of the calibration data has padding; give --length"),
+        (Bytes(), 4, "was written by another tokenizer"),
+    ):
+        store = tmp_path / type(tokenizer).__name__
+        build(Recipe(name="short", sources=(text,), tokenizer=tokenizer, validation=0.5), store, workers=1)
+        done = slmjax("quantize", tiny_run, "--out", tmp_path / "out", "--data", store, "--batches", 1)
+        assert done.code == code
+        assert message in done.err
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized, tmp_path):

@@ -26,6 +26,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 7e2, "factor": 2.5}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 1.9], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 PHI3 = {**SIZES, **EPS, "original_max_position_embeddings": 16, "sliding_window": 11}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {
     **SIZES, **EPS, "head_dim": 12, "query_pre_attn_scalar": 24, "sliding_window": 9, "num_hidden_layers": 4,
     "final_logit_softcapping": 9.0, "attention_bias": True,
@@ -40,6 +41,7 @@ DECODERS = {
     "llama, linear": {"model_type": "llama", **SIZES, "rope_parameters": LINEAR, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **SIZES, **EPS, "rope_theta": 3e3, "sliding_window": 7, "head_dim": 12},
     "qwen2": {"model_type": "qwen2", **SIZES, **EPS, "rope_theta": 2e6, **WINDOWS},
+    "qwen2, yarn": {"model_type": "qwen2", **SIZES, **EPS, "rope_scaling": {"type": "yarn", **YARN}},
     "qwen3": {"model_type": "qwen3", **SIZES, **EPS, "rope_theta": 2e6, "head_dim": 12, **WINDOWS},
     "olmo2": {"model_type": "olmo2", **SIZES, **EPS, "rope_theta": 3e3},
     "smollm3": {"model_type": "smollm3", **SIZES, **EPS, "rope_theta": 3e3, "no_rope_layers": [1, 0, 1]},
@@ -49,9 +51,14 @@ DECODERS = {
              "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
     "gpt_neox": {**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 700, "use_parallel_residual": False},
     "gpt_neox, all of each head": {**NEOX, "rotary_pct": 1.0, "rotary_emb_base": 5e4},
+    "gpt_neox, yarn": {**NEOX, "rope_parameters": {
+        "rope_type": "yarn", **YARN, "rope_theta": 3e3, "partial_rotary_factor": 0.75, "beta_fast": 6.0,
+        "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5}},
     "gpt_neox, linear": {**NEOX, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.75}},
     "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64,
              "n_inner": 56, "activation_function": "gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    "gpt2, scores by layer": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 2,
+                              "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
     "bloom": {"model_type": "bloom", "vocab_size": 97, "hidden_size": 24, "n_layer": 2, "n_head": 3,
               "layer_norm_epsilon": 1e-3},
     "opt": {"model_type": "opt", "vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2,

@@ -62,7 +62,7 @@ def test_export_passes_the_gate_with_stock_transformers(tmp_path, reference, dec
         reference_python=reference.python,
         shard_bytes=40_000,
     )
-    assert [check.passed for check in made.checks] == [True] * 6
+    assert [check.passed for check in made.checks] == [True] * 7
     record = json.loads((out / MARK).read_text())
     assert [check["name"] for check in record["checks"]] == [check.name for check in made.checks]
     assert all(check["passed"] for check in record["checks"])

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from slmjax.compress.quant.blocks import PerGroup, PerTensor
 from slmjax.compress.quant.grids import Nearest
+from slmjax.compress.quant.into_memory import with_codes
 from slmjax.compress.quant.learned import LSQ, SEQ, Balanced, Binary
 from slmjax.compress.quant.uniform import Asymmetric, BitNet, Symmetric
 from slmjax.compress.quant.view import Quantize, Rule
@@ -290,7 +291,7 @@ def test_sixteen_bits_round_the_other_weights_and_no_quantized_one(tmp_path, dty
 def test_the_codes_of_a_loaded_model_are_exported(tmp_path):
     """What `slmjax export` does with a run."""
     params, packed = quantized(LLAMA, every(Balanced()))
-    loaded = Loaded(decoder=LLAMA, params=params, packed=packed, tokenizer_path=None, source=tmp_path, config={})
+    loaded = Loaded(decoder=LLAMA, weights=with_codes(params, packed), tokenizer_path=None, source=tmp_path, config={})
     write(Export(out=tmp_path / "hf"), loaded)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import zipfile
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_hugging_face_export_passes_the_gate_and_keeps_the_template(imported, pa
     done = slmjax("export", imported, "--out", tmp_path / "hf", "--reference-python", reference.python)
     assert done.code == 0, done.err
     assert "FAIL" not in done.out
-    assert done.out.count("  ok ") == 6
+    assert done.out.count("  ok ") == 7
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == GGUF(packed).metadata["tokenizer.chat_template"]
     conversation = [{"role": "user", "content": QUESTION}]
     _, (ids,) = reference.chat(tmp_path / "hf", [conversation], True)
@@ -115,8 +116,10 @@ def test_gguf_export_runs_in_stock_llama_cpp_with_the_same_greedy_text(imported,
         "export", imported, "--format", "gguf", "--out", out, "--dtype", dtype, "--reference-python", reference.python
     )
     assert done.code == 0, done.err
-    assert done.out.count("  ok ") == (4 if dtype == "float32" else 3)
-    assert "48 of 48 greedy tokens identical" in done.out
+    assert done.out.count("  ok ") >= 5  # tensors; and tokens, KL, loss and tokenizer in llama.cpp
+    # llama.cpp rounds activations to 8 bits, so the processor decides near ties; the gate lets only those differ
+    (same,) = re.findall(r"(\d+) of 48 greedy tokens identical", done.out)
+    assert int(same) >= 46
     assert "tokenizer  identical" in done.out
     written = GGUF(out)
     assert written.metadata["general.license"] == "apache-2.0"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from slmjax.data.dedup import Dedup
 from slmjax.data.recipe import Recipe, load_recipe
 from slmjax.data.sources import JSONL, Source
 from slmjax.data.token_store import CHUNK, TokenStore
-from slmjax.data.tokenizer import BPE, File, TokenizerSpec
+from slmjax.data.tokenizer import BPE, File, Tokenizer, TokenizerSpec
 from slmjax.errors import DataError, UserError
 
 RECIPE_FILE = """
@@ -259,6 +260,18 @@ def test_another_tokenizer_file_is_another_build(tmp_path):
         build(recipe, tmp_path / "out", workers=1)
     again = open_source(recipe, tmp_path / "cache")
     assert (cached.vocab, again.vocab) == (small.vocab, large.vocab)
+
+
+def test_documents_begin_as_the_tokenizer_file_says(tmp_path):
+    """A chat tokenizer names a BOS for its template and adds none to text."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", sentences(40))
+    BPE(vocab=270).make(sentences(40), tmp_path).save(tmp_path / "given")
+    file = tmp_path / "given" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": False, "chat_template": "x"}))
+    store = build(recipe_of(corpus, tokenizer=File(path=str(tmp_path / "given"))), tmp_path / "out", workers=1)
+    given = Tokenizer.load(tmp_path / "given")
+    assert given.bos_id is None
+    assert store.tokenizer().fingerprint == given.fingerprint
 
 
 def test_a_missing_tokenizer_is_found_before_the_work(tmp_path):

@@ -36,7 +36,7 @@ def built(tmp_path, capsys, monkeypatch):
 
 def test_build_reports_and_says_what_to_type_next(built):
     out, shown = built
-    assert "80 of 81 documents" in shown.out
+    assert "80 of 81 documents: 1 exact duplicate; " in shown.out
     assert f"slmjax data show {out}" in shown.out
     assert f'Part(source="{out}")' in shown.out
     assert "tokenising: 1 of 1" in shown.err
@@ -90,3 +90,26 @@ def test_bars_on_a_terminal(monkeypatch, capsys):
         progress("tokenising", 1, None)
         progress("tokenising", 2, 2)
     assert "tokenising" in capsys.readouterr().err
+
+
+def test_the_shortest_source_and_what_its_build_says(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n***\n".join(sentences(9)) + "\n***\n \x00")
+    (tmp_path / "recipe.py").write_text(
+        "from slmjax.data.recipe import Recipe\nfrom slmjax.data.sources import Text\n"
+        "from slmjax.data.tokenizer import Bytes\n\n\ndef recipe():\n"
+        '    return Recipe(name="mine", sources=(Text(path="a.txt"),), tokenizer=Bytes())\n'
+    )
+    for separator, words in (
+        ('"a.txt"', "1 of 1 documents; "),
+        ('"a.txt", separator="\\r\\n***\\r\\n"', "9 of 10 documents: 1 empty; "),
+    ):
+        recipe = tmp_path / "recipe.py"
+        recipe.write_text(recipe.read_text().replace('"a.txt"', separator))
+        out = tmp_path / str(len(separator))
+        assert main(["build", str(recipe), "--out", str(out), "--workers", "1"]) == 0
+        said = capsys.readouterr().out
+        assert words in said
+        assert ("does not occur in the file: each file is one document" in said) == ("1 of 1" in said)
+        assert "a.txt: its licence is unknown; set licence=" in said
+    assert main(["show", str(out), "--samples", "0"]) == 0
+    assert "licence is unknown" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from slmjax.data.cleaning import Clean
+from slmjax.data.records import Report, lines
 from slmjax.data.sources import JSONL, Folder, Hub, Parquet, Text
 from slmjax.errors import DataError
 
@@ -94,7 +95,7 @@ def test_text_with_windows_line_ends_across_reads(tmp_path, monkeypatch):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.txt: not UTF-8"):
+    with pytest.raises(DataError, match=r"a.txt:1: not UTF-8"):
         list(Text(path="a.txt", licence="x").documents(tmp_path))
 
 
@@ -148,3 +149,55 @@ def test_cleaning():
     assert Clean(max_chars=3)("four") == ("", "too long")
     assert Clean(whitespace=False)(" a \n\n\n b") == (" a \n\n\n b", None)
     assert Clean(normalize=False)("a\u0301") == ("a\u0301", None)
+
+
+@pytest.mark.parametrize("read", [1, 2, 3, 5, 1 << 20])
+@pytest.mark.parametrize("separator", ["\r\n---\r\n", "\n---\n", "\n\n", "-", "é\n"])
+def test_line_ends_are_alike_in_text_and_separator_wherever_a_read_ends(tmp_path, monkeypatch, read, separator):
+    """The documents are those of the whole text, split at once."""
+    monkeypatch.setattr("slmjax.data.reading.READ_BYTES", read)
+    raw = "café\r\n---\r\nb\rc\r\r\n\r\n--\n---\nd -é\r\n---\r\n---\r\n \r\n---\r\ne\r"
+    (tmp_path / "a.txt").write_bytes(raw.encode())
+    wanted = [t for t in raw.replace("\r\n", "\n").split(separator.replace("\r\n", "\n")) if t.strip()]
+    assert list(Text(path="a.txt", separator=separator).documents(tmp_path)) == wanted
+
+
+def test_a_separator_that_never_occurs_is_said(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("one\n---\ntwo")
+    report = Report()
+    source = Text(path="*.txt", separator="\n***\n", licence="x")
+    assert len(list(source.documents(tmp_path, report))) == 2
+    (said,) = lines([{"name": "mine", "licence": "x", **report.json()}])
+    assert said == "mine: the separator '\\n***\\n' does not occur in any of 2 files: each file is one document"
+    report = Report()
+    assert len(list(Text(path="*.txt", separator="\n---\n").documents(tmp_path, report))) == 4
+    assert report.json() == {}
+
+
+def test_bad_records_are_named_ten_at_a_time_or_left_out(tmp_path):
+    rows = ['{"text": "good"}' if i % 3 else '{"txt": "x"}' for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"text": "a", "text": "b"}', "{"]))
+    with pytest.raises(DataError) as strict:
+        list(JSONL(path="a.jsonl").documents(tmp_path))
+    assert [f"a.jsonl:{line}" in str(strict.value) for line in (1, 4, 28, 31)] == [True, True, True, False]
+    assert "on_error='skip'" in str(strict.value)
+    assert str(strict.value).count("has no field 'text'") == 1
+    report = Report()
+    assert list(JSONL(path="a.jsonl", on_error="skip").documents(tmp_path, report)) == ["good"] * 40 + ["b"]
+    bad, twice, licence = lines([{"name": "mine", "licence": "unknown", **report.json()}])
+    assert bad.startswith("mine: 21 bad records were left out: ")
+    assert bad.endswith("and 11 more")
+    assert "a.jsonl:61" in twice
+    assert "the key 'text' is twice in an object; the last one counts" in twice
+    assert "its licence is unknown" in licence
+    with pytest.raises(DataError, match=r"a.jsonl: 6 bad records, more than max_bad 5"):
+        list(JSONL(path="a.jsonl", on_error="skip", max_bad=5).documents(tmp_path))
+    assert list(JSONL(path="a.jsonl", on_error="skip", limit=3).documents(tmp_path)) == ["good"] * 3
+
+
+def test_text_that_is_not_utf8_is_left_out_by_document_and_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\n\ntwo\nzwei\xff\n\nthree".encode("latin-1"))
+    report = Report()
+    assert list(Text(path="a.txt", on_error="skip").documents(tmp_path, report)) == ["one", "three"]
+    assert [one.where for one in report.first] == [f"{tmp_path / 'a.txt'}:4"]

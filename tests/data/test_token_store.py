@@ -159,3 +159,18 @@ def test_arrays_travel_to_other_processes(store):
     array = store.tokens("train")
     assert (pickle.loads(pickle.dumps(array))[5:50] == array[5:50]).all()
     assert array[5:50].dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    "at",
+    [slice(None), slice(3), slice(-5, None), slice(2, 40, 7), slice(40, 2, -7), slice(None, None, -1), slice(9, 3)],
+    ids=str,
+)
+def test_an_array_is_indexed_like_numpy(store, at):
+    whole = np.asarray(store.tokens("train"))
+    assert len(whole) == store.count("train", "tokens")
+    np.testing.assert_array_equal(store.tokens("train")[at], whole[at])
+    assert store.tokens("train")[-2] == whole[-2]
+    np.testing.assert_array_equal(store.boundaries("train")[:5], next(store.offsets("train"))[:5])
+    with pytest.raises(IndexError):
+        store.tokens("train")[len(whole)]

@@ -20,7 +20,7 @@ from slmjax.types import Model, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(ObjectiveSpec):
+class MatchLogits(ObjectiveSpec):
     """T^2 * KL(teacher || student), nats a token. Hinton et al. 2015, arXiv:1503.02531."""
 
     teacher: str
@@ -47,4 +47,4 @@ class Distill(ObjectiveSpec):
 def experiment() -> Experiment:
     base, _ = load_experiment("experiments/pretrain/quickstart.py")
     student = llama(layers=2, width=128, heads=4, kv_heads=2, hidden=352, vocab=4096, context=256, tied=True)
-    return replace(base, name="student", model=student, objective=Distill(teacher="runs/teacher"))
+    return replace(base, name="student", model=student, objective=MatchLogits(teacher="runs/teacher"))

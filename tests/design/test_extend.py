@@ -56,7 +56,7 @@ def test_one_file_of_at_most_sixty_lines_that_slmjax_knows_nothing_of(file):
     text = file.read_text()
     assert len(text.splitlines()) <= 60
     assert f"```python\n{text}```" in (ROOT / "docs" / "extend.md").read_text(), "docs/extend.md is out of step"
-    own = "Int4Weights" if file is INT4 else "Distill("
+    own = "Int4Weights" if file is INT4 else "MatchLogits("
     assert own in text
     assert not [p for p in (ROOT / "slmjax").rglob("*.py") if own in p.read_text()]
 
@@ -176,7 +176,7 @@ def test_a_student_opens_when_its_teacher_is_gone(student, teacher):
 def test_a_student_that_equals_the_teacher_has_nothing_to_learn(teacher):
     experiment, _ = load_experiment(str(teacher / "config.json"))
     model = experiment.model.build()
-    objective = load_module(DISTILLED).Distill(teacher=str(teacher)).build(model)
+    objective = load_module(DISTILLED).MatchLogits(teacher=str(teacher)).build(model)
     params = jax.tree.map(jnp.asarray, objective.frozen)
     ones = jnp.ones((2, 16), jnp.int32)
     tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)

@@ -42,7 +42,7 @@ def tree(folder):
 def test_a_bad_field(tiny, tmp_path, arguments, words):
     done = slmjax("train", tiny.file, *runtime(tiny, tmp_path / "run"), *arguments)
     one_line(done, 2, *words)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_corpus(tiny, tmp_path):

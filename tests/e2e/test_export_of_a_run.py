@@ -20,7 +20,7 @@ def exported(tiny_run, tmp_path_factory, reference):
         "export", tiny_run, "--format", "hf", "--out", out, "--reference-python", reference.python, "--licence", "mit"
     )
     assert done.code == 0, done.err
-    assert done.out.count("  ok  ") == 6
+    assert done.out.count("  ok  ") == 7
     assert str(out) in done.out
     return out
 

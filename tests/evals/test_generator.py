@@ -86,7 +86,7 @@ def test_a_growing_cache_changes_nothing(generator, monkeypatch):
     monkeypatch.setattr(generate, "AHEAD", 16)
     monkeypatch.setattr(generate, "LEAST_CACHE", 32)
     lengths = []
-    key = (generate.GREEDY, generator._ends)
+    key = (generate.GREEDY, generator._ends, False)
     programs = generator._programs[key]
     monkeypatch.setitem(
         generator._programs,

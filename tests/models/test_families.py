@@ -17,8 +17,6 @@ from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import Learned, NoPosition
 from slmjax.nn.rope_scaling import Llama3Scaling
 
-pytestmark = pytest.mark.fast
-
 # Parameters of the files on the Hugging Face hub, a tied table counted once.
 PUBLISHED = {
     llama.smollm2_135m: 134_515_008,
@@ -198,7 +196,7 @@ def test_defaults_are_those_of_the_configuration_classes():
     ("family", "change", "names"),
     [
         (llama, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
-        (llama, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        (llama, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         (llama, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_theta = 100000 but"),
         (llama, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (llama, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
@@ -210,7 +208,7 @@ def test_defaults_are_those_of_the_configuration_classes():
         (llama, {"num_hidden_layers": "30"}, "num_hidden_layers = '30' is not int"),
         (llama, {"num_hidden_layers": True}, "num_hidden_layers = True is not int"),
         (llama, {"num_key_value_heads": 2}, "kv_heads: 2 does not divide"),
-        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": 2}, "scale_attn_by_inverse_layer_idx = 2 is not bool"),
         (gpt2, {"add_cross_attention": True}, "add_cross_attention = True"),
         (gpt2, {"activation_function": "swish2"}, "activation_function = 'swish2'"),
         (gpt2, {"alibi": True}, "alibi"),

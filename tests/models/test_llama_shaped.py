@@ -13,8 +13,6 @@ from slmjax.nn.initial import Normal
 from slmjax.nn.position import NoPosition, Rope
 from slmjax.nn.rope_scaling import LinearScaling
 
-pytestmark = pytest.mark.fast
-
 # Parameters of the files on the Hugging Face hub, a tied table counted once.
 PUBLISHED = {
     mistral.mistral_7b_v0_1: ("Mistral", 7_241_732_096),

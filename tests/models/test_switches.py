@@ -1,5 +1,6 @@
 """The switches with which one decoder covers every family: each against its formula, each way of computing the same."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny import VOCAB, batch, logits, parameters, tiny_gpt2, tiny_llama
+from models.tiny import LENGTH, VOCAB, batch, columns, logits, parameters, steps, tiny_gpt2, tiny_llama
 
 from slmjax.errors import UserError
 from slmjax.models.decoder import Block, Stage
@@ -102,52 +103,66 @@ def decoder(name):
 
 @pytest.fixture(scope="module")
 def made(decoder):
+    """The model, its parameters, and (params, batch) -> the gradient of a random sum of its logits, and they."""
     model = decoder.build()
-    return model, parameters(decoder, model, scale=0.5)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, VOCAB)), jnp.float32)
+
+    def score(params, b):
+        z = logits(model, params, b)
+        return jnp.sum(weights * z), z
+
+    return model, parameters(decoder, model, scale=0.5), jax.jit(jax.grad(score, has_aux=True))
 
 
-def test_it_moves_the_logits(name, decoder, made):
-    model, params = made
-    base = tiny_gpt2() if name == "learned from row 2" else BASE
-    plain = base.build()
-    of_base = logits(plain, parameters(base, plain, scale=0.5), batch())
-    assert jnp.abs(logits(model, params, batch()) - of_base).max() > 1e-3
+@functools.cache
+def logits_of(base):
+    model = base.build()
+    return logits(model, parameters(base, model, scale=0.5), batch())
 
 
-def test_every_parameter_matters_and_is_declared_once(decoder, made):
+def test_it_moves_the_logits_and_every_parameter_matters(name, decoder, made):
     """A parameter that nothing reads would have no gradient."""
-    model, params = made
+    _, params, computed = made
     assert set(flatten(params)) == set(decoder.paths())
-    b = batch(documents=2)
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(*b.tokens.shape, VOCAB)), jnp.float32)
-    gradient = jax.grad(lambda p: jnp.sum(weights * logits(model, p, b)))(params)
+    gradient, moved = computed(params, batch())
+    base = tiny_gpt2() if name == "learned from row 2" else BASE
+    assert jnp.abs(moved - logits_of(base)).max() > 1e-3
     assert all(jnp.abs(g).max() > 1e-6 for g in flatten(gradient).values())
 
 
 def test_prefill_and_decode_equal_the_full_forward(decoder, made):
     """A row padded on the left among them."""
-    model, params = made
-    length, pad = 20, jnp.asarray([0, 7])
+    model, params, computed = made
+    length, pad = LENGTH, jnp.asarray([0, 7])
     slots = jnp.arange(length)[None]
     real = slots >= pad[:, None]
     b = batch(rows=2, length=length)
     b = b._replace(positions=jnp.maximum(slots - pad[:, None], 0), segment_ids=real.astype(jnp.int32))
-    step = jax.jit(lambda c, *tokens: model.apply(params, *tokens, cache=c))
+    step = steps(model)
     # longrope turns all keys by the factors of the sequence so far, as transformers does: one prefill, no comparison
     # across the boundary.
-    starts = [(0, 18), (18, 19), (19, 20)]
+    starts = [(0, length - 2), (length - 2, length - 1), (length - 1, length)]
     cache, pieces = model.init_cache(2, length + 3), []
     for start, stop in starts:
-        out = step(cache, *(x[:, start:stop] for x in (b.tokens, b.positions, b.segment_ids)))
+        out, piece = step(params, cache, columns(b, start, stop))
         cache = out.cache
-        pieces.append(model.unembed(params, out.hidden))
-    full, cached = logits(model, params, b), jnp.concatenate(pieces, axis=1)
+        pieces.append(piece)
+    (_, full), cached = computed(params, b), jnp.concatenate(pieces, axis=1)
     error = jnp.abs(jnp.where(real[..., None], cached - full, 0)).max()
     assert error <= 1e-5 * max(1.0, float(jnp.abs(full).max()))
 
 
-def test_every_way_of_computing_gives_the_same_gradient(name, decoder, made):
-    params = parameters(decoder, made[0], scale=0.2)  # larger ones make gradients that magnify rounding
+WIRINGS = (
+    "alibi", "window", "softcap", "qk norm", "post-norm", "sandwich", "post-branch norm", "parallel, one norm",
+    "three stages", "shared keys and values", "short convolution",
+)  # fmt: skip
+"""The variants whose layers are computed otherwise; the others change a factor, or nothing inside the loop"""
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_every_way_of_computing_gives_the_same_gradient(name):
+    decoder = VARIANTS[name]
+    params = parameters(decoder, decoder.build(), scale=0.2)  # larger ones make gradients that magnify rounding
     kernels = {"window": xla_attention, "alibi": xla_attention, "softcap": xla_attention}
     way = Compute(attention=kernels.get(name, cpu_attention), unroll=None, remat=Remat())
 

@@ -1,5 +1,6 @@
 """Decoders small enough for tests, with parameters far enough from 0 and 1 that every one of them matters."""
 
+import functools
 import zlib
 from dataclasses import replace
 
@@ -59,5 +60,26 @@ def batch(rows=2, length=LENGTH, documents=1, seed=0):
     )
 
 
-def logits(model, params, b, **kwargs):
-    return model.unembed(params, model.apply(params, b.tokens, b.positions, b.segment_ids, **kwargs).hidden)
+def logits(model, params, b):
+    """Compiled as one program: dozens of small ones would take longer."""
+    return _logits(model.apply, model.unembed, params, b)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(apply, unembed, params, b):
+    return unembed(params, apply(params, b.tokens, b.positions, b.segment_ids).hidden)
+
+
+def steps(model):
+    """(params, cache, batch) -> the output and the logits of the next tokens of each row."""
+
+    @jax.jit
+    def step(params, cache, b):
+        out = model.apply(params, b.tokens, b.positions, b.segment_ids, cache=cache)
+        return out, model.unembed(params, out.hidden)
+
+    return step
+
+
+def columns(b, start, stop):
+    return jax.tree.map(lambda x: x[:, start:stop], b)

@@ -15,7 +15,7 @@ from slmjax.nn.initial import Normal
 from slmjax.nn.mlp import MLP, GatedMLP
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import NoPosition, Rope
-from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling, LongRope
+from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling, LongRope, Yarn
 
 pytestmark = pytest.mark.fast
 
@@ -34,6 +34,11 @@ WRONG = {
     "factor: -2.0 is not": lambda: LongRope(**{**LONG, "long": (-2.0,)}),
     "original_context: 1; expected": lambda: LongRope(**{**LONG, "original_context": 1}),
     "attention_factor: 0 is not": lambda: LongRope(**LONG, attention_factor=0),
+    "factor: -4.0 is not": lambda: Yarn(factor=-4.0, original_context=8),
+    "slow = 2.0 is above fast = 1.0": lambda: Yarn(factor=4.0, original_context=8, fast=1.0, slow=2.0),
+    "position.theta: 1.0; with YaRN": lambda: Rope(theta=1.0, scaling=Yarn(factor=4.0, original_context=8)).frequencies(
+        8
+    ),
     "heads: 0 is not": lambda: Attention(**{**ATTENTION, "heads": 0}),
     "head_dim: 0 is not": lambda: Attention(**{**ATTENTION, "head_dim": 0}),
     "scale: 0.0 is not": lambda: Attention(**ATTENTION, scale=0.0),

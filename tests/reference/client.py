@@ -93,6 +93,10 @@ class Reference:
         )
         return np.array(answer["tokens"])
 
+    def continuation(self, folder: pathlib.Path, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+        """`tokens`: a greedy continuation of token ids, ended as the folder says; `said`: its generation_config."""
+        return self._call("continuation", folder=folder, prompt=list(prompt), new_tokens=new_tokens)
+
     def saved_keys(self, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
         """{key: shape} of what save_pretrained writes for the config.json in the folder."""
         return {k: tuple(v) for k, v in self._call("saved_keys", folder=folder)["shapes"].items()}

@@ -114,6 +114,13 @@ def generate(folder, tensors, new_tokens):
     return {"tokens": tokens[:, x["tokens"].shape[1] :].tolist()}
 
 
+def continuation(folder, prompt, new_tokens):
+    """Greedy continuation of token ids, ended as the folder says; and what it says, as generate uses it."""
+    model, _ = load(folder)
+    made = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=new_tokens)
+    return {"tokens": made[0, len(prompt) :].tolist(), "said": model.generation_config.to_dict()}
+
+
 def saved_keys(folder):
     """What save_pretrained of the class writes, from the folder's configuration alone."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -261,8 +268,8 @@ def gguf(folder, file, tensors, new_tokens):
 CALLS = {
     f.__name__: f
     for f in (
-        version, make, logits, generate, saved_keys, make_paper, paper_logits, train, masked_step, sentences, count,
-        tokenize, chat, gguf,
+        version, make, logits, generate, saved_keys, make_paper, paper_logits, continuation, train, masked_step,
+        sentences, count, tokenize, chat, gguf,
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import slmjax
 from slmjax.config import Tracking
 from slmjax.errors import UserError
 from slmjax.experiment_file import load_experiment
+from slmjax.runs import exporting
 from slmjax.runs.loading import load as load_checkpoint
 
 
@@ -105,6 +106,14 @@ def python(code, **env):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **env}, check=True
     )
+
+
+@pytest.mark.parametrize("format", exporting.FORMATS)
+def test_each_format_has_the_dtype_that_it_is_written_in_by_default(tmp_path, format):
+    check = exporting.FORMATS[format][0]
+    check(exporting.Export(out=tmp_path / "new", dtype=exporting.DTYPES[format]))
+    with pytest.raises(UserError, match=r"--dtype f16 is"):
+        check(exporting.Export(out=tmp_path / "new", dtype="f16"))
 
 
 def test_importing_it_is_light_and_sets_the_flags():

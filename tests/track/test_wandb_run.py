@@ -47,6 +47,34 @@ def test_an_offline_run_holds_the_config_and_every_step(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_runs_of_one_process_are_runs_of_their_own(tmp_path):
+    server = wandb_run.Server()
+    runs = [
+        WandbRun(tmp_path / name, mode="offline", name=name, summary={"flops": i}, server=server)
+        for i, name in enumerate("ab")
+    ]  # fmt: skip
+    for run in runs:
+        run.resume(0)
+    for step in (1, 2):
+        for i, run in enumerate(runs):
+            run.log(step, {"loss": step + 10.0 * i})
+    runs[0].finish("diverged")
+    runs[1].log(3, {"loss": 13.0})
+    runs[1].finish("complete")
+    for i, (run, losses) in enumerate(zip(runs, ([1.0, 2.0], [11.0, 12.0, 13.0]), strict=True)):
+        ids, _, rows, summary = logged(run.folder)
+        assert ids == [run.id]
+        assert [row["loss"] for row in rows] == losses
+        assert (summary["flops"], summary["loss"]) == (i, losses[-1])
+    assert runs[0].id != runs[1].id
+
+
+def test_an_agent_of_a_sweep_names_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "given123")
+    assert WandbRun(tmp_path / "a", mode="offline").id == "given123"
+    assert WandbRun(tmp_path / "b", mode="offline", server=wandb_run.Server()).id != "given123"
+
+
 def test_group_tags_and_axis_are_set(tmp_path):
     run = WandbRun(tmp_path, mode="offline", project="p", entity="e", group="g", tags=("a", "b"), name="n")
     run.resume(0)

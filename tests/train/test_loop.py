@@ -16,12 +16,13 @@ import pytest
 from train import toy
 
 from slmjax.errors import Preempted
+from slmjax.lease import Superseded
 from slmjax.train import consensus, loop
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import extra, steps
 from slmjax.train.guard import Rollback, Skip
 from slmjax.train.hooks import Evaluate, Profile, Sample, loss_estimate
-from slmjax.train.lock import Locked, lock
+from slmjax.train.lock import Locked, Open, lock
 from slmjax.train.signals import Interrupted, Signals
 
 
@@ -127,6 +128,41 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert tracker.resumed == []
 
 
+class Taken(Open):
+    """The lease is taken by a later attempt as soon as `closing` is set, or once a save has begun after that."""
+
+    def __init__(self, in_a_save):
+        self.in_a_save, self.closing, self.closed = in_a_save, False, False
+
+    def check(self, *, now=False):
+        if self.closed:
+            raise Superseded("taken")
+        self.closed = self.closing and (now or not self.in_a_save)
+        if self.closed and not self.in_a_save:
+            raise Superseded("taken")
+
+    def mine(self):
+        return not self.closed
+
+
+@pytest.mark.parametrize("in_a_save", [False, True])
+def test_who_is_taken_over_from_writes_no_more(tmp_path, in_a_save):
+    tracker, fence = toy.Tracker(), Taken(in_a_save)
+
+    def take(index):
+        fence.closing |= index == 5
+
+    with pytest.raises(Superseded):
+        loop.train(
+            toy.program(), data=toy.Data(on_next=take), steps=9, workdir=tmp_path, tracker=tracker, guard=Skip(),
+            checkpoints=Checkpoints(every=2), fence=fence,
+        )  # fmt: skip
+    assert 6 not in steps(tmp_path / "checkpoints")  # nor is a save committed that is being written
+    assert max(tracker.rows) == (6 if in_a_save else 4)
+    assert tracker.status is None
+    assert tracker.artifacts == []
+
+
 def test_a_second_ctrl_c_ends_at_once():
     code = (
         "import os, signal, time\nfrom slmjax.train.signals import Signals\n"
@@ -182,17 +218,25 @@ def test_the_best_is_saved_wherever_it_falls(tmp_path):
 
 
 def test_a_row_holds_what_it_says(tmp_path):
-    _, tracker = train(tmp_path, last=3, speed=loop.Speed(flops_per_token=10.0, peak_flops=1e6))
+    _, tracker = train(tmp_path, last=3, speed=loop.Speed(flops_per_token=10.0, peak_flops=1e15))
     row = tracker.rows[3]
     assert row["tokens"] == 3 * toy.B * toy.T
     assert row["epoch"] == 0.3
     assert row["batch"] == loop.batch_hash(toy.batch(2)) < 2**48
     assert row["tokens_per_second"] == pytest.approx(toy.B * toy.T / row["step_seconds"])
-    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 10 / 1e6)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 10 / 1e15)
     assert row["memory_bytes"] > 1e7
     assert row["weight"] == toy.batch(2).weights.sum()
     assert all(isinstance(x, float) for x in row.values())
     assert {r["batch"] for r in tracker.rows.values()} == {loop.batch_hash(toy.batch(i)) for i in range(3)}
+
+
+def test_no_mfu_is_shown_where_a_step_is_faster_than_the_ceiling(tmp_path):
+    said = []
+    _, tracker = train(tmp_path, last=3, speed=loop.Speed(flops_per_token=1e9, peak_flops=1.0), say=said.append)
+    assert not any("mfu" in row for row in tracker.rows.values())
+    (line,) = [line for line in said if "MFU is not shown" in line]
+    assert line.startswith("3 steps were faster than the ceiling")
 
 
 def test_a_step_takes_its_own_time_also_where_the_device_is_done_at_once(tmp_path):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.compress.quant.blocks import Blocks
-from slmjax.compress.quant.grids import Codes, encode, rounded, stored
+from slmjax.compress.quant.grids import Codes, encode, rounded
 from slmjax.compress.quant.quantizers import Quantizer
 
 SHRINKS = tuple(1 - i / 64 for i in range(48))
@@ -30,10 +30,16 @@ Search = Callable[[Quantizer, Any, Blocks], Scale]
 
 def usual(quantizer: Quantizer, w: Any, blocks: Blocks) -> Scale:
     """The scale that the quantizer has when training begins."""
-    own = jnp.zeros(blocks.scales) if quantizer.learned else None
+    own = jnp.zeros(blocks.scales, jnp.float32) if quantizer.learned else None
     reference = quantizer.reference(w, blocks) if quantizer.learned else None
     step = quantizer.step(w, blocks, own, reference)
     return Scale(step, quantizer.zero(w, step, blocks))
+
+
+def shrunk(quantizer: Quantizer, w: Any, blocks: Blocks, usual: Scale, factor: Any) -> Scale:
+    """The usual scale times a factor: weights beyond its values are clipped. `factor` broadcasts against the scale."""
+    step = quantizer.store(usual.step * factor, blocks)
+    return Scale(step, quantizer.zero(w * factor, step, blocks))
 
 
 def least_error(quantizer: Quantizer, w: Any, blocks: Blocks, importance: Any = None) -> Scale:
@@ -44,17 +50,13 @@ def least_error(quantizer: Quantizer, w: Any, blocks: Blocks, importance: Any = 
     """
     start = usual(quantizer, w, blocks)
 
-    def at(factor: Any) -> Scale:
-        step = stored(start.step * factor, quantizer.scale_type)
-        return Scale(step, quantizer.zero(w * factor, step, blocks))
-
     def error(factor: Any) -> Any:
-        scale = at(factor)
+        scale = shrunk(quantizer, w, blocks, start, factor)
         squared = jnp.square(rounded(quantizer.grid, w, scale.step, scale.zero, blocks.over) - w)
         return jnp.sum(squared if importance is None else squared * importance, axis=blocks.over, keepdims=True)
 
     errors = jax.lax.map(error, jnp.asarray(SHRINKS, jnp.float32))
-    return at(jnp.asarray(SHRINKS, jnp.float32)[jnp.argmin(errors, axis=0)])
+    return shrunk(quantizer, w, blocks, start, jnp.asarray(SHRINKS, jnp.float32)[jnp.argmin(errors, axis=0)])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

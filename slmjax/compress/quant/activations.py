@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from slmjax import tree
 from slmjax.errors import UserError
+from slmjax.nn.encoded import Weight
 from slmjax.nn.numerics import Product
 
 
@@ -76,7 +77,7 @@ class RoundedInputs(Product):
         if not 2 <= self.bits <= 8:
             raise UserError(f"numerics.product.bits is {self.bits}; expected 2 to 8")
 
-    def __call__(self, path: str, equation: str, x: jax.Array, weight: jax.Array, einsum: Callable) -> jax.Array:
+    def __call__(self, path: str, equation: str, x: jax.Array, weight: Weight, einsum: Callable) -> jax.Array:
         if not tree.matches(path, self.patterns):
             return einsum(equation, x, weight)
         wide, most = jax.lax.stop_gradient(x.astype(jnp.float32)), 2 ** (self.bits - 1) - 1

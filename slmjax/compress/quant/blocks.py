@@ -49,6 +49,8 @@ class Blocks(NamedTuple):
     """Dimensions of the blocked shape that share a scale"""
     group: int | None = None
     """Input channels that share a scale; None: all of an output channel, or of the matrix"""
+    stacked: tuple[int, ...] = ()
+    """Dimensions of the blocked shape that stack matrices"""
 
     @property
     def scales(self) -> Shape:
@@ -88,7 +90,7 @@ class PerTensor(Granularity):
 
     def cut(self, shape: Shape, axes: Axes, path: str) -> Blocks:
         stacked = sides(axes, path).stacked
-        return Blocks(shape, shape, tuple(i for i in range(len(shape)) if i not in stacked))
+        return Blocks(shape, shape, tuple(i for i in range(len(shape)) if i not in stacked), stacked=stacked)
 
     def axes(self, axes: Axes, path: str) -> Axes:
         return tuple(axes[i] for i in sides(axes, path).stacked)
@@ -99,7 +101,8 @@ class PerChannel(Granularity):
     """One scale for each output channel."""
 
     def cut(self, shape: Shape, axes: Axes, path: str) -> Blocks:
-        return Blocks(shape, shape, sides(axes, path).inputs)
+        cut = sides(axes, path)
+        return Blocks(shape, shape, cut.inputs, stacked=cut.stacked)
 
     def axes(self, axes: Axes, path: str) -> Axes:
         inputs = sides(axes, path).inputs
@@ -119,7 +122,7 @@ class PerGroup(Granularity):
             )
 
     def cut(self, shape: Shape, axes: Axes, path: str) -> Blocks:
-        inputs = sides(axes, path).inputs
+        stacked, inputs, _ = sides(axes, path)
         first, last = inputs[0], inputs[-1] + 1
         width = math.prod(shape[first:last])
         if width % self.size:
@@ -128,7 +131,8 @@ class PerGroup(Granularity):
                 f"choose a divisor, such as {math.gcd(width, self.size)}, or PerChannel()"
             )
         blocked = (*shape[:first], width // self.size, self.size, *shape[last:])
-        return Blocks(shape, blocked, (first + 1,), self.size)
+        moved = tuple(i if i < first else i + len(blocked) - len(shape) for i in stacked)
+        return Blocks(shape, blocked, (first + 1,), self.size, moved)
 
     def axes(self, axes: Axes, path: str) -> Axes:
         inputs = sides(axes, path).inputs

@@ -51,6 +51,15 @@ class Grid(abc.ABC):
         """The number of values"""
         return self.high - self.low + 1
 
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """All codes, in ascending order"""
+        return tuple(range(self.low, self.high + 1))
+
+    def numbered(self, number: Any) -> Any:
+        """Integers, indices of `codes` -> the codes, float32."""
+        return number.astype(jnp.float32) + self.low
+
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(Grid):
@@ -218,4 +227,5 @@ def decoded(packed: Codes, grid: Grid, blocks: Blocks) -> np.ndarray:
     codes = np.asarray(packed.codes, np.float32).reshape(blocks.blocked)
     step = np.asarray(packed.steps, np.float32).reshape(blocks.broadcast)
     zero = 0.0 if packed.zeros is None else np.asarray(packed.zeros, np.float32).reshape(blocks.broadcast)
-    return (step * (codes - zero + np.float32(grid.offset))).reshape(blocks.shape)
+    values = step * (codes - zero + np.float32(grid.offset)) + np.float32(0)  # +0, also where a step is negative
+    return values.reshape(blocks.shape)

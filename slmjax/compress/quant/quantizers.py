@@ -42,6 +42,8 @@ class Quantizer(abc.ABC):
     """Whether the scales are trained"""
     shifts = False
     """Whether there are zero points"""
+    of_matrix = False
+    """Whether steps are stored in units that follow from the largest step of the whole matrix"""
 
     @property
     @abc.abstractmethod
@@ -65,6 +67,10 @@ class Quantizer(abc.ABC):
         """Factor on the gradient of a learned scale."""
         return 1.0
 
+    def store(self, step: Any, blocks: Blocks) -> Any:
+        """Steps, of shape `blocks.broadcast`, as they are stored: rounded to the type of the scales."""
+        return stored(step, self.scale_type)
+
     def step(self, w: Any, blocks: Blocks, own: Any, reference: Any) -> Any:
         """The step, of shape `blocks.broadcast`, as it is stored.
 
@@ -73,9 +79,9 @@ class Quantizer(abc.ABC):
         """
         base = jax.lax.stop_gradient(self.base(w, blocks))
         if own is None:
-            return stored(base, self.scale_type)
+            return self.store(base, blocks)
         factor = jnp.maximum(1 + _scaled_gradient(own, self.sensitivity(blocks)), LEAST) * reference
-        return stored(factor.reshape(blocks.broadcast) * base, self.scale_type)
+        return self.store(factor.reshape(blocks.broadcast) * base, blocks)
 
     def fake(self, w: Any, blocks: Blocks, own: Any = None, reference: Any = None) -> Any:
         """A weight -> its rounded values, differentiable in the weight and in `own`."""

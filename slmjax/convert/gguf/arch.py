@@ -85,12 +85,12 @@ class GGUFArchitecture:
             yield self.rename(key, layers), np.stack([heads[i] for i in range(len(heads))])
         yield from self.extra(config).items()
 
-    def theirs(self, config: Config, key: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The tensor of transformers with this key, from those of a GGUF file."""
+    def theirs(self, config: Config, key: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The tensor of transformers with this key. `read`: name of a tensor in GGUF -> its values."""
         if re.search(self.stacked, key):
             whole, head = self._whole(key)
-            return tensors[self.rename(whole, layers_of(config))][head]
-        x = tensors[self.rename(key, layers_of(config))]
+            return read(self.rename(whole, layers_of(config)))[head]
+        x = read(self.rename(key, layers_of(config)))
         for transform in reversed(self.transforms):
             if re.search(transform.keys, key):
                 x = transform.undo(x, config)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slmjax.compress.quant.float4 import Float4, scale_of_matrix
 from slmjax.convert.gguf import layouts
 from slmjax.convert.gguf.layouts import Format
 from slmjax.convert.packed import PackedTensor
@@ -58,6 +59,11 @@ class Carrier(abc.ABC):
         with np.errstate(over="ignore"):
             exact = d.astype(np.float16).astype(np.float32) == d
         return None if exact.all() else "needs scales that are float16"
+
+    def of_matrix(self, tensor: PackedTensor) -> np.ndarray | None:
+        """The scale of the whole matrix, float32 [1], which a file holds as a tensor of its own; None if the type has
+        none."""
+        return None
 
     def pack(self, tensor: PackedTensor) -> np.ndarray:
         """The tensor's bytes, uint8 [out, bytes of a row]."""
@@ -118,7 +124,7 @@ class Affine(Carrier):
     def holds(self, tensor: PackedTensor) -> bool:
         minus = self.minus(tensor)
         integers = (minus == np.round(minus)).all() and minus.min() >= 0 and minus.max() <= self.most_minus
-        return bool(integers and tensor.grid.levels - 1 <= self.most)
+        return bool(integers and tensor.grid.high - tensor.grid.low <= self.most)
 
     def scale(self, tensor: PackedTensor) -> np.ndarray:
         return tensor.steps / np.float32(self.times(tensor))
@@ -127,6 +133,60 @@ class Affine(Carrier):
         minus = np.repeat(self.minus(tensor).astype(np.int64).reshape(-1), tensor.group // self.format.block)
         u = (tensor.codes - tensor.grid.low).reshape(-1, self.format.block)
         return self.write(u, d, self.times(tensor), minus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowersOfTwo(Carrier):
+    """Floating point numbers of 4 bits, a power of two for each block."""
+
+    def holds(self, tensor: PackedTensor) -> bool:
+        return isinstance(tensor.grid, Float4)
+
+    def scale(self, tensor: PackedTensor) -> np.ndarray:
+        return tensor.steps
+
+    def fits(self, tensor: PackedTensor) -> str | None:
+        mantissa, exponent = np.frexp(tensor.steps)
+        exact = (mantissa == 0.5) & (exponent > -126) & (exponent < 127)
+        return super().fits(tensor._replace(steps=np.ones_like(tensor.steps))) or (
+            None if exact.all() else "needs scales that are powers of two"
+        )
+
+    def blocks(self, tensor: PackedTensor, d: np.ndarray) -> np.ndarray:
+        return layouts.pack_mxfp4(tensor.codes.reshape(-1, self.format.block), d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoScales(Carrier):
+    """Floating point numbers of 4 bits, an E4M3 scale for each 16 and one for the matrix."""
+
+    every: int = 16
+
+    def holds(self, tensor: PackedTensor) -> bool:
+        return isinstance(tensor.grid, Float4)
+
+    def of_matrix(self, tensor: PackedTensor) -> np.ndarray | None:
+        found = scale_of_matrix(tensor.steps)
+        return None if found is None else np.array([found], np.float32)
+
+    def scale(self, tensor: PackedTensor) -> np.ndarray:
+        return tensor.steps / (self.of_matrix(tensor) or 1)
+
+    def fits(self, tensor: PackedTensor) -> str | None:
+        if not self.holds(tensor):
+            return "has other values"
+        if tensor.codes.shape[1] % self.format.block:
+            return f"needs rows of a multiple of {self.format.block}"
+        if tensor.group % self.every:
+            return f"needs a scale for each multiple of {self.every}"
+        return None if self.of_matrix(tensor) is not None else "needs scales that are E4M3 times a power of two"
+
+    def pack(self, tensor: PackedTensor) -> np.ndarray:
+        d = np.repeat(self.scale(tensor).reshape(-1), tensor.group // self.every)
+        return self.blocks(tensor, d).reshape(len(tensor.codes), -1)
+
+    def blocks(self, tensor: PackedTensor, d: np.ndarray) -> np.ndarray:
+        return layouts.pack_nvfp4(tensor.codes.reshape(-1, self.format.block), d)
 
 
 def _span(low: int, high: int) -> tuple[int, ...]:
@@ -139,12 +199,15 @@ TQ2_0 = Scaled(format=layouts.TQ2_0, file_type=37, levels=_span(-1, 2), write=la
 Q2_0 = Scaled(format=layouts.Q2_0, file_type=41, levels=_span(-1, 2), write=layouts.pack_q2_0)
 Q2_K = Affine(format=layouts.Q2_K, file_type=10, most=3, most_minus=15, write=layouts.pack_q2_k)
 Q3_K = Scaled(format=layouts.Q3_K, file_type=11, levels=_span(-4, 3), write=layouts.pack_q3_k)
+MXFP4 = PowersOfTwo(format=layouts.MXFP4, file_type=38)
+NVFP4 = TwoScales(format=layouts.NVFP4, file_type=39)
 Q4_0 = Scaled(format=layouts.Q4_0, file_type=2, levels=_span(-8, 7), write=layouts.pack_q4_0)
 Q4_K = Affine(format=layouts.Q4_K, file_type=14, most=15, most_minus=63, write=layouts.pack_q4_k)
 Q5_0 = Scaled(format=layouts.Q5_0, file_type=8, levels=_span(-16, 15), write=layouts.pack_q5_0)
 Q6_K = Scaled(format=layouts.Q6_K, file_type=18, levels=_span(-32, 31), write=layouts.pack_q6_k)
 Q8_0 = Scaled(format=layouts.Q8_0, file_type=7, levels=_span(-128, 127), write=layouts.pack_q8_0)
-CARRIERS: tuple[Carrier, ...] = (Q1_0, TQ1_0, TQ2_0, Q2_0, Q2_K, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0)
+CARRIERS: tuple[Carrier, ...] = (Q1_0, TQ1_0, TQ2_0, Q2_0, Q2_K, Q3_K, MXFP4, Q4_0, Q4_K, NVFP4, Q5_0, Q6_K,
+                                 Q8_0)  # fmt: skip
 """From the smallest to the largest"""
 
 
@@ -167,6 +230,9 @@ def carrier_of(name: str, tensor: PackedTensor) -> Carrier:
     what = f"{name} [{rows}, {width}], {values}{zeros}, a scale for each {tensor.group} of a row,"
     if not reasons:
         raise UserError(f"{what} fits no type of llama.cpp exactly; quantize it to a symmetric grid of 2 to 8 bits")
+    if isinstance(grid, Float4):
+        why = ", ".join(f"{' and '.join(names)} {reason}" for reason, names in reasons.items())
+        raise UserError(f"{name} [{rows}, {width}], in floats of 4 bits, fits no type of llama.cpp exactly ({why})")
     why = ", ".join(f"{' and '.join(names)} {reason}" for reason, names in reasons.items())
     raise UserError(
         f"{what} fits no type of llama.cpp exactly ({why}); use PerChannel() or PerGroup(size=256), "

@@ -15,13 +15,15 @@ from slmjax import __version__
 from slmjax.compress.quant.view import Packed
 from slmjax.convert import gate, memory
 from slmjax.convert.card import Facts
-from slmjax.convert.export import probe_tokens
+from slmjax.convert.export import TEXT, probe_tokens
 from slmjax.convert.expressed import NUMERICS, expressed
 from slmjax.convert.folder import Rejected, remove_abandoned
+from slmjax.convert.gate_loss import Texts, default_texts
 from slmjax.convert.gguf import gate as gguf_gate
 from slmjax.convert.gguf.activations import rounding
 from slmjax.convert.gguf.file import GGUF
 from slmjax.convert.gguf.load import read_params, write_gguf, written, written_as
+from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
@@ -52,6 +54,8 @@ def export_gguf(
     overwrite: bool = False,
     reference_python: str | None = None,
     donate: bool = False,
+    scored: Texts | None = None,
+    generation: GenerationConfig = NOTHING_SAID,
 ) -> ExportedGGUF:
     """Writes a GGUF file that llama.cpp runs; it appears under its name only when every check has passed.
 
@@ -66,6 +70,8 @@ def export_gguf(
         overwrite: replace a GGUF file.
         reference_python: a Python with xllamacpp; see `gate.find_python`.
         donate: delete `params` once they are written and compared, so that memory never holds the model twice.
+        scored: token ids of texts on which the loss of llama.cpp is compared; by default a passage of text.
+        generation: what the model's folder says of generated text: the tokens that end it.
 
     Raises:
         UserError: llama.cpp cannot compute the model, has no such tokenizer or no type that holds a quantized tensor,
@@ -76,6 +82,7 @@ def export_gguf(
     if decoder.labels:
         raise UserError("--format gguf: a GGUF file cannot hold a classifier; export it with --format hf")
     python = gate.find_python(reference_python, "xllamacpp")
+    scored = default_texts(decoder, tokenizer, TEXT) if scored is None else scored
     probe = gate.make_probe(probe_tokens(tokenizer, decoder.vocab), decoder.context)
     about: dict[str, Any] = {"slmjax.version": __version__, "general.name": (facts and facts.name) or out.stem}
     if facts is not None and facts.licence:
@@ -90,7 +97,7 @@ def export_gguf(
     family = written_as(decoder)[0]
     with publish_file(out, overwrite=overwrite) as file:
         architecture, config = write_gguf(
-            file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about, packed=packed
+            file, decoder, params, tokenizer=tokenizer, dtype=dtype, about=about, packed=packed, ends=generation.ends
         )
         try:
             opened = GGUF(file)
@@ -112,7 +119,7 @@ def export_gguf(
             checks.append(gguf_gate.check_rounding(ours, theirs, probe))
         limit = gguf_gate.limit_of(dtype, architecture.drift, quantized=bool(packed))
         alike = rounding(packed, dtype) if packed else None
-        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limit, alike)
+        checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limit, alike, scored)
         gate.demand(checks)
     return ExportedGGUF(out, checks, folded.scalars)
 

@@ -26,7 +26,7 @@ from slmjax.errors import StorageError
 
 VERSIONS = (2, 3)
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-            "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")  # fmt: skip
+            "Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")  # fmt: skip
 MOST_ALIGNMENT = 1 << 16
 AT_ONCE = 1 << 21  # values unpacked at a time, which limits the memory needed besides the result
 SCALARS = {
@@ -65,26 +65,47 @@ class GGUF(Mapping[str, np.ndarray]):
             if file.stat().st_size < 24:
                 raise StorageError(f"{file} is not a GGUF file: it has {file.stat().st_size} bytes")
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                self.metadata, self.infos = _read_header(_Cursor(mapped, file))
+                self.metadata, found = _read_header(_Cursor(mapped, file))
+        self.infos, self._scales = _scales_apart(found, file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.infos[name]
-        block, packed = sizes_of(info.kind)
-        width = info.shape[-1] // block * packed
-        out = np.empty((info.size // width, info.shape[-1]), np.float32)
-        rows = max(1, AT_ONCE // info.shape[-1])
-        # not memory-mapped: the pages of a whole file would stay in memory beside the model
-        with self.file.open("rb") as f, np.errstate(all="ignore"):  # values that are not finite are refused below
-            f.seek(info.start)
-            for i in range(0, len(out), rows):
-                part = out[i : i + rows]
-                raw = np.fromfile(f, np.uint8, len(part) * width)
-                if len(raw) != len(part) * width:
-                    raise StorageError(f"{self.file}: tensor {_short(name)} ends early: the file was changed")
-                part[...] = _unpack(raw.reshape(-1, width), info.kind)
+        out, i = np.empty((math.prod(info.shape[:-1]), info.shape[-1]), np.float32), 0
+        with np.errstate(all="ignore"):  # values that are not finite are refused below
+            for raw in self.rows(name):
+                out[i : i + len(raw)] = _unpack(raw, info.kind)
+                i += len(raw)
+            if (scale := self.scale_of(name)) is not None:
+                out *= scale
         if not np.isfinite(out).all():
             raise StorageError(f"{self.file}: tensor {_short(name)} holds NaN or Inf")
         return out.reshape(info.shape)
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, uint8 [rows, bytes of a row], some rows at a time.
+
+        Raises:
+            StorageError: the file has become shorter.
+        """
+        info = self.infos[name]
+        block, packed = sizes_of(info.kind)
+        width, left = info.shape[-1] // block * packed, math.prod(info.shape[:-1])
+        # not memory-mapped: the pages of a whole file would stay in memory beside the model
+        with self.file.open("rb") as f:
+            f.seek(info.start)
+            while left:
+                some = min(left, max(1, AT_ONCE // info.shape[-1]))
+                raw = np.fromfile(f, np.uint8, some * width)
+                if len(raw) != some * width:
+                    raise StorageError(f"{self.file}: tensor {_short(name)} ends early: the file was changed")
+                yield raw.reshape(-1, width)
+                left -= some
+
+    def scale_of(self, name: str) -> np.ndarray | None:
+        """The scale of a whole matrix (NVFP4), float32 [1]; None if it has none."""
+        if name not in self._scales:
+            return None
+        return np.fromfile(self.file, "<f4", 1, offset=self._scales[name].start)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -219,6 +240,28 @@ def _place(c: _Cursor, described: Mapping[str, tuple[Any, Any, int]], alignment:
         if one.start + one.size > other.start:
             raise c.fail(f"the tensors {_short(name)} and {_short(after)} overlap")
     return infos
+
+
+def _scales_apart(infos: dict[str, Info], file: pathlib.Path) -> tuple[dict[str, Info], dict[str, Info]]:
+    """The tensors of a file, and those that are the scale of an NVFP4 matrix, by the name of the matrix. Dropped are
+    scales of its inputs, which concern runtimes that round activations to 4 bits.
+
+    Raises:
+        StorageError: a scale is not one float32.
+    """
+    rest, scales = dict(infos), {}
+    for name in [name for name, info in infos.items() if NAMES[info.kind] == "NVFP4"]:
+        stem = name.removesuffix(".weight")
+        rest.pop(f"{stem}.input_scale", None)
+        scale = rest.pop(f"{stem}.scale", None)
+        if scale is None:
+            continue
+        if scale.shape != (1,) or NAMES[scale.kind] != "F32":
+            raise StorageError(
+                f"{file}: tensor {_short(f'{stem}.scale')} is {NAMES[scale.kind]} {list(scale.shape)}; expected one F32"
+            )
+        scales[name] = scale
+    return rest, scales
 
 
 def _unpack(raw: np.ndarray, kind: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from slmjax.convert.folder import Rejected
 from slmjax.convert.gate import PLAIN, Check, Forward, Probe, forward
+from slmjax.convert.gate_loss import Texts, check_loss, log_probabilities
 from slmjax.convert.gguf.file import GGUF
 from slmjax.convert.gguf.layouts import NAMES
 from slmjax.convert.packed import PackedTensor
@@ -104,9 +105,10 @@ def check_rounding(ours: Forward, stored: Forward, probe: Probe) -> Check:
 
 def check_llama_cpp(
     file: pathlib.Path, decoder: Decoder, params: Params, python: str | None, probe: Probe, tokenizer: Tokenizer,
-    limit: float, numerics: Numerics | None = None,
+    limit: float, numerics: Numerics | None = None, scored: Texts = (),
 ) -> list[Check]:  # fmt: skip
-    """Checks that stock llama.cpp loads the file, tokenizes as in training, and computes the same probabilities.
+    """Checks that stock llama.cpp loads the file, tokenizes as in training, computes the same probabilities, and
+    gets the same loss on the texts `scored`.
 
     Args:
         params: as read back from the file.
@@ -122,12 +124,15 @@ def check_llama_cpp(
     prompts = [row[:n].tolist() for row, n in zip(probe.tokens, lengths, strict=False)]
     new_tokens = min(NEW_TOKENS, decoder.context - max(lengths) - 1)
     top = min(TOP if numerics is None else MOST_COMPARED, decoder.vocab)
-    request = {"prompts": prompts, "new_tokens": new_tokens, "top": top, "texts": list(PROBES)}
+    request = {"prompts": prompts, "new_tokens": new_tokens, "top": top, "texts": list(PROBES), "scored": scored}
     answer = _run(file, python, request)
     if answer is None:
         return skipped
     name = f"llama.cpp (xllamacpp {answer['version']})"
     checks = _compare(name, decoder, params, prompts, answer["rows"], new_tokens, limit, tokenizer, numerics)
+    if scored:
+        theirs = [np.array(row, np.float64) for row in answer["scored"]]
+        checks.append(check_loss(name, log_probabilities(decoder, params, scored), theirs))
     wanted = [tokenizer.encode(text, bos=True) for text in PROBES]
     wrong = [i for i, ids in enumerate(wanted) if ids != answer["encoded"][i]]
     found = f"{PROBES[wrong[0]]!r} becomes {answer['encoded'][wrong[0]]}" if wrong else "identical"
@@ -161,6 +166,7 @@ def _compare(
             here = score[at]
             if step < len(row["top"]):
                 ids, theirs = (np.array(x) for x in zip(*row["top"][step], strict=True))
+                theirs = theirs.astype(np.float64)  # a log-probability that is no number comes as None
                 error = np.abs(here[ids] - theirs)[:TOP].max()
                 worst = float(np.maximum(worst, error))  # NaN is kept, and fails the check
                 one = plain[at]

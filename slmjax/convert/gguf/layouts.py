@@ -9,11 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 Bytes = np.ndarray  # uint8 [blocks, bytes of a block]
 Levels = np.ndarray  # integers [blocks, weights of a block]
+
+
+class Multiples(NamedTuple):
+    """Blocks whose values are `d * level`."""
+
+    d: np.ndarray  # float32 [blocks, scales of a block]
+    levels: Levels
+
+    def values(self) -> np.ndarray:
+        """float32 [blocks, weights of a block]; a level of 0 gives +0, also where d is negative."""
+        d = np.repeat(self.d, self.levels.shape[1] // self.d.shape[1], axis=1)
+        return d * self.levels.astype(np.float32) + np.float32(0)
+
+
+class Shifted(NamedTuple):
+    """Blocks whose values are `d * times * u - dmin * minus`."""
+
+    d: np.ndarray  # float32 [blocks, 1]
+    dmin: np.ndarray  # float32 [blocks, 1]
+    times: np.ndarray  # uint8 [blocks, scales of a block]
+    minus: np.ndarray  # uint8, as `times`
+    u: Levels
+
+    def values(self) -> np.ndarray:
+        """float32 [blocks, weights of a block]."""
+        one, other = self.d * self.times.astype(np.float32), self.dmin * self.minus.astype(np.float32)
+        wide = self.u.shape[1] // self.times.shape[1]
+        return np.repeat(one, wide, axis=1) * self.u.astype(np.float32) - np.repeat(other, wide, axis=1)
 
 
 class Format(NamedTuple):
@@ -26,13 +55,17 @@ class Format(NamedTuple):
     """Weights in a block"""
     size: int
     """Bytes of a block"""
-    unpack: Callable[[Bytes], np.ndarray]
-    """Blocks -> their values, float32 [blocks, weights of a block]"""
+    read: Callable[[Bytes], Multiples | Shifted]
+    """Blocks -> the numbers in them"""
 
     @property
     def bits(self) -> float:
         """Bits a weight, scales included"""
         return 8 * self.size / self.block
+
+    def unpack(self, raw: Bytes) -> np.ndarray:
+        """Blocks -> their values, float32 [blocks, weights of a block]."""
+        return self.read(raw).values()
 
 
 def planes(x: Levels, bits: int, lanes: int) -> Bytes:
@@ -73,18 +106,13 @@ def scale(raw: Bytes, at: int) -> np.ndarray:
     return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
-def _scaled(d: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """d * level; a level of 0 gives +0, also where d is negative."""
-    return d * levels.astype(np.float32) + np.float32(0)
-
-
 def pack_q1_0(levels: Levels, d: np.ndarray) -> Bytes:
     """Levels -1, 1."""
     return np.concatenate([halves(d), planes(levels > 0, 1, 1)], axis=1)
 
 
-def unpack_q1_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 0), 2 * from_planes(raw[:, 2:], 1, 1) - 1)
+def read_q1_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 0), 2 * from_planes(raw[:, 2:], 1, 1) - 1)
 
 
 def pack_q2_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -92,8 +120,8 @@ def pack_q2_0(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([halves(d), planes(levels + 1, 2, 1)], axis=1)
 
 
-def unpack_q2_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 0), from_planes(raw[:, 2:], 2, 1) - 1)
+def read_q2_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 0), from_planes(raw[:, 2:], 2, 1) - 1)
 
 
 def pack_tq1_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -104,9 +132,9 @@ def pack_tq1_0(levels: Levels, d: np.ndarray) -> Bytes:
     )
 
 
-def unpack_tq1_0(raw: Bytes) -> np.ndarray:
+def read_tq1_0(raw: Bytes) -> Multiples:
     parts = (from_trits(raw[:, :32], 5), from_trits(raw[:, 32:48], 5), from_trits(raw[:, 48:52], 4))
-    return _scaled(scale(raw, 52), np.concatenate(parts, axis=1) - 1)
+    return Multiples(scale(raw, 52), np.concatenate(parts, axis=1) - 1)
 
 
 def pack_tq2_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -114,8 +142,8 @@ def pack_tq2_0(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([planes(levels + 1, 2, 32), halves(d)], axis=1)
 
 
-def unpack_tq2_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 64), from_planes(raw[:, :64], 2, 32) - 1)
+def read_tq2_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 64), from_planes(raw[:, :64], 2, 32) - 1)
 
 
 def pack_q3_k(levels: Levels, d: np.ndarray) -> Bytes:
@@ -125,10 +153,10 @@ def pack_q3_k(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([planes(u >> 2, 1, 32), planes(u & 3, 2, 32), low, high, halves(d)], axis=1)
 
 
-def unpack_q3_k(raw: Bytes) -> np.ndarray:
+def read_q3_k(raw: Bytes) -> Multiples:
     u = from_planes(raw[:, 32:96], 2, 32) + 4 * from_planes(raw[:, :32], 1, 32)
     scales = from_planes(raw[:, 96:104], 4, 8) + 16 * from_planes(raw[:, 104:108], 2, 4) - 32
-    return _scaled(np.repeat(scale(raw, 108) * scales.astype(np.float32), 16, axis=1), u - 4)
+    return Multiples(scale(raw, 108) * scales.astype(np.float32), u - 4)
 
 
 def pack_q4_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -136,8 +164,8 @@ def pack_q4_0(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([halves(d), planes(levels + 8, 4, 16)], axis=1)
 
 
-def unpack_q4_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 0), from_planes(raw[:, 2:], 4, 16) - 8)
+def read_q4_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 0), from_planes(raw[:, 2:], 4, 16) - 8)
 
 
 def pack_q5_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -146,8 +174,8 @@ def pack_q5_0(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([halves(d), planes(u >> 4, 1, 1), planes(u & 15, 4, 16)], axis=1)
 
 
-def unpack_q5_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 0), from_planes(raw[:, 6:], 4, 16) + 16 * from_planes(raw[:, 2:6], 1, 1) - 16)
+def read_q5_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 0), from_planes(raw[:, 6:], 4, 16) + 16 * from_planes(raw[:, 2:6], 1, 1) - 16)
 
 
 def pack_q6_k(levels: Levels, d: np.ndarray) -> Bytes:
@@ -156,10 +184,10 @@ def pack_q6_k(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([planes(u & 15, 4, 64), planes(u >> 4, 2, 32), ones, halves(d)], axis=1)
 
 
-def unpack_q6_k(raw: Bytes) -> np.ndarray:
+def read_q6_k(raw: Bytes) -> Multiples:
     u = from_planes(raw[:, :128], 4, 64) + 16 * from_planes(raw[:, 128:192], 2, 32)
     scales = np.ascontiguousarray(raw[:, 192:208]).view(np.int8).astype(np.float32)
-    return _scaled(np.repeat(scale(raw, 208) * scales, 16, axis=1), u - 32)
+    return Multiples(scale(raw, 208) * scales, u - 32)
 
 
 def pack_q8_0(levels: Levels, d: np.ndarray) -> Bytes:
@@ -167,8 +195,8 @@ def pack_q8_0(levels: Levels, d: np.ndarray) -> Bytes:
     return np.concatenate([halves(d), levels.astype(np.int8).view(np.uint8)], axis=1)
 
 
-def unpack_q8_0(raw: Bytes) -> np.ndarray:
-    return _scaled(scale(raw, 0), np.ascontiguousarray(raw[:, 2:]).view(np.int8))
+def read_q8_0(raw: Bytes) -> Multiples:
+    return Multiples(scale(raw, 0), np.ascontiguousarray(raw[:, 2:]).view(np.int8))
 
 
 def pack_q2_k(u: Levels, d: np.ndarray, times: int, minus: np.ndarray) -> Bytes:
@@ -181,9 +209,9 @@ def pack_q2_k(u: Levels, d: np.ndarray, times: int, minus: np.ndarray) -> Bytes:
     return np.concatenate([pairs, planes(u, 2, 32), halves(d), halves(d)], axis=1)
 
 
-def unpack_q2_k(raw: Bytes) -> np.ndarray:
+def read_q2_k(raw: Bytes) -> Shifted:
     pairs, u = raw[:, :16], from_planes(raw[:, 16:80], 2, 32)
-    return _affine(raw, 80, pairs & 15, pairs >> 4, u)
+    return Shifted(scale(raw, 80), scale(raw, 82), pairs & 15, pairs >> 4, u)
 
 
 def pack_q4_k(u: Levels, d: np.ndarray, times: int, minus: np.ndarray) -> Bytes:
@@ -198,33 +226,64 @@ def pack_q4_k(u: Levels, d: np.ndarray, times: int, minus: np.ndarray) -> Bytes:
     return np.concatenate([halves(d), halves(d), pairs, planes(u, 4, 32)], axis=1)
 
 
-def unpack_q4_k(raw: Bytes) -> np.ndarray:
+def read_q4_k(raw: Bytes) -> Shifted:
     first, second, low = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
     times = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
     minus = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
-    return _affine(raw, 0, times, minus, from_planes(raw[:, 16:], 4, 32))
+    return Shifted(scale(raw, 0), scale(raw, 2), times, minus, from_planes(raw[:, 16:], 4, 32))
 
 
-def _affine(raw: Bytes, at: int, times: np.ndarray, minus: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Values `d * times * u - dmin * minus`; d at byte `at`, dmin behind it."""
-    one, other = scale(raw, at) * times.astype(np.float32), scale(raw, at + 2) * minus.astype(np.float32)
-    wide = u.shape[1] // times.shape[1]
-    return np.repeat(one, wide, axis=1) * u.astype(np.float32) - np.repeat(other, wide, axis=1)
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int16)
+"""Twice the number that each 4 bits stand for"""
 
 
-Q1_0 = Format("Q1_0", 41, 128, 18, unpack_q1_0)
-Q2_0 = Format("Q2_0", 42, 64, 18, unpack_q2_0)
-TQ1_0 = Format("TQ1_0", 34, 256, 54, unpack_tq1_0)
-TQ2_0 = Format("TQ2_0", 35, 256, 66, unpack_tq2_0)
-Q2_K = Format("Q2_K", 10, 256, 84, unpack_q2_k)
-Q3_K = Format("Q3_K", 11, 256, 110, unpack_q3_k)
-Q4_0 = Format("Q4_0", 2, 32, 18, unpack_q4_0)
-Q4_K = Format("Q4_K", 12, 256, 144, unpack_q4_k)
-Q5_0 = Format("Q5_0", 6, 32, 22, unpack_q5_0)
-Q6_K = Format("Q6_K", 14, 256, 210, unpack_q6_k)
-Q8_0 = Format("Q8_0", 8, 32, 34, unpack_q8_0)
+def e2m1(codes: Levels) -> np.ndarray:
+    """Twice the numbers -> their 4 bits; zero without a sign."""
+    return np.where(codes < 0, 8, 0) + np.searchsorted(E2M1[:8], np.abs(codes))
+
+
+def pack_mxfp4(codes: Levels, d: np.ndarray) -> Bytes:
+    """Codes: twice the numbers. d: powers of two, half the scales, of which the exponent plus 127 is stored (E8M0)."""
+    exponent = np.frexp(np.asarray(d, np.float32))[1] + 127
+    return np.concatenate([exponent.astype(np.uint8)[:, None], planes(e2m1(codes), 4, 16)], axis=1)
+
+
+def read_mxfp4(raw: Bytes) -> Multiples:
+    d = np.ldexp(np.float32(1), raw[:, :1].astype(np.int32) - 128)
+    return Multiples(np.where(raw[:, :1] == 255, np.float32(np.nan), d), E2M1[from_planes(raw[:, 1:], 4, 16)])
+
+
+def pack_nvfp4(codes: Levels, d: np.ndarray) -> Bytes:
+    """Codes: twice the numbers. d [4 blocks]: half the scales of each 16 numbers, which are stored as E4M3."""
+    scales = (2 * d).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).reshape(-1, 4)
+    return np.concatenate([scales, planes(e2m1(codes), 4, 8)], axis=1)
+
+
+def read_nvfp4(raw: Bytes) -> Multiples:
+    """Without the scale of the matrix, which is a tensor of its own. As llama.cpp reads them, a scale's sign is not
+    looked at, and one that is no number is 0."""
+    byte = raw[:, :4]
+    exponent, mantissa = (byte >> 3 & 15).astype(np.int32), (byte & 7).astype(np.float32)
+    scales = np.ldexp(mantissa + np.where(exponent > 0, np.float32(8), np.float32(0)), np.maximum(exponent, 1) - 10)
+    scales = np.where(byte == 127, np.float32(0), scales)
+    return Multiples(scales / 2, E2M1[from_planes(raw[:, 4:], 4, 8)])
+
+
+Q1_0 = Format("Q1_0", 41, 128, 18, read_q1_0)
+Q2_0 = Format("Q2_0", 42, 64, 18, read_q2_0)
+TQ1_0 = Format("TQ1_0", 34, 256, 54, read_tq1_0)
+TQ2_0 = Format("TQ2_0", 35, 256, 66, read_tq2_0)
+Q2_K = Format("Q2_K", 10, 256, 84, read_q2_k)
+Q3_K = Format("Q3_K", 11, 256, 110, read_q3_k)
+MXFP4 = Format("MXFP4", 39, 32, 17, read_mxfp4)
+Q4_0 = Format("Q4_0", 2, 32, 18, read_q4_0)
+Q4_K = Format("Q4_K", 12, 256, 144, read_q4_k)
+NVFP4 = Format("NVFP4", 40, 64, 36, read_nvfp4)
+Q5_0 = Format("Q5_0", 6, 32, 22, read_q5_0)
+Q6_K = Format("Q6_K", 14, 256, 210, read_q6_k)
+Q8_0 = Format("Q8_0", 8, 32, 34, read_q8_0)
 FORMATS: Mapping[int, Format] = {
-    x.number: x for x in (Q1_0, Q2_0, TQ1_0, TQ2_0, Q2_K, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0)
+    x.number: x for x in (Q1_0, Q2_0, TQ1_0, TQ2_0, Q2_K, Q3_K, MXFP4, Q4_0, Q4_K, NVFP4, Q5_0, Q6_K, Q8_0)
 }
 """The types that an export packs weights into, by number. The `gguf` package (0.19) lacks Q2_0, and unpacks no Q1_0"""
 NAMES: Mapping[int, str] = {kind.value: kind.name for kind in GGMLQuantizationType} | {Q2_0.number: Q2_0.name}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +14,19 @@ import jax
 import numpy as np
 
 from slmjax.compress.quant.view import Packed
-from slmjax.convert import table
+from slmjax.convert import coded, table
+from slmjax.convert.coded import Coded, Source
 from slmjax.convert.gguf import write as gguf_write
-from slmjax.convert.gguf.arch import Config, GGUFArchitecture
-from slmjax.convert.gguf.carriers import carrier_of
+from slmjax.convert.gguf.arch import Config, GGUFArchitecture, layers_of
+from slmjax.convert.gguf.carriers import Carrier, carrier_of
+from slmjax.convert.gguf.coded import read_coded
 from slmjax.convert.gguf.families import LLAMA, architecture_of
 from slmjax.convert.gguf.file import GGUF, named, shown
 from slmjax.convert.gguf.rope import scaling_of
-from slmjax.convert.gguf.tokenizer import from_gguf, to_gguf
+from slmjax.convert.gguf.tokenizer import ends_of, from_gguf, to_gguf
 from slmjax.convert.hf import abstract, family_of
 from slmjax.convert.packed import PackedTensor, to_theirs
+from slmjax.data.generation_config import GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 from slmjax.models.decoder import Decoder
@@ -31,6 +36,8 @@ from slmjax.types import Params
 
 HARMLESS = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
 """Keys of the architecture that do not change what is computed, or that repeat what the tensors show"""
+SCALED = r"(blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))|output)\.weight"
+"""Matrices of dense models that llama.cpp multiplies by a scale of the whole matrix, after the product"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,7 @@ class ImportedGGUF:
 
     decoder: Decoder
     params: Params
-    """float32, as numpy arrays"""
+    """float32, as numpy arrays; quantized ones as codes (`InMemory`), if asked for"""
     family: Family
     tokenizer: Tokenizer
     metadata: Mapping[str, Any]
@@ -50,15 +57,34 @@ class ImportedGGUF:
         licence = self.metadata.get("general.license")
         return licence if isinstance(licence, str) else None
 
+    @property
+    def generation(self) -> GenerationConfig:
+        """What the file says of generated text: the tokens that end it, if there are more than the tokenizer's EOS."""
+        ends = ends_of(self.metadata)
+        return GenerationConfig(said={"eos_token_id": [*ends]} if len(ends) > 1 else {}, source="the GGUF file")
 
-class Theirs(Mapping[str, np.ndarray]):
+
+class Theirs(Source):
     """The tensors of a GGUF file under their `transformers` keys."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, keys: Any):
         self.tensors, self.architecture, self.config, self.known = tensors, architecture, config, dict.fromkeys(keys)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self.architecture.theirs(self.config, key, self.tensors)
+        return self.architecture.theirs(self.config, key, self.tensors.__getitem__)
+
+    def coded(self, key: str) -> Coded | None:
+        """As `Source`."""
+        if not isinstance(self.tensors, GGUF) or re.search(self.architecture.stacked, key):
+            return None
+        return read_coded(self.tensors, self._name(key))
+
+    def as_theirs(self, key: str, x: np.ndarray) -> np.ndarray:
+        """As `Source`."""
+        return self.architecture.theirs(self.config, key, {self._name(key): x}.__getitem__)
+
+    def _name(self, key: str) -> str:
+        return self.architecture.rename(key, layers_of(self.config))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.known)
@@ -70,8 +96,12 @@ class Theirs(Mapping[str, np.ndarray]):
         return key in self.known
 
 
-def import_gguf(file: pathlib.Path) -> ImportedGGUF:
-    """Reads a model of the llama architecture, unpacked to float32. Runs no code from the file.
+def import_gguf(file: pathlib.Path, *, packed: bool = False) -> ImportedGGUF:
+    """Reads a model of the llama architecture. Runs no code from the file.
+
+    Args:
+        packed: whether weights in packed types stay codes (`compress.quant.in_memory.InMemory`), where those are `a
+            step times an integer`; else all become float32.
 
     Raises:
         UserError: the architecture, a key or the tokenizer is not supported.
@@ -79,12 +109,12 @@ def import_gguf(file: pathlib.Path) -> ImportedGGUF:
     """
     opened = GGUF(file)
     try:
-        return _import(opened)
+        return _import(opened, packed)
     except UserError as e:
         raise e if str(e).startswith(f"{file}: ") else type(e)(f"{file}: {e}") from e
 
 
-def _import(file: GGUF) -> ImportedGGUF:
+def _import(file: GGUF, packed: bool) -> ImportedGGUF:
     name = named(file.metadata, "general.architecture")
     if name != LLAMA.name:
         raise UserError(f"general.architecture = {name!r} cannot be imported; only {LLAMA.name!r} can")
@@ -94,7 +124,7 @@ def _import(file: GGUF) -> ImportedGGUF:
     decoder = family.from_config(config)
     tree = abstract(decoder)
     _check_tensors(file, config, shapes_of(LLAMA, config, family, decoder, tree))
-    params = read_params(file, LLAMA, config, family, decoder)
+    params = read_params(file, LLAMA, config, family, decoder, packed=packed)
     return ImportedGGUF(decoder=decoder, params=params, family=family, tokenizer=tokenizer, metadata=file.metadata)
 
 
@@ -163,11 +193,16 @@ def shapes_of(
 
 
 def read_params(
-    tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder
-) -> Params:
-    """The parameters in a file whose tensors have been checked to fit the decoder."""
+    tensors: Mapping[str, np.ndarray], architecture: GGUFArchitecture, config: Config, family: Family, decoder: Decoder,
+    *, packed: bool = False,
+) -> Params:  # fmt: skip
+    """The parameters in a file whose tensors have been checked to fit the decoder. `packed`: as `import_gguf`."""
     tree = abstract(decoder)
-    theirs = Theirs(tensors, architecture, config, _blank(family, decoder, tree))
+    blank = _blank(family, decoder, tree)
+    theirs = Theirs(tensors, architecture, config, blank)
+    if packed:
+        shapes = {key: x.shape for key, x in blank.items()}
+        return coded.to_ours(family.rows(decoder), theirs, tree, decoder.axes(), shapes)
     return table.to_ours(family.rows(decoder), theirs, tree)
 
 
@@ -180,6 +215,7 @@ def write_gguf(
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
     packed: Mapping[str, Packed] | None = None,
+    ends: Sequence[int] = (),
 ) -> tuple[GGUFArchitecture, dict[str, Any]]:
     """Writes a file. `gguf/export.py`'s `export_gguf` does so atomically and checks the result.
 
@@ -187,6 +223,7 @@ def write_gguf(
         about: more metadata, such as general.name.
         packed: {path: codes} of quantized parameters, whose values `params` holds. They are written in a packed type
             that holds them exactly; `dtype` is that of the others.
+        ends: tokens that end a text, besides the tokenizer's EOS and the end of a turn.
 
     Returns:
         The architecture and the config.json from which the file was written.
@@ -197,15 +234,37 @@ def write_gguf(
         StorageError: the disk is full or not writable.
     """
     family, architecture, config = written_as(decoder)
-    metadata = {**(about or {}), **architecture.keys(config), **to_gguf(tokenizer, decoder.vocab)}
+    metadata = {**(about or {}), **architecture.keys(config), **to_gguf(tokenizer, decoder.vocab, ends)}
 
     def tensors() -> Iterator[tuple[str, np.ndarray | PackedTensor]]:
         return written(architecture, config, family, decoder, params, packed)
 
-    carriers = {name: carrier_of(name, x) for name, x in tensors() if isinstance(x, PackedTensor)} if packed else {}
-    shapes = shapes_of(architecture, config, family, decoder, params)
-    gguf_write.write(file, architecture.name, metadata, shapes, tensors, dtype, carriers)
+    carriers: dict[str, Carrier] = {}
+    scales: dict[str, np.ndarray] = {}
+    for name, x in tensors() if packed else ():
+        if isinstance(x, PackedTensor):
+            carriers[name] = carrier_of(name, x)
+            if (scale := carriers[name].of_matrix(x)) is not None:
+                scales[scale_name(name)] = scale
+    shapes = shapes_of(architecture, config, family, decoder, params) | {name: x.shape for name, x in scales.items()}
+    gguf_write.write(
+        file, architecture.name, metadata, shapes, lambda: itertools.chain(tensors(), scales.items()), dtype, carriers
+    )
     return architecture, config
+
+
+def scale_name(name: str) -> str:
+    """The name of the tensor with the scale of a whole matrix.
+
+    Raises:
+        UserError: llama.cpp reads none for this matrix.
+    """
+    if not re.fullmatch(SCALED, name):
+        raise UserError(
+            f"{name} is quantized to NVFP4, but llama.cpp has no scale for this whole matrix: quantize it to MXFP4(), "
+            "or leave it out of the quantization rules"
+        )
+    return f"{name.removesuffix('.weight')}.scale"
 
 
 def written(

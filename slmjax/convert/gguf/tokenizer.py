@@ -7,7 +7,7 @@ Small decoders use two kinds: `gpt2`, byte-level BPE with a named rule that spli
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from slmjax.convert.gguf.file import named, shown
-from slmjax.data.chat import ChatTemplate, ends
+from slmjax.data.chat import ChatTemplate
+from slmjax.data.chat import ends as turns
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
 
@@ -65,6 +66,8 @@ IMPOSSIBLE = "ÿ ÿ"
 SPACE = "\u2581"
 PADDING = "[PAD{}]"
 KEY = "tokenizer.ggml."
+ENDS = ("eos", "eot", "eom")
+"""The tokens at which llama.cpp ends: of a text, of a turn, of a message"""
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -188,8 +191,11 @@ def _sentencepiece(
     return raw, True
 
 
-def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+def to_gguf(tokenizer: Tokenizer, rows: int, ends: Sequence[int] = ()) -> dict[str, Any]:
     """The metadata of a tokenizer, padded with unused tokens to the rows of the model's embedding table.
+
+    Args:
+        ends: further tokens that end a text. A file has room for two besides EOS, one of them the end of a turn.
 
     Raises:
         UserError: llama.cpp has no tokenizer that splits text as this one does; the message says what it lacks.
@@ -229,9 +235,17 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     out |= {f"{KEY}add_bos_token": tokenizer.bos is not None, f"{KEY}add_eos_token": False}
     if tokenizer.chat is not None:
         out["tokenizer.chat_template"] = tokenizer.chat.source
-        if turn := ends(tokenizer):
-            out[f"{KEY}eot_token_id"] = turn[0]
-    return out
+    known = {out.get(f"{KEY}eos_token_id")}
+    others = [i for i in dict.fromkeys((*turns(tokenizer), *ends)) if i not in known and 0 <= i < rows]
+    if known == {None} and others:
+        out[f"{KEY}eos_token_id"] = others.pop(0)
+    return out | dict(zip((f"{KEY}{key}_token_id" for key in ENDS[1:]), others, strict=False))
+
+
+def ends_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text or a turn in a file's metadata."""
+    ids = (metadata.get(f"{KEY}{key}_token_id") for key in ENDS)
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))
 
 
 def _cut_of(spec: Mapping[str, Any]) -> Cut:

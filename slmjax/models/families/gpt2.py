@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slmjax.models.arrange import repeated
+from slmjax.models.arrange import layers_of, repeated
 from slmjax.models.decoder import Decoder
 from slmjax.models.families.common.config_fields import NUMBER, Fields, Names, exact, finished
 from slmjax.models.families.common.gpt_like import gpt_block, parts
@@ -27,12 +27,24 @@ def gpt2(
     eps: float = 1e-5,
     activation: Callable = gelu_tanh,
     scale: float | None = None,
+    by_layer: bool = False,
 ) -> Decoder:
-    """Pre-norm LayerNorm, multi-head attention, learned positions, a GELU MLP (4 * width), biases everywhere."""
-    block = gpt_block(
-        width=width, heads=heads, hidden=hidden, norm=LayerNorm(eps=eps), activation=activation, scale=scale
-    )
-    return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied, position=Learned())
+    """Pre-norm LayerNorm, multi-head attention, learned positions, a GELU MLP (4 * width), biases everywhere.
+
+    Args:
+        scale: factor on the scores; None: 1 / sqrt(width of a head).
+        by_layer: whether the scores of layer i, from 0, are also divided by i + 1 (the GPT-2 of Mistral, Stanford CRFM
+            2021). Each layer is then a block of its own, which takes longer to compile.
+    """
+    norm = LayerNorm(eps=eps)
+    shape: dict[str, Any] = {"width": width, "heads": heads, "hidden": hidden, "norm": norm, "activation": activation}
+    block = gpt_block(**shape, scale=scale)
+    fields: dict[str, Any] = {"vocab": vocab, "width": width, "context": context, "tied": tied, "position": Learned()}
+    if not by_layer:
+        return repeated(block, layers, **fields)
+    whole = (width // heads) ** -0.5 if scale is None else scale
+    divided = (gpt_block(**shape, scale=whole / (i + 1)) for i in range(1, layers))
+    return Decoder(**layers_of([block, *divided]), final_norm=norm, **fields)
 
 
 def gpt2_small() -> Decoder:
@@ -111,6 +123,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "n_ctx": decoder.context,
         "layer_norm_epsilon": first.norm.eps,
         "scale_attn_weights": first.mixer.scale is None,
+        "scale_attn_by_inverse_layer_idx": len(set(decoder.blocks())) > 1,
         "tie_word_embeddings": decoder.tied,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
@@ -127,7 +140,6 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
-    fields.expect("scale_attn_by_inverse_layer_idx", False)
     fields.expect("add_cross_attention", False)
     common = NAMES.read(
         fields, layers=12, width=768, heads=12, hidden=None, vocab=50257, context=1024, activation="gelu_new"
@@ -137,6 +149,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         tied=fields.take("tie_word_embeddings", bool, True),
         eps=fields.take("layer_norm_epsilon", NUMBER, 1e-5),
         scale=None if fields.take("scale_attn_weights", bool, True) else 1.0,
+        by_layer=fields.take("scale_attn_by_inverse_layer_idx", bool, False),
     )
     return finished(fields, decoder)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from slmjax.data import generation_config
 from slmjax.errors import UserError
 from slmjax.models.assembly import Assembly
 from slmjax.nn.initial import Normal
@@ -75,6 +76,9 @@ HARMLESS = frozenset(
 )
 """Fields without influence on the logits of a model in evaluation"""
 
+GENERATION = frozenset((*generation_config.FIELDS, *generation_config.NEUTRAL))
+"""Fields that older files hold here rather than in generation_config.json"""
+
 
 def activation_name(function: Callable) -> str | None:
     """The name of an activation function in transformers, or None."""
@@ -87,7 +91,11 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
-        self._left = {k: v for k, v in config.items() if k not in HARMLESS and not k.startswith(("_", "transformers."))}
+        self._left = {
+            k: v
+            for k, v in config.items()
+            if k not in HARMLESS and k not in GENERATION and not k.startswith(("_", "transformers."))
+        }
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of a field, removed from those left; null counts as absent.

@@ -8,7 +8,7 @@ from typing import Any
 from slmjax.errors import UserError
 from slmjax.models.families.common.config_fields import NUMBER, Fields
 from slmjax.nn.position import Rope
-from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling, LongRope, RopeScaling
+from slmjax.nn.rope_scaling import LinearScaling, Llama3Scaling, LongRope, RopeScaling, Yarn
 
 
 def rope_from_config(
@@ -78,10 +78,11 @@ def _rope(given: dict[str, Any], theta: float, fraction: float, original: int | 
         )
     elif kind in ("longrope", "su"):  # "su" is its older name
         scaling = _longrope(rope, original, context)
+    elif kind == "yarn":
+        scaling = _yarn(rope, original, context)
     else:
-        raise UserError(
-            f"config.json: rope_type = {kind!r} is not supported; expected one of default, linear, llama3, longrope"
-        )
+        known = "default, linear, llama3, longrope, yarn"
+        raise UserError(f"config.json: rope_type = {kind!r} is not supported; expected one of {known}")
     rope.close()
     return Rope(theta=theta, scaling=scaling, fraction=fraction)
 
@@ -104,6 +105,23 @@ def _longrope(rope: Fields, original: int | None, context: int) -> LongRope:
         original_context=first,
         factor=float(context / first if factor is None else factor),
         attention_factor=None if growth is None else float(growth),
+    )
+
+
+def _yarn(rope: Fields, original: int | None, context: int) -> Yarn:
+    """The original context may be at the top level (which counts), or left out: then it is the context."""
+    first = rope.take("original_max_position_embeddings", int, context)
+    first = first if original is None else original
+    number = lambda key, default=None: rope.take(key, NUMBER, default)  # noqa: E731
+    optional = {name: number(name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
+    factor = number("factor")
+    return Yarn(
+        factor=float(context / first if factor is None else factor),
+        original_context=first,
+        fast=float(number("beta_fast") or 32),
+        slow=float(number("beta_slow") or 1),
+        truncate=rope.take("truncate", bool, True),
+        **{name: None if value is None else float(value) for name, value in optional.items()},
     )
 
 
@@ -149,5 +167,16 @@ def _kind(scaling: RopeScaling | None) -> dict[str, Any]:
             "factor": scaling.factor,
             **({} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}),
             "original_max_position_embeddings": scaling.original_context,
+        }
+    if isinstance(scaling, Yarn):
+        optional = ("attention_factor", "mscale", "mscale_all_dim")
+        return {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_context,
+            "beta_fast": scaling.fast,
+            "beta_slow": scaling.slow,
+            "truncate": scaling.truncate,
+            **{name: getattr(scaling, name) for name in optional if getattr(scaling, name) is not None},
         }
     raise UserError(f"position.scaling: {type(scaling).__name__} has no name in config.json")

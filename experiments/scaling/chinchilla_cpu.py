@@ -1,0 +1,88 @@
+"""A scaling law on two cores: 26 runs of models of 5 to 356 thousand parameters, and a larger one that is predicted.
+
+    slmjax sweep plan experiments/scaling/chinchilla_cpu.py --out runs/chinchilla
+    slmjax sweep run runs/chinchilla
+    slmjax sweep report runs/chinchilla
+
+Four budgets of compute, five sizes each around the size that is expected to be best, three seeds of three cells, and a
+held-out run of six times the largest budget, whose loss is predicted before it runs. Every run reads 10 MB of English
+classics as bytes at most once, and is evaluated on the same half million bytes.
+
+Initial values have a standard deviation of 1 / sqrt(width): the usual 0.02 is far too little for a width of 16 (with it
+the best size of the smallest budget ends at 2.97 nats a byte, and seeds differ by 4%; with 0.2 at 2.45). The learning
+rate falls with the budget as DeepSeek-AI (2024, arXiv:2401.02954) found, with twice their factor: at that size three
+times their factor was better than theirs (2.39 and 2.44, two seeds each), and no other size was tried.
+`chinchilla_cpu.py:learning_rates` is a sweep of factors at two sizes, to be run first.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from slmjax.config import Evaluation, Experiment, override
+from slmjax.data.recipe import load_recipe
+from slmjax.data.spec import PackedText, Part
+from slmjax.data.tokenizer import Bytes
+from slmjax.models.flops import parameter_count
+from slmjax.nn.initial import Normal
+from slmjax.optim.recipes import AdamW
+from slmjax.optim.schedules import Linear
+from slmjax.sweeps.cells import Cell, Sweep, flops_a_token, tagged, tokens
+from slmjax.sweeps.isoflop import LlamaShape, at_budget, isoflop
+from slmjax.sweeps.making import seeds
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGETS = (3e10, 1e11, 3e11, 1e12)
+HELD_OUT = 6e12
+LENGTH, BATCH = 128, 8
+SHAPE = LlamaShape(vocab=264, context=LENGTH, aspect=24, head_dim=8, multiple=4)
+
+
+def best_size(budget: float) -> float:
+    """Parameters that are expected to be best: 20 tokens a parameter, C = 6 N D."""
+    return (budget / 120) ** 0.5
+
+
+def adapted(experiment: Experiment) -> Experiment:
+    """With initial values that suit the width, a warm-up over as many tokens as the model has parameters, at most a
+    fifth of the run, and the learning rate of the budget."""
+    model = replace(experiment.model, initial=Normal(std=experiment.model.width**-0.5))
+    budget = flops_a_token(experiment) * tokens(experiment)
+    warmup = min(round(parameter_count(model) / (LENGTH * BATCH)), experiment.steps // 5)
+    schedule = Linear(peak_lr=2 * 0.3118 * budget**-0.125, warmup_steps=max(1, warmup))
+    return replace(experiment, model=model, schedule=schedule)
+
+
+def base() -> Experiment:
+    classics = load_recipe(ROOT / "data/recipes/english_classics.py")
+    text = replace(classics, name="english_bytes_10", tokenizer=Bytes(), validation=0.1)
+    return Experiment(
+        name="chinchilla-cpu",
+        model=SHAPE(best_size(BUDGETS[0])),
+        data=PackedText(train=(Part(source=text),), length=LENGTH, batch=BATCH),
+        schedule=Linear(peak_lr=1e-2),
+        optimizer=AdamW(b2=0.99, weight_decay=0.1),
+        steps=100,
+        evaluation=Evaluation(every=1_000_000, batches=512),  # after the last step only
+    )
+
+
+def sweep() -> Sweep:
+    sizes = {budget: [best_size(budget) * 2.0**n for n in range(-2, 3)] for budget in BUDGETS}
+    cells = isoflop(base(), BUDGETS, sizes, SHAPE, adapted)
+    middle = [cells[5 * i + 2] for i in range(3)]
+    largest = adapted(at_budget(replace(base(), model=SHAPE(best_size(HELD_OUT))), HELD_OUT))
+    held_out = Cell(experiment=largest, tags={"budget": HELD_OUT})
+    return Sweep(name="chinchilla-cpu", cells=(*cells, *seeds(middle, 2, first=1)), held_out=held_out)
+
+
+def learning_rates() -> Sweep:
+    """The learning rate of the rule, times 1/4 to 4, for the best size of two budgets."""
+    middle = isoflop(base(), BUDGETS[:3:2], {budget: [best_size(budget)] for budget in BUDGETS}, SHAPE, adapted)
+    cells = []
+    for cell in middle:
+        peak: Any = cell.experiment.schedule
+        for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
+            experiment = override(cell.experiment, "schedule.peak_lr", factor * peak.peak_lr)
+            cells.append(tagged(cell, experiment, factor=factor))
+    return Sweep(name="chinchilla-cpu-lr", cells=tuple(cells))

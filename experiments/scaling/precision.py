@@ -1,0 +1,40 @@
+"""What bits cost in parameters: models of three sizes, trained for three lengths with weights of 2, 3, 4, 8 and 16
+bits.
+
+    slmjax sweep plan experiments/scaling/precision.py --out runs/precision
+    slmjax sweep run runs/precision
+    slmjax sweep report runs/precision
+    slmjax fit runs/precision/results.tsv --predict params=4e5,tokens=4e6,bits=3
+
+The law has N (1 - exp(-bits / gamma)) parameters in place of N (Kumar et al. 2024, arXiv:2411.04330, who found gamma
+2.67 for weights). Matrices of the layers are rounded from the first step on, with a learned step size for each output
+(LSQ); embeddings and norms are not. The held-out run is larger and longer than all others, in 3 bits, and is predicted
+before it runs. 45 runs and the held-out one, 4e13 FLOPs. Planned, not run yet.
+"""
+
+from dataclasses import replace
+
+from chinchilla_cpu import SHAPE, adapted, base
+
+from slmjax.compress.quant.learned import LSQ
+from slmjax.compress.quant.view import Quantize, Rule
+from slmjax.config import Experiment
+from slmjax.sweeps.cells import Cell, Sweep
+from slmjax.train.guard import Skip
+from slmjax.views import Identity
+
+SIZES, STEPS = (2.5e4, 6.3e4, 1.6e5), (400, 900, 2000)
+BITS = (2, 3, 4, 8, 16)
+"""16: not rounded"""
+
+
+def cell(size: float, steps: int, bits: int) -> Cell:
+    made: Experiment = adapted(replace(base(), name="precision", model=SHAPE(size), steps=steps))
+    view = Identity() if bits == 16 else Quantize(rules=(Rule(quantizer=LSQ(bits=bits)),))
+    # A spike at the start of rounded training is part of what the bits cost.
+    return Cell(experiment=replace(made, view=view, guard=Skip(sigma=None)), tags={"bits": bits, "size": size})
+
+
+def sweep() -> Sweep:
+    cells = tuple(cell(size, steps, bits) for size in SIZES for steps in STEPS for bits in BITS)
+    return Sweep(name="precision", cells=cells, held_out=cell(4e5, 4000, 3))

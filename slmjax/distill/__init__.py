@@ -1,0 +1,1 @@
+"""Training a model (the student) on the predictions of others (its teachers)."""

@@ -1,0 +1,1 @@
+"""Where commands run: in several processes of this machine, or on a cluster. Without jax."""

@@ -1,0 +1,1 @@
+"""Scaling laws: fitted to a table of runs, with what the runs can and cannot tell. NumPy and SciPy alone."""

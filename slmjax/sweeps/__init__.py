@@ -1,0 +1,1 @@
+"""Sweeps: many runs that are planned, run and judged together (`slmjax sweep`)."""

@@ -1,0 +1,191 @@
+"""`report.html` of a sweep: one file with its pictures inside, no network, no script."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from slmjax.errors import UserError
+from slmjax.files import write_text
+from slmjax.scaling.analysis import Analysis, Settings, analyse
+from slmjax.scaling.conventions import CONVENTIONS
+from slmjax.scaling.picture import draw
+from slmjax.scaling.runs import read as read_runs
+from slmjax.sweeps import predicting
+from slmjax.sweeps.folder import RESULTS, Folder, Planned, State
+from slmjax.track.page import cards, page, table
+from slmjax.track.progress import duration, si
+
+PICTURES = {
+    "isoflop.png": "Loss over size at each budget, with the parabolas of approach 2",
+    "loss.png": "Loss over compute, with the law's best",
+    "residuals.png": "What the law does not explain",
+    "profiles.png": "How well each parameter is determined",
+    "cells.png": "What became of the cells, and what they took",
+}
+
+
+def write(folder: Folder, settings: Settings | None = None) -> list[Path]:
+    """Writes results.tsv, the pictures, fit.json where the runs can be fitted, and report.html.
+
+    Args:
+        settings: of the fit.
+
+    Returns:
+        The files, the report first.
+    """
+    results, states = folder.write_results(), folder.states()
+    pictures = folder.path / "pictures"
+    pictures.mkdir(exist_ok=True)
+    drawn = [cells_picture(pictures / "cells.png", folder, states)]
+    analysis: Analysis | None = None
+    why = ""
+    try:
+        analysis = analyse(read_runs(results), settings)
+    except UserError as error:
+        why = str(error)
+    written = [results]
+    if analysis is not None:
+        drawn += draw(pictures, analysis)
+        file = folder.path / "fit.json"
+        write_text(file, json.dumps(analysis.json(), indent=1) + "\n")
+        written.append(file)
+    page = folder.path / "report.html"
+    write_text(page, render(folder, states, analysis, why, drawn))
+    return [page, *written, *drawn]
+
+
+def render(
+    folder: Folder, states: dict[str, State], analysis: Analysis | None, why: str, pictures: Sequence[Path]
+) -> str:
+    """The page. `why`: the reason that there is no fit."""
+    names = [state.name for state in states.values()]
+    done = "complete" if set(names) <= {"complete", "dropped"} else "running" if "running" in names else "unfinished"
+    by_name = {file.name: file for file in pictures}
+    images = "".join(_image(by_name[name], text) for name, text in PICTURES.items() if name in by_name)
+    prediction = predicting.compared(folder)
+    sections = [
+        _cards(folder, states),
+        table("Held-out run", _held_out(prediction)) if prediction else "",
+        *(_fit(analysis) if analysis else (table("The law", [("no fit", why)]),)),
+        f'<div class="charts">{images}</div>',
+        table("Failures", _failures(folder, states), head=("cell", "", "state", "reason")),
+        table(
+            "Cells", _cells(folder, states),
+            head=("cell", "", "state", "loss ± standard error", "parameters", "tokens", "FLOPs", "time", "expected"),
+        ),
+    ]  # fmt: skip
+    about = f"the rows are in {RESULTS}, each run's own report in runs/CELL/report.html"
+    return page(folder.name, about, "".join(sections), "report", state=done)
+
+
+def cells_picture(file: Path, folder: Folder, states: dict[str, State]) -> Path:
+    """Draws the cells over parameters and tokens, by state; and the time they took against their FLOPs."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    marks = {"complete": "o", "running": "^", "waiting": ".", "diverged": "x", "failed": "X", "dropped": "v"}
+    for name, mark in marks.items():
+        cells = [cell for cell in folder.cells if states[cell.hash].name == name]
+        if cells:
+            left.scatter([c.params for c in cells], [c.tokens for c in cells], marker=mark, label=name)
+    left.set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens", title="What became of the cells")
+    left.legend(fontsize=8)
+    cells = [cell for cell in folder.cells if states[cell.hash].name == "complete"]
+    flops = [cell.flops for cell in folder.cells]
+    right.scatter(flops, [max(c.seconds, 1e-3) for c in folder.cells], marker=".", color="gray", label="expected")
+    right.scatter([c.flops for c in cells], [max(states[c.hash].seconds, 1e-3) for c in cells], label="measured")
+    right.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="seconds", title="Cost")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def _cards(folder: Folder, states: dict[str, State]) -> str:
+    cells = [cell for cell in folder.cells if states[cell.hash].name == "complete"]
+    names = [state.name for state in states.values()]
+    failed = names.count("failed") + names.count("diverged")
+    spent = sum(state.seconds for state in states.values())
+    found = [
+        ("cells complete", f"{len(cells)} of {len(names)}", f"{failed} failed or diverged" if failed else ""),
+        ("training", si(sum(cell.flops for cell in cells)) + "FLOP", "head and attention counted"),
+        ("time", duration(spent), "of training, all cells"),
+    ]
+    if cells:
+        best = min(cells, key=lambda cell: states[cell.hash].loss)
+        found.insert(0, ("lowest loss", f"{states[best.hash].loss:.4f}", best.label))
+    return cards(found)
+
+
+def _held_out(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    run = found["run"]
+    yield "run", f"{found['label']}, {found['flops']:.3g} FLOPs"
+    yield "written", f"{found['time']}, from {found['fitted_runs']} runs, before it ran (predictions.json)"
+    interval = f"{found['level']:.0%} interval of one run {run['low']:.4f} to {run['high']:.4f}"
+    yield "predicted", f"{found['mean']['value']:.4f}; {interval}"
+    if "actual" not in found:
+        yield "actual", "not run yet"
+        return
+    yield "actual", f"{found['actual']:.4f}, {'inside' if found['inside'] else 'outside'} the interval"
+    yield "error", f"{found['error']:+.2%}"
+    if found["error_of_line"] is not None:
+        yield "a line", f"without a floor is off by {found['error_of_line']:+.2%}"
+
+
+def _fit(analysis: Analysis) -> Iterable[str]:
+    names = {"a": "a: best N ~ C^a"}
+    yield table("The law", [(names.get(name, name), str(e)) for name, e in analysis.estimates.items()])
+    others = [(f"approach {key}", f if isinstance(f, str) else str(f.a)) for key, f in analysis.others.items()]
+    if analysis.bias is not None:
+        bias = analysis.bias
+        there = f"{bias.a:+.4f} in a; at C={bias.flops:.2g}, {bias.params:+.1%} in N and {bias.tokens:+.1%} in D"
+        others.append(("bias of 2", f"on these cells of a surface without noise: {there}"))
+    yield table("a, by approach", [("approach 3", str(analysis.estimates["a"])), *others])
+    yield table(
+        "a, by what counts as FLOPs a token", [(CONVENTIONS[k], str(e)) for k, e in analysis.conventions.items()]
+    )
+    notes = list(analysis.notes)
+    if analysis.seeds.identified and not math.isnan(analysis.seeds.value):
+        notes.append(f"seeds of one cell differ by {analysis.seeds.value:.2%} (standard deviation of ln loss)")
+    yield table("To know", [("", note) for note in notes])
+
+
+def _failures(folder: Folder, states: dict[str, State]) -> Iterable[tuple[str, ...]]:
+    for cell in folder.cells:
+        state = states[cell.hash]
+        if state.name in ("failed", "diverged"):
+            yield cell.hash, cell.label, state.name, state.reason
+
+
+def _cells(folder: Folder, states: dict[str, State]) -> Iterable[tuple[str, ...]]:
+    for cell in folder.cells:
+        yield _row(cell, states[cell.hash])
+
+
+def _row(cell: Planned, state: State) -> tuple[str, ...]:
+    error = "" if math.isnan(state.loss_se) else f" ± {state.loss_se:.4f}"
+    loss = "" if math.isnan(state.loss) else f"{state.loss:.4f}{error}"
+    return (
+        cell.hash, cell.label + (" (held out)" if cell.held_out else ""), state.name, loss, f"{cell.params:,}",
+        f"{cell.tokens:,}", f"{cell.flops:.3g}", duration(state.seconds) if state.seconds else "",
+        duration(cell.seconds),
+    )  # fmt: skip
+
+
+def _image(file: Path, text: str) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return (
+        f'<figure class="chart"><figcaption>{escape(text)}</figcaption>'
+        f'<img alt="{escape(text)}" src="data:image/png;base64,{data}"></figure>'
+    )
