@@ -67,10 +67,12 @@ def test_every_number_of_steps_shrinks_in_proportion(wsd):
 
 def test_validation_that_cannot_be_is_said_at_the_start(tiny, tmp_path):
     file = tmp_path / "never_validated.py"
-    file.write_text(tiny.file.read_text().replace("validation=0.1", "validation=0.0"))
+    # Under a name of its own: the store of `tiny` lies in the same folder.
+    words = tiny.file.read_text().replace('name="moby"', 'name="unvalidated"')
+    file.write_text(words.replace("validation=0.1", "validation=0.0"))
     done = slmjax("train", file, *runtime(tiny, tmp_path / "run"), "--steps", "1", "--schedule.warmup-steps", "0")
     assert done.code == 0, done.err
-    assert "no validation: evaluation.every is 6, but moby holds no validation data" in done.err
+    assert "no validation: evaluation.every is 6, but unvalidated holds no validation data" in done.err
     assert "no validation" not in slmjax("train", tiny.file, *runtime(tiny, tmp_path / "other"), "--steps", "1").err
 
 

@@ -29,8 +29,8 @@ def rows(loss):
 SEQ = {"$type": "slmjax.compress.quant.learned:SEQ", "levels": 4}
 LSQ = {"$type": "slmjax.compress.quant.learned:LSQ", "bits": 2}
 ENTRIES = [
-    *(Entry(f"runs/a{s}", experiment(s, of=SEQ), rows(2 + s / 10), 1e6, {"GGUF": 4000}) for s in range(3)),
-    Entry("runs/b", experiment(0, of=LSQ), rows(2.5), 1e6, {"GGUF": 5000}),
+    *(Entry(f"runs/a{s}", experiment(s, of=SEQ), rows(2 + s / 10), 1e6, sizes={"GGUF": 4000}) for s in range(3)),
+    Entry("runs/b", experiment(0, of=LSQ), rows(2.5), 1e6, sizes={"GGUF": 5000}),
     Entry("packed", {"name": "packed", "method": "rtn"}, sizes={"GGUF": 3000}, loss=3.25),
 ]
 
