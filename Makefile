@@ -10,7 +10,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 DEVICE_TESTS = $(addprefix tests/, train invariance optim/test_recipes.py cli/test_doctor.py compress/test_view.py \
 	compress/test_prune_view.py distill/test_on_policy.py distill/test_terms.py e2e/test_bad_input.py losses/test_pieces.py \
 	e2e/test_encoder_run.py)
-# Which tests by their marks: MARK="not slurm" without root.
+# Which tests by their marks: MARK="not slurm and not browser" without root.
 MARK ?=
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(MARK),-m "$(MARK)")
 # What the oldest supported Python, with its older JAX and Flax, could break: every import, the training step and what it

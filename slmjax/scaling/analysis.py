@@ -176,7 +176,7 @@ def _others(
 def _notes(runs: Runs, fitted: Fitted, law: Additive) -> list[str]:
     notes = []
     if runs.skipped:
-        notes.append(f"{runs.skipped} rows that diverged or failed are left out")
+        notes.append(f"{runs.skipped} rows are left out: diverged, failed, unfinished or held out")
     ratio = runs["flops"] / runs["params"] / runs["tokens"]
     if ratio.max() > 1.05 * ratio.min():
         notes.append(

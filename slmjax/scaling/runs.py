@@ -39,7 +39,7 @@ class Runs:
 
     Attributes:
         columns: numbers by name, each [n]: params, tokens, flops, loss, and what else the table has.
-        skipped: how many rows the table says diverged or failed; they are not among the columns.
+        skipped: how many rows are not among the columns: of runs that diverged, failed, are unfinished or held out.
         source: the file, for messages.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import struct
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -184,8 +185,10 @@ def _row(cell: Planned, state: State) -> tuple[str, ...]:
 
 
 def _image(file: Path, text: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
+    content = file.read_bytes()
+    data, (width, height) = base64.b64encode(content).decode(), struct.unpack(">II", content[16:24])  # PNG's header
+    kind = "chart row" if width > 2 * height else "chart"
     return (
-        f'<figure class="chart"><figcaption>{escape(text)}</figcaption>'
+        f'<figure class="{kind}"><figcaption>{escape(text)}</figcaption>'
         f'<img alt="{escape(text)}" src="data:image/png;base64,{data}"></figure>'
     )

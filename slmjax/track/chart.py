@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 34
+WIDTH, HEIGHT = 560, 280
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 44
 COLOURS = 10
 """Of `report_style`; further series take them again"""
 POINTS = 300
@@ -121,9 +121,9 @@ def _grid(px, py, xs: Sequence[float], ys: Sequence[float], x_label: str) -> str
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     lines = [f'<path class="grid" d="M{LEFT} {py(y):.1f}H{right}"/>' for y in ys]
     lines += [f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{label(y)}</text>' for y in ys]
-    lines += [f'<text x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{label(x)}</text>' for x in xs]
+    lines += [_below(px(x), bottom + 18, label(x)) for x in xs]
     lines.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-    lines.append(f'<text class="name" x="{right}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
+    lines.append(f'<text class="name" x="{right}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
     return "".join(lines)
 
 
@@ -141,6 +141,13 @@ def _line(px, py, buckets: Sequence[Bucket], style: str, dots: bool) -> str:
     if (dots and len(points) <= 60) or len(points) == 1:
         out += "".join(f'<circle class="{style}" cx="{p.split()[0]}" cy="{p.split()[1]}" r="3"/>' for p in points)
     return out
+
+
+def _below(x: float, y: float, text: str) -> str:
+    """The number of a tick, centred below it where the picture is wide enough for that."""
+    beyond = x + 3.3 * len(text) > WIDTH - 2
+    anchor, at = ("end", WIDTH - 2.0) if beyond else ("middle", x)
+    return f'<text x="{at:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
 def _beside(x: float, y: float, text: str) -> str:

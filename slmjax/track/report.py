@@ -168,7 +168,10 @@ def _energy(energy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def kwh(value: float) -> str:
     """0.0042 -> `4.2 Wh`."""
-    return f"{value * 1000:.3g} Wh" if value < 0.1 else f"{value:.3g} kWh"
+    for most, unit, each in ((1e-4, "mWh", 1e6), (0.1, "Wh", 1e3)):
+        if value < most:
+            return f"{value * each:.3g} {unit}"
+    return f"{value:.3g} kWh"
 
 
 def _experiment(experiment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

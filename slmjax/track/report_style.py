@@ -21,7 +21,7 @@ code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
   font-size: 13px; font-weight: 600; color: var(--wait); }
 .state.complete { color: var(--ok); } .state.running { color: var(--s0); }
 .state.failed, .state.diverged { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(142px, 1fr)); gap: 12px; margin: 0 0 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 14px; }
 .cards div, .chart, section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .cards div { padding: 11px 14px; }
 dt, small { color: var(--soft); font-size: 12.5px; }
@@ -46,7 +46,8 @@ svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-n
 circle { fill: var(--s0); }
 .tables { columns: 2 440px; column-gap: 14px; margin-top: 14px; }
 .losses { margin-top: 14px; }
-section { break-inside: avoid; padding: 12px 16px 14px; margin: 0 0 14px; }
+section { break-inside: avoid; padding: 12px 16px 14px; margin: 0 0 14px; overflow-x: auto; }
+.charts + section { margin-top: 14px; } .row { grid-column: 1 / -1; }
 h2 { margin: 0 0 6px; font-size: 14px; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 500; padding: 2px 12px 4px 0; }

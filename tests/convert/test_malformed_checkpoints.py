@@ -105,7 +105,8 @@ CASES = {
         rewritten(lambda t: t.update({Q.replace("1", "2"): t[Q]})), ["model.layers.2", "no place"]),
     "a layer too few": (with_config(num_hidden_layers=1), ["model.layers.1", "no place"]),
     "output table unlike the tied one": (
-        rewritten(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})), ["lm_head", "tied", "tie_word_embeddings"]),
+        rewritten(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
+        ["lm_head", "tied", "tie_word_embeddings"]),
     "not finite": (raw(lambda b: b[:-4] + struct.pack("<f", float("nan"))), ["NaN or Inf"]),
     "integers": (with_header(lambda h: h[Q].update(dtype="I32")), [Q, "int32", "expected float32"]),
     "dtype unknown to the format": (with_header(lambda h: h[Q].update(dtype="F31")), [SINGLE, "F31"]),

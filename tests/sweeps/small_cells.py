@@ -5,6 +5,7 @@ from slmjax.data.spec import PackedText, Part
 from slmjax.models.families.llama import llama
 from slmjax.optim.schedules import Cosine
 from slmjax.serialise import to_json
+from slmjax.sweeps.cells import Cell
 from slmjax.sweeps.folder import Folder, Planned, save
 from slmjax.track.jsonl import encode
 
@@ -52,3 +53,26 @@ def ran(folder, cell, *, loss=3.0, event="complete", step=None, elapsed=20.0, **
     (run / "metrics.jsonl").write_bytes(b"".join(map(encode, rows)))
     events = [{"event": "created"}, {"event": "started"}, {"event": event, **fields}]
     (run / "ledger.jsonl").write_bytes(b"".join(map(encode, events)))
+
+
+def surface(params, tokens):
+    """A loss as Chinchilla's law has it."""
+    return 1.7 + 30.0 / params**0.35 + 90.0 / tokens**0.35
+
+
+def noisy(cell):
+    """The loss of a cell of `isoflops`, 0.02% off the surface."""
+    return surface(cell.params, cell.tokens) * (1 + 2e-4 * (-1) ** cell.seed)
+
+
+def isoflops(path):
+    """Three budgets of five sizes each, and a held-out cell; none has run."""
+    sizes = {c: [(c / 120) ** 0.5 * 2.0**k for k in range(-2, 3)] for c in (1e10, 1e11, 1e12)}
+    points = [(round(n), round(c / 6 / n)) for c, several in sizes.items() for n in several]
+    pairs = []
+    for i, (n, d) in enumerate(points):
+        cell = Cell(experiment=base(seed=i), tags={"budget": float(f"{6 * n * d:.2g}")})
+        pairs.append((cell, planned(cell, params=n, tokens=d)))
+    held = Cell(experiment=base(steps=11))
+    pairs.append((held, planned(held, params=200_000, tokens=5_000_000, held_out=True)))
+    return made_up(path, pairs)

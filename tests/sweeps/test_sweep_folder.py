@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from running import slmjax
-from small_cells import base, made_up, planned, ran
+from small_cells import base, isoflops, made_up, noisy, planned, ran, surface
 
 from slmjax.errors import Diverged, UserError
 from slmjax.lease import lease
@@ -268,34 +268,19 @@ def test_nothing_left_to_run(folder):
         run(folder, say=said.append)
 
 
-LAW = {"E": 1.7, "A": 30.0, "B": 90.0, "alpha": 0.35, "beta": 0.35}
-
-
 def test_the_held_out_run_is_predicted_first_and_then_compared(tmp_path):
     """On a surface with hardly any noise, so that the prediction is the law's value, which the page tells."""
-
-    def loss(n, d):
-        return LAW["E"] + LAW["A"] / n ** LAW["alpha"] + LAW["B"] / d ** LAW["beta"]
-
-    sizes = {c: [(c / 120) ** 0.5 * 2.0**k for k in range(-2, 3)] for c in (1e10, 1e11, 1e12)}
-    points = [(round(n), round(c / 6 / n)) for c, several in sizes.items() for n in several]
-    pairs = []
-    for i, (n, d) in enumerate(points):
-        cell = Cell(experiment=base(seed=i), tags={"budget": float(f"{6 * n * d:.2g}")})
-        pairs.append((cell, planned(cell, params=n, tokens=d)))
-    held = Cell(experiment=base(steps=11))
-    pairs.append((held, planned(held, params=200_000, tokens=5_000_000, held_out=True)))
-    folder = made_up(tmp_path / "s", pairs)
+    folder = isoflops(tmp_path / "s")
     last = folder.held_out
     for cell in folder.cells[:-1]:
         assert last not in folders.ready(folder.cells, folder.states())
-        ran(folder, cell, loss=loss(cell.params, cell.tokens) * (1 + 2e-4 * (-1) ** cell.seed))
+        ran(folder, cell, loss=noisy(cell))
     assert folders.ready(folder.cells, folder.states()) == [last]
 
     assert "predicted loss" in predicting.ahead(folder)
     file = folder.path / predicting.FILE
     before = file.read_text()
-    truth = loss(last.params, last.tokens)
+    truth = surface(last.params, last.tokens)
     found = json.loads(before)[last.hash]
     assert found["mean"]["value"] == pytest.approx(truth, rel=2e-3)
     assert found["run"]["low"] < truth < found["run"]["high"]
