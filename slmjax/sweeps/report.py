@@ -16,6 +16,7 @@ from slmjax.files import write_text
 from slmjax.scaling.analysis import Analysis, Settings, analyse
 from slmjax.scaling.conventions import CONVENTIONS
 from slmjax.scaling.picture import draw
+from slmjax.scaling.planning import roll_out
 from slmjax.scaling.runs import read as read_runs
 from slmjax.sweeps import predicting
 from slmjax.sweeps.folder import RESULTS, Folder, Planned, State
@@ -156,10 +157,27 @@ def _fit(analysis: Analysis) -> Iterable[str]:
     yield table(
         "a, by what counts as FLOPs a token", [(CONVENTIONS[k], str(e)) for k, e in analysis.conventions.items()]
     )
+    yield table("Predictions of the largest budgets from the smaller ones", _roll_out(analysis))
     notes = list(analysis.notes)
     if analysis.seeds.identified and not math.isnan(analysis.seeds.value):
         notes.append(f"seeds of one cell differ by {analysis.seeds.value:.2%} (standard deviation of ln loss)")
     yield table("To know", [("", note) for note in notes])
+
+
+def _roll_out(analysis: Analysis) -> Iterable[tuple[str, str]]:
+    for left_out in (1, 2):
+        try:
+            (found,) = roll_out(analysis.draws, analysis.runs, (left_out,), count=len(analysis.draws.theta))
+        except UserError:  # too few budgets
+            return
+        figures = found.json()
+        yield (
+            f"without {left_out}",
+            f"fitted to {found.fitted_runs} runs, {len(found.actual)} predicted: off by "
+            f"{figures['median_error']:.2%} (median), {figures['largest_error']:.2%} at most; {found.covered:.0%} "
+            f"inside their {found.level:.0%} intervals; a line without a floor is off by "
+            f"{figures['median_error_of_a_line_without_floor']:.2%} (median)",
+        )
 
 
 def _failures(folder: Folder, states: dict[str, State]) -> Iterable[tuple[str, ...]]:

@@ -300,6 +300,8 @@ def test_the_held_out_run_is_predicted_first_and_then_compared(tmp_path):
     page = report.render(folder, folder.states(), analysis, "", [])
     for words in ("written", "inside the interval", "a: best N ~ C^a", "approach 2", "16 of 16", "(iv) 6 N"):
         assert words in page
+    for words in ("without 1", "fitted to 10 runs, 5 predicted", "inside their 90% intervals"):
+        assert words in page
 
 
 def test_a_report_without_a_fit_says_why(folder):
