@@ -20,7 +20,7 @@ HELP = "read a Hugging Face folder or a GGUF file"
 @dataclass(frozen=True)
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """A Hugging Face folder with config.json and safetensors, or a .gguf file of a llama model; nothing in it is run"""
+    """A Hugging Face folder with config.json and safetensors, or a .gguf file; nothing in it is run"""
     out: str
     """The folder to write: config.json, the weights, tokenizer.json"""
 

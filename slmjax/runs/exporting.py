@@ -112,9 +112,13 @@ def write_hf(export: Export, loaded: Loaded, *, donate: bool = False, say: Calla
 
 
 def write_gguf(export: Export, loaded: Loaded, *, donate: bool = False, say: Callable[[str], None] = print) -> Any:
-    """-> `convert.gguf.export.Exported`. Args: as `write_hf`."""
-    packed = carried(loaded, "gguf", export.dtype, say)
-    return _written(export, loaded, export_gguf, tokenizer=loaded.tokenizer(), packed=packed, donate=donate)
+    """-> `convert.gguf.export.ExportedGGUF`. Args: as `write_hf`; `say` also tells end tokens that do not fit."""
+    packed, tokenizer = carried(loaded, "gguf", export.dtype, say), loaded.tokenizer()
+    done = _written(export, loaded, export_gguf, tokenizer=tokenizer, packed=packed, donate=donate)
+    if done.ends_left_out:
+        names = ", ".join(f"{i} ({tokenizer.raw.id_to_token(i)!r})" for i in done.ends_left_out)
+        say(f"a GGUF file has room for three tokens that end a text; these are left out: {names}")
+    return done
 
 
 def _written(export: Export, loaded: Loaded, write: Callable[..., Any], **options: Any) -> Any:

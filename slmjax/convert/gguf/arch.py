@@ -1,25 +1,23 @@
-"""How each class of `transformers` is written as GGUF: one value for each architecture of llama.cpp.
+"""How each class of `transformers` is written as GGUF and read from it: one value for each architecture of llama.cpp.
 
-The names of the tensors come from the `gguf` package. Here is what remains: hyperparameters, tensors with another
-layout, and what llama.cpp assumes of an architecture, which is refused where a model differs.
+The names of the tensors come from the `gguf` package. Here is what remains: tensors with another layout, and the fields
+(`fields.py`), which hold hyperparameters and what llama.cpp assumes of an architecture.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
+from slmjax.convert.gguf.fields import Config, Field, Keys, kv_heads
+from slmjax.convert.gguf.file import GGUF
 from slmjax.errors import UserError
-
-Config = Mapping[str, Any]
-"""config.json as `transformers` writes it"""
 
 
 class Transform(NamedTuple):
@@ -35,17 +33,15 @@ class Transform(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFArchitecture:
-    """How a class of `transformers` is written as an architecture of llama.cpp."""
+    """A class of `transformers` and an architecture of llama.cpp that compute the same, for both directions."""
 
     model_type: str
     arch: MODEL_ARCH
-    metadata: Callable[[Config], dict[str, Any]]
-    """Hyperparameters, without the prefix of the architecture. Raises UserError if llama.cpp computes otherwise"""
+    fields: tuple[Field, ...]
+    """What there is to know besides the tensors, in the order in which it is read: some need others to be known"""
     transforms: tuple[Transform, ...] = ()
     stacked: str = r"(?!)"
     """Regular expression of keys whose last number is a head: transformers has a tensor a head, GGUF one for all"""
-    extra: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}
-    """Tensors that are computed from the configuration"""
     drift: float = 0.0
     """How far log-probabilities may be off because llama.cpp approximates an activation, in nats times
     max(1, max|logit|)"""
@@ -56,8 +52,25 @@ class GGUFArchitecture:
         return MODEL_ARCH_NAMES[self.arch]
 
     def keys(self, config: Config) -> dict[str, Any]:
-        """`metadata` with the prefix of the architecture."""
-        return {f"{self.name}.{key}": value for key, value in self.metadata(config).items()}
+        """The hyperparameters of a model, as keys of a GGUF file.
+
+        Raises:
+            UserError: llama.cpp computes this model otherwise.
+        """
+        return {f"{self.name}.{key}": value for field in self.fields for key, value in field.write(config).items()}
+
+    def config(self, file: GGUF) -> dict[str, Any]:
+        """The config.json of transformers that a file describes.
+
+        Raises:
+            UserError: a key that could change what the model computes is not supported.
+            StorageError: a key is missing, or has a value that cannot be.
+        """
+        keys, config = Keys(file, self.name), {"model_type": self.model_type}
+        for field in self.fields:
+            config |= field.read(keys, config)
+        keys.close()
+        return config
 
     def rename(self, key: str, layers: int) -> str:
         """Key of transformers -> name in GGUF.
@@ -83,7 +96,8 @@ class GGUFArchitecture:
             yield self.rename(key, layers), self._transform(key, x, config)
         for key, heads in waiting.items():
             yield self.rename(key, layers), np.stack([heads[i] for i in range(len(heads))])
-        yield from self.extra(config).items()
+        for field in self.fields:
+            yield from field.tensors(config).items()
 
     def theirs(self, config: Config, key: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """The tensor of transformers with this key. `read`: name of a tensor in GGUF -> its values."""
@@ -116,98 +130,6 @@ def _names(arch: MODEL_ARCH, layers: int) -> TensorNameMap:
 def layers_of(config: Config) -> int:
     """Number of layers."""
     return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
-
-
-def expect(config: Config, key: str, *values: Any) -> None:
-    """Checks a field that llama.cpp does not read.
-
-    Raises:
-        UserError: it has a value other than those that llama.cpp assumes.
-    """
-    if key in config and config[key] not in values:
-        raise UserError(f"{key} = {config[key]!r}: llama.cpp computes this architecture only with {values[0]!r}")
-
-
-def no_window(config: Config) -> None:
-    """Raises UserError if the attention window is shorter than the context."""
-    used = config.get("use_sliding_window", True)
-    window = config.get("sliding_window")
-    if used and window is not None and window < config["max_position_embeddings"]:
-        raise UserError(
-            f"sliding_window = {window}: llama.cpp ignores it in this architecture; export a model whose context "
-            f"is at most the window (max_position_embeddings is {config['max_position_embeddings']})"
-        )
-
-
-def head_dim(config: Config) -> int:
-    """Width of a head."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
-def kv_heads(config: Config) -> int:
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
-
-
-def sizes(config: Config) -> dict[str, Any]:
-    """The hyperparameters that decoders with the usual field names have in common."""
-    return {
-        "vocab_size": config["vocab_size"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "block_count": config["num_hidden_layers"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": kv_heads(config),
-        "attention.key_length": head_dim(config),
-        "attention.value_length": head_dim(config),
-    }
-
-
-def rope_of(config: Config) -> Config:
-    """The rotary parameters as transformers 5 writes them."""
-    return config["rope_parameters"]
-
-
-def rotated(config: Config) -> int:
-    """Number of channels of a head that are rotated."""
-    rope = rope_of(config)
-    return int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
-
-
-def rotary(config: Config, *kinds: str) -> dict[str, Any]:
-    """Hyperparameters of rotary positions. `kinds`: scalings allowed besides "default" and "linear".
-
-    Raises:
-        UserError: the frequencies are scaled in another way.
-    """
-    rope = rope_of(config)
-    kind = rope["rope_type"]
-    if kind not in ("default", "linear", *kinds):
-        raise UserError(f"rope_type = {kind!r} cannot be written as GGUF for this architecture")
-    keys = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": rotated(config)}
-    if kind == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    return keys
-
-
-def llama3_factors(config: Config) -> dict[str, np.ndarray]:
-    """The tensor `rope_freqs.weight` of the llama3 scaling: llama.cpp divides the frequencies by it."""
-    rope = rope_of(config)
-    if rope["rope_type"] != "llama3":
-        return {}
-    size = rotated(config)
-    wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    blend = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - blend) / rope["factor"] + blend)).astype(np.float32)}
-
-
-def long_factors(config: Config) -> dict[str, np.ndarray]:
-    """The longrope factors of Phi-3: `long` for contexts beyond the original one, `short` for others."""
-    rope = rope_of(config)
-    if rope["rope_type"] != "longrope":
-        return {}
-    return {f"rope_factors_{name}.weight": np.asarray(rope[f"{name}_factor"], np.float32) for name in ("long", "short")}
 
 
 def pairs(keys: str, heads: Callable[[Config], int]) -> Transform:

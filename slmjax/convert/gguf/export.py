@@ -23,6 +23,7 @@ from slmjax.convert.gguf import gate as gguf_gate
 from slmjax.convert.gguf.activations import rounding
 from slmjax.convert.gguf.file import GGUF
 from slmjax.convert.gguf.load import read_params, write_gguf, written, written_as
+from slmjax.convert.gguf.tokenizer import ends_of
 from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import StorageError, UserError
@@ -39,6 +40,8 @@ class ExportedGGUF(NamedTuple):
     checks: list[gate.Check]
     folded: tuple[str, ...] = ()
     """Scalars that were multiplied into the weights: "embed_scale = 12.0" """
+    ends_left_out: tuple[int, ...] = ()
+    """Tokens that end a text, for which the file has no room: it holds three"""
 
 
 def export_gguf(
@@ -71,7 +74,7 @@ def export_gguf(
         reference_python: a Python with xllamacpp; see `gate.find_python`.
         donate: delete `params` once they are written and compared, so that memory never holds the model twice.
         scored: token ids of texts on which the loss of llama.cpp is compared; by default a passage of text.
-        generation: what the model's folder says of generated text: the tokens that end it.
+        generation: what the model's folder says of generated text: the tokens that end it, of which a file holds three.
 
     Raises:
         UserError: llama.cpp cannot compute the model, has no such tokenizer or no type that holds a quantized tensor,
@@ -121,7 +124,8 @@ def export_gguf(
         alike = rounding(packed, dtype) if packed else None
         checks += gguf_gate.check_llama_cpp(file, decoder, stored, python, probe, tokenizer, limit, alike, scored)
         gate.demand(checks)
-    return ExportedGGUF(out, checks, folded.scalars)
+    left_out = tuple(i for i in generation.ends if i not in ends_of(opened.metadata))
+    return ExportedGGUF(out, checks, folded.scalars, left_out)
 
 
 def check_same(params: Params, packed: Mapping[str, Packed]) -> None:

@@ -1,210 +1,233 @@
-"""For each family of `transformers`, the architecture of llama.cpp that it is written as. See `arch.py`."""
+"""For each family of `transformers`, the architecture of llama.cpp that it is written as and read from (`arch.py`)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from gguf import MODEL_ARCH
 
-from slmjax.convert.gguf.arch import (
-    OFFSET,
-    ROTATED,
-    TRANSPOSED,
+from slmjax.convert.gguf.arch import OFFSET, ROTATED, TRANSPOSED, GGUFArchitecture, heads_last
+from slmjax.convert.gguf.fields import (
+    HIDDEN,
+    NO_WINDOW,
+    RMS,
+    SIZES,
+    TIED,
+    WINDOW,
     Config,
-    GGUFArchitecture,
+    Field,
+    Keys,
+    count,
     expect,
+    flag,
     head_dim,
-    heads_last,
-    llama3_factors,
-    long_factors,
+    if_there,
+    length_of,
+    multi_head,
     no_window,
-    rope_of,
-    rotary,
+    only,
+    real,
+    shortest,
     sizes,
 )
+from slmjax.convert.gguf.file import shown
+from slmjax.convert.gguf.gemma import GEMMA2, GEMMA3
+from slmjax.convert.gguf.rope import LLAMA3, LONGROPE, rope_of, rotary
 from slmjax.errors import UserError
 
-RMS = "attention.layer_norm_rms_epsilon"
 LAYER = "attention.layer_norm_epsilon"
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
-
-def _llama(c: Config) -> dict[str, Any]:
-    expect(c, "hidden_act", "silu")
-    no_window(c)
-    return {**sizes(c), RMS: c["rms_norm_eps"], **rotary(c, "llama3")}
-
-
-def _granite(c: Config) -> dict[str, Any]:
-    return {
-        **_llama(c),
-        "attention.scale": c["attention_multiplier"],
-        "embedding_scale": c["embedding_multiplier"],
-        "residual_scale": c["residual_multiplier"],
-        "logit_scale": c["logits_scaling"],
-    }
+LIKE_LLAMA = (*SIZES, RMS, only("hidden_act", "silu"), TIED, NO_WINDOW)
+BIASES = (if_there("attention_bias", "blk.0.attn_q.bias"), if_there("mlp_bias", "blk.0.ffn_up.bias"))
+LLAMA_FIELDS = (*LIKE_LLAMA, *BIASES, rotary(LLAMA3))
+QWEN = (*LIKE_LLAMA, only("attention_bias", False), rotary())
 
 
-def _smollm3(c: Config) -> dict[str, Any]:
-    expect(c, "attention_bias", False)
-    expect(c, "mlp_bias", False)
-    expect(c, "no_rope_layers", [int((i + 1) % 4 != 0) for i in range(c["num_hidden_layers"])])
-    return _llama(c)
+def _score_scale(keys: Keys, config: Config) -> dict[str, Any]:
+    usual = head_dim(config) ** -0.5
+    found = keys.real("attention.scale", usual)
+    return {"attention_multiplier": usual if found == shortest(usual) else found}
 
 
-def _qwen(c: Config) -> dict[str, Any]:
-    expect(c, "attention_bias", False)
-    return _llama(c)
+def _turns(keys: Keys, config: Config) -> dict[str, Any]:
+    if not keys.flag("rope.scaling.finetuned", True):
+        raise UserError(f"{keys.prefix}rope.scaling.finetuned = False: a Granite without positions is not supported")
+    return {}
 
 
-def _olmo2(c: Config) -> dict[str, Any]:
-    expect(c, "attention_bias", False)
-    return _llama(c)
-
-
-def _gemma(c: Config, most: int) -> dict[str, Any]:
-    expect(c, "hidden_activation", "gelu_pytorch_tanh")
-    expect(c, "attention_bias", False)
-    expect(c, "query_pre_attn_scalar", head_dim(c))
-    expect(c, "use_bidirectional_attention", False, None)
-    expect(c, "tie_word_embeddings", True)
-    return {
-        **sizes(c),
-        RMS: c["rms_norm_eps"],
-        "attention.sliding_window": c["sliding_window"],
-        "attention.sliding_window_pattern": _period(c["layer_types"], most),
-    }
-
-
-def _period(kinds: list[str], usual: int) -> int:
-    """Every how manieth layer sees everything, the others a window."""
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    period = full[0] + 1 if full else usual
-    if full != list(range(period - 1, len(kinds), period)) or (not full and len(kinds) >= usual):
-        raise UserError(f"layer_types: full attention in the layers {full}; llama.cpp wants it in every n-th layer")
-    return period
-
-
-def _gemma2(c: Config) -> dict[str, Any]:
-    keys = {**_gemma(c, 2), **rotary(c)}
-    if keys.pop("attention.sliding_window_pattern") != 2:
-        raise UserError("layer_types: llama.cpp computes this architecture only with full attention in every 2nd layer")
-    for key, name in (("attn_logit_softcapping", "attn"), ("final_logit_softcapping", "final")):
-        if c[key] is None:
-            raise UserError(f"{key} = None: llama.cpp always caps in this architecture")
-        keys[f"{name}_logit_softcapping"] = float(c[key])
-    return keys
-
-
-def _gemma3(c: Config) -> dict[str, Any]:
-    expect(c, "attn_logit_softcapping", None)
-    expect(c, "final_logit_softcapping", None)
-    rope = rope_of(c)
-    expect(rope["sliding_attention"], "rope_type", "default")
-    local = {"rope.freq_base_swa": float(rope["sliding_attention"]["rope_theta"])}
-    return {**_gemma(c, 6), **rotary({**c, "rope_parameters": rope["full_attention"]}), **local}
-
-
-def _phi3(c: Config) -> dict[str, Any]:
-    expect(c, "hidden_act", "silu")
-    no_window(c)
-    rope = rope_of(c)
-    keys = {**sizes(c), RMS: c["rms_norm_eps"], **rotary(c, "longrope")}
-    if rope["rope_type"] != "longrope":
-        return keys
-    old = rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or c["max_position_embeddings"] / old
-    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
-    return {**keys, "rope.scaling.original_context_length": old, "rope.scaling.attn_factor": scale}
-
-
-def _stablelm(c: Config) -> dict[str, Any]:
-    expect(c, "hidden_act", "silu")
-    parallel = {"use_parallel_residual": c["use_parallel_residual"]}
-    return {**sizes(c), LAYER: c["layer_norm_eps"], **parallel, **rotary(c)}
-
-
-def _gpt_neox(c: Config) -> dict[str, Any]:
-    expect(c, "hidden_act", *GELUS)
-    expect(c, "attention_bias", True)
-    parallel = {"use_parallel_residual": c["use_parallel_residual"]}
-    return {**sizes(c), LAYER: c["layer_norm_eps"], **parallel, **rotary(c)}
-
-
-def _gpt2(c: Config) -> dict[str, Any]:
-    expect(c, "activation_function", "gelu_new", "gelu_pytorch_tanh")
-    expect(c, "scale_attn_weights", True)
-    expect(c, "scale_attn_by_inverse_layer_idx", False)
-    return {
-        "vocab_size": c["vocab_size"],
-        "context_length": c["n_positions"],
-        "embedding_length": c["n_embd"],
-        "block_count": c["n_layer"],
-        "feed_forward_length": c["n_inner"] or 4 * c["n_embd"],
-        "attention.head_count": c["n_head"],
-        LAYER: c["layer_norm_epsilon"],
-    }
-
-
-def _bloom(c: Config) -> dict[str, Any]:
-    expect(c, "apply_residual_connection_post_layernorm", False)
-    return {
-        "vocab_size": c["vocab_size"],
-        "context_length": c.get("seq_length", 2048),  # ALiBi has no maximum length; BLOOM was trained with 2048
-        "embedding_length": c["hidden_size"],
-        "block_count": c["n_layer"],
-        "feed_forward_length": 4 * c["hidden_size"],
-        "attention.head_count": c["n_head"],
-        "attention.head_count_kv": c["n_head"],
-        LAYER: c["layer_norm_epsilon"],
-    }
-
-
-LLAMA = GGUFArchitecture(
-    model_type="llama", arch=MODEL_ARCH.LLAMA, metadata=_llama, transforms=ROTATED, extra=llama3_factors
+GRANITE = (
+    *LLAMA_FIELDS,
+    Field(write=lambda c: {"attention.scale": c["attention_multiplier"]}, read=_score_scale),
+    real("embedding_scale", "embedding_multiplier", 1.0),
+    real("residual_scale", "residual_multiplier", 1.0),
+    real("logit_scale", "logits_scaling"),
+    Field(read=_turns),
 )
+
+
+def _turned(config: Config) -> list[int]:
+    """Which layers of SmolLM3 have rotary positions: not each fourth."""
+    return [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]
+
+
+def _write_turned(config: Config) -> dict[str, Any]:
+    expect(config, "no_rope_layers", _turned(config))
+    return {}
+
+
+SMOLLM3 = (
+    *LIKE_LLAMA,
+    only("attention_bias", False),
+    only("mlp_bias", False),
+    rotary(LLAMA3),
+    Field(write=_write_turned, read=lambda keys, c: {"no_rope_layers": _turned(c)}),
+)
+
+
+def _phi3_window(config: Config) -> dict[str, Any]:
+    no_window(config)
+    return {} if config.get("sliding_window") is None else {WINDOW: config["sliding_window"]}
+
+
+def _read_phi3_window(keys: Keys, config: Config) -> dict[str, Any]:
+    """llama.cpp has no windows in this architecture, but files say the window of the model: it is kept."""
+    window = keys.take(WINDOW, 0)
+    return {"sliding_window": None if window == 0 else length_of(keys, window)}
+
+
+def _original(keys: Keys, config: Config) -> dict[str, Any]:
+    """transformers reads this field at the top level of a Phi3Config."""
+    name = "original_max_position_embeddings"
+    return {name: rope_of(config)[name]} if name in rope_of(config) else {}
+
+
+PHI3 = (
+    *SIZES,
+    RMS,
+    only("hidden_act", "silu"),
+    TIED,
+    Field(write=_phi3_window, read=_read_phi3_window),
+    rotary(LONGROPE),
+    Field(read=_original),
+)
+
+
+def _read_side_by_side(keys: Keys, config: Config) -> dict[str, Any]:
+    """llama.cpp goes by the tensor, not by the key, which old converters set wrongly."""
+    keys.take("use_parallel_residual")
+    return {"use_parallel_residual": "blk.0.ffn_norm.weight" not in keys.file}
+
+
+STABLELM = (
+    *SIZES,
+    real(LAYER, "layer_norm_eps"),
+    only("hidden_act", "silu"),
+    TIED,
+    if_there("use_qkv_bias", "blk.0.attn_q.bias"),
+    if_there("qk_layernorm", "blk.0.attn_q_norm.weight"),
+    Field(write=lambda c: {"use_parallel_residual": c["use_parallel_residual"]}, read=_read_side_by_side),
+    rotary(),
+)
+
+
+def _write_gelu(config: Config) -> dict[str, Any]:
+    expect(config, "hidden_act", *GELUS)
+    return {} if config["hidden_act"] == GELUS[0] else {"hidden_act": config["hidden_act"]}
+
+
+def _read_gelu(keys: Keys, config: Config) -> dict[str, Any]:
+    """llama.cpp computes one GELU for all, and so files do not say which the model has, but for a key of slmjax."""
+    found = keys.take("hidden_act", GELUS[0])
+    if not isinstance(found, str) or found not in GELUS:
+        raise keys.wrong("hidden_act", found, f"one of {', '.join(GELUS)}")
+    return {"hidden_act": found}
+
+
+GPT_NEOX = (
+    *sizes(),
+    HIDDEN,
+    multi_head(),
+    real(LAYER, "layer_norm_eps"),
+    Field(write=_write_gelu, read=_read_gelu),
+    only("attention_bias", True),
+    flag("use_parallel_residual", "use_parallel_residual"),
+    TIED,
+    rotary(),
+)
+GPT2 = (
+    *sizes(layers="n_layer", width="n_embd", context=count("context_length", "n_positions")),
+    Field(
+        write=lambda c: {"feed_forward_length": c["n_inner"] or 4 * c["n_embd"]},
+        read=lambda keys, c: {"n_inner": keys.count("feed_forward_length")},
+    ),
+    multi_head("n_head", "n_embd"),
+    real(LAYER, "layer_norm_epsilon"),
+    only("activation_function", "gelu_new", "gelu_pytorch_tanh"),
+    only("scale_attn_weights", True),
+    only("scale_attn_by_inverse_layer_idx", False),
+    TIED,
+)
+
+
+def _read_bloom_hidden(keys: Keys, config: Config) -> dict[str, Any]:
+    hidden, expected = keys.count("feed_forward_length"), 4 * config["hidden_size"]
+    if hidden != expected:
+        raise UserError(f"{keys.prefix}feed_forward_length = {hidden} is not supported; only 4 * width, {expected}, is")
+    return {}
+
+
+BLOOM = (
+    *sizes(
+        layers="n_layer",
+        context=Field(  # ALiBi has no maximum length; BLOOM was trained with 2048
+            write=lambda c: {"context_length": c.get("seq_length", 2048)},
+            read=lambda keys, c: {"seq_length": keys.count("context_length")},
+        ),
+    ),
+    Field(write=lambda c: {"feed_forward_length": 4 * c["hidden_size"]}, read=_read_bloom_hidden),
+    multi_head("n_head"),
+    real(LAYER, "layer_norm_epsilon"),
+    only("apply_residual_connection_post_layernorm", False),
+    TIED,
+)
+
+
+LLAMA = GGUFArchitecture(model_type="llama", arch=MODEL_ARCH.LLAMA, fields=LLAMA_FIELDS, transforms=ROTATED)
 ARCHITECTURES = (
     LLAMA,
-    GGUFArchitecture(
-        model_type="mistral", arch=MODEL_ARCH.LLAMA, metadata=_llama, transforms=ROTATED, extra=llama3_factors
-    ),
-    GGUFArchitecture(
-        model_type="granite", arch=MODEL_ARCH.GRANITE, metadata=_granite, transforms=ROTATED, extra=llama3_factors
-    ),
-    GGUFArchitecture(
-        model_type="smollm3", arch=MODEL_ARCH.SMOLLM3, metadata=_smollm3, transforms=ROTATED, extra=llama3_factors
-    ),
-    GGUFArchitecture(model_type="qwen2", arch=MODEL_ARCH.QWEN2, metadata=_qwen),
-    GGUFArchitecture(model_type="qwen3", arch=MODEL_ARCH.QWEN3, metadata=_qwen),
-    GGUFArchitecture(model_type="olmo2", arch=MODEL_ARCH.OLMO2, metadata=_olmo2),
-    GGUFArchitecture(model_type="gemma2", arch=MODEL_ARCH.GEMMA2, metadata=_gemma2, transforms=(OFFSET,), drift=2e-3),
-    GGUFArchitecture(
-        model_type="gemma3_text", arch=MODEL_ARCH.GEMMA3, metadata=_gemma3, transforms=(OFFSET,), drift=2e-3
-    ),
-    GGUFArchitecture(model_type="phi3", arch=MODEL_ARCH.PHI3, metadata=_phi3, extra=long_factors),
+    GGUFArchitecture(model_type="mistral", arch=MODEL_ARCH.LLAMA, fields=LLAMA_FIELDS, transforms=ROTATED),
+    GGUFArchitecture(model_type="granite", arch=MODEL_ARCH.GRANITE, fields=GRANITE, transforms=ROTATED),
+    GGUFArchitecture(model_type="smollm3", arch=MODEL_ARCH.SMOLLM3, fields=SMOLLM3, transforms=ROTATED),
+    GGUFArchitecture(model_type="qwen2", arch=MODEL_ARCH.QWEN2, fields=QWEN),
+    GGUFArchitecture(model_type="qwen3", arch=MODEL_ARCH.QWEN3, fields=QWEN),
+    GGUFArchitecture(model_type="olmo2", arch=MODEL_ARCH.OLMO2, fields=QWEN),
+    GGUFArchitecture(model_type="gemma2", arch=MODEL_ARCH.GEMMA2, fields=GEMMA2, transforms=(OFFSET,), drift=2e-3),
+    GGUFArchitecture(model_type="gemma3_text", arch=MODEL_ARCH.GEMMA3, fields=GEMMA3, transforms=(OFFSET,), drift=2e-3),
+    GGUFArchitecture(model_type="phi3", arch=MODEL_ARCH.PHI3, fields=PHI3),
     GGUFArchitecture(
         model_type="stablelm",
         arch=MODEL_ARCH.STABLELM,
-        metadata=_stablelm,
+        fields=STABLELM,
         stacked=r"\.[qk]_layernorm\.norms\.\d+\.weight$",
     ),
-    GGUFArchitecture(model_type="gpt2", arch=MODEL_ARCH.GPT2, metadata=_gpt2, transforms=(TRANSPOSED,), drift=2e-3),
+    GGUFArchitecture(model_type="gpt2", arch=MODEL_ARCH.GPT2, fields=GPT2, transforms=(TRANSPOSED,), drift=2e-3),
     GGUFArchitecture(
         model_type="gpt_neox",
         arch=MODEL_ARCH.GPTNEOX,
-        metadata=_gpt_neox,
+        fields=GPT_NEOX,
         transforms=(heads_last(r"\.query_key_value\.", lambda c: c["num_attention_heads"]),),
         drift=2e-3,  # llama.cpp also uses the tanh approximation for the exact GELU
     ),
     GGUFArchitecture(
         model_type="bloom",
         arch=MODEL_ARCH.BLOOM,
-        metadata=_bloom,
+        fields=BLOOM,
         transforms=(heads_last(r"\.query_key_value\.", lambda c: c["n_head"]),),
         drift=2e-3,
     ),
 )
+"""Of several for an architecture of llama.cpp, a file is read as the first"""
 
 
 def architecture_of(model_type: str) -> GGUFArchitecture:
@@ -218,3 +241,16 @@ def architecture_of(model_type: str) -> GGUFArchitecture:
             return one
     names = ", ".join(one.model_type for one in ARCHITECTURES)
     raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; expected one of {names}")
+
+
+def architecture_named(name: str | None) -> GGUFArchitecture:
+    """The architecture that a file with this `general.architecture` is read as.
+
+    Raises:
+        UserError: it is not supported.
+    """
+    for one in ARCHITECTURES:
+        if one.name == name:
+            return one
+    names = ", ".join(dict.fromkeys(one.name for one in ARCHITECTURES))
+    raise UserError(f"general.architecture = {shown(name)} cannot be imported; expected one of {names}")

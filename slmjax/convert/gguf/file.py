@@ -101,6 +101,13 @@ class GGUF(Mapping[str, np.ndarray]):
                 yield raw.reshape(-1, width)
                 left -= some
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, format and bytes."""
+        a, b = self.infos[one], self.infos[other]
+        if (a.shape, a.kind) != (b.shape, b.kind) or one in self._scales or other in self._scales:
+            return False
+        return all(np.array_equal(x, y) for x, y in zip(self.rows(one), self.rows(other), strict=True))
+
     def scale_of(self, name: str) -> np.ndarray | None:
         """The scale of a whole matrix (NVFP4), float32 [1]; None if it has none."""
         if name not in self._scales:

@@ -17,12 +17,12 @@ from slmjax.compress.quant.view import Packed
 from slmjax.convert import coded, table
 from slmjax.convert.coded import Coded, Source
 from slmjax.convert.gguf import write as gguf_write
-from slmjax.convert.gguf.arch import Config, GGUFArchitecture, layers_of
+from slmjax.convert.gguf.arch import GGUFArchitecture, layers_of
 from slmjax.convert.gguf.carriers import Carrier, carrier_of
 from slmjax.convert.gguf.coded import read_coded
-from slmjax.convert.gguf.families import LLAMA, architecture_of
-from slmjax.convert.gguf.file import GGUF, named, shown
-from slmjax.convert.gguf.rope import scaling_of
+from slmjax.convert.gguf.families import architecture_named, architecture_of
+from slmjax.convert.gguf.fields import HEAD, Config, repeats_embedding
+from slmjax.convert.gguf.file import GGUF, named
 from slmjax.convert.gguf.tokenizer import ends_of, from_gguf, to_gguf
 from slmjax.convert.hf import abstract, family_of
 from slmjax.convert.packed import PackedTensor, to_theirs
@@ -34,8 +34,6 @@ from slmjax.models.families import FAMILIES
 from slmjax.models.families.common.rows import Family
 from slmjax.types import Params
 
-HARMLESS = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
-"""Keys of the architecture that do not change what is computed, or that repeat what the tensors show"""
 SCALED = r"(blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))|output)\.weight"
 """Matrices of dense models that llama.cpp multiplies by a scale of the whole matrix, after the product"""
 
@@ -59,9 +57,10 @@ class ImportedGGUF:
 
     @property
     def generation(self) -> GenerationConfig:
-        """What the file says of generated text: the tokens that end it, if there are more than the tokenizer's EOS."""
+        """What the file says of generated text: the tokens that end it, if others than the tokenizer's EOS do."""
         ends = ends_of(self.metadata)
-        return GenerationConfig(said={"eos_token_id": [*ends]} if len(ends) > 1 else {}, source="the GGUF file")
+        alone = set(ends) <= {self.tokenizer.eos_id}
+        return GenerationConfig(said={} if alone else {"eos_token_id": [*ends]}, source="the GGUF file")
 
 
 class Theirs(Source):
@@ -97,7 +96,7 @@ class Theirs(Source):
 
 
 def import_gguf(file: pathlib.Path, *, packed: bool = False) -> ImportedGGUF:
-    """Reads a model of the llama architecture. Runs no code from the file.
+    """Reads a model of one of the architectures of `families.ARCHITECTURES`. Runs no code from the file.
 
     Args:
         packed: whether weights in packed types stay codes (`compress.quant.in_memory.InMemory`), where those are `a
@@ -115,74 +114,21 @@ def import_gguf(file: pathlib.Path, *, packed: bool = False) -> ImportedGGUF:
 
 
 def _import(file: GGUF, packed: bool) -> ImportedGGUF:
-    name = named(file.metadata, "general.architecture")
-    if name != LLAMA.name:
-        raise UserError(f"general.architecture = {name!r} cannot be imported; only {LLAMA.name!r} can")
+    architecture = architecture_named(named(file.metadata, "general.architecture"))
     tokenizer = from_gguf(file.metadata)
-    config = config_of(file)
-    family = next(family for family in FAMILIES if family.model_type == LLAMA.model_type)
-    decoder = family.from_config(config)
-    tree = abstract(decoder)
-    _check_tensors(file, config, shapes_of(LLAMA, config, family, decoder, tree))
-    params = read_params(file, LLAMA, config, family, decoder, packed=packed)
+    config = architecture.config(file)
+    family = next(family for family in FAMILIES if family.model_type == architecture.model_type)
+    try:
+        decoder = family.from_config(config)
+        tree = abstract(decoder)
+    except UserError as e:
+        raise type(e)(str(e).removeprefix("config.json: ")) from e
+    except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # numbers that do not fit together
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"the keys describe no {family.name} model that can be built: {reason}") from e
+    _check_tensors(file, shapes_of(architecture, config, family, decoder, tree))
+    params = read_params(file, architecture, config, family, decoder, packed=packed)
     return ImportedGGUF(decoder=decoder, params=params, family=family, tokenizer=tokenizer, metadata=file.metadata)
-
-
-def config_of(file: GGUF) -> dict[str, Any]:
-    """The LlamaConfig that a GGUF file describes.
-
-    Raises:
-        UserError: a key that could change what the model computes is not supported.
-        StorageError: a key is missing or not a positive number.
-    """
-    prefix = f"{LLAMA.name}."
-    left = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
-
-    def count(key: str, default: int | None = None) -> int:
-        value = left.pop(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
-        return value
-
-    def real(key: str, default: float | None = None) -> float:
-        value = left.pop(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise StorageError(f"{file.file}: {prefix}{key} = {shown(value)}; expected a positive number")
-        return float(np.float64(str(np.float32(value))))  # the shortest decimal: 1e-5, not 9.99999974e-06
-
-    layers, width, heads = count("block_count"), count("embedding_length"), count("attention.head_count")
-    if layers > len(file):
-        raise StorageError(f"{file.file}: {prefix}block_count = {layers}, but there are only {len(file)} tensors")
-    size = count("attention.key_length", max(1, width // heads))
-    if count("attention.value_length", size) != size or count("rope.dimension_count", size) != size:
-        raise UserError(f"{prefix}rope.dimension_count or attention.value_length is not the head's width, {size}")
-    kv = count("attention.head_count_kv", heads)
-    if size % 2 or heads % kv:
-        raise StorageError(f"{file.file}: {heads} heads of width {size} with {kv} key-value heads are not possible")
-    theta = real("rope.freq_base", 1e4)
-    if "token_embd.weight" not in file.infos:
-        raise StorageError(f"{file.file}: tensor 'token_embd.weight' is missing")
-    config = {
-        "model_type": LLAMA.model_type,
-        "vocab_size": file.infos["token_embd.weight"].shape[0],
-        "hidden_size": width,
-        "intermediate_size": count("feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "head_dim": size,
-        "hidden_act": "silu",
-        "max_position_embeddings": count("context_length"),
-        "rms_norm_eps": real("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.infos,
-        "attention_bias": "blk.0.attn_q.bias" in file.infos,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.infos,
-        "rope_parameters": {"rope_theta": theta, **scaling_of(file, left, theta, size)},
-    }
-    for key, value in left.items():
-        if key not in HARMLESS and np.any(value):
-            raise UserError(f"{prefix}{key} = {shown(value)} is not supported and may change what the model computes")
-    return config
 
 
 def shapes_of(
@@ -305,7 +251,7 @@ def _blank(family: Family, decoder: Decoder, params: Any) -> dict[str, np.ndarra
     return dict(table.to_theirs(family.rows(decoder), empty))
 
 
-def _check_tensors(file: GGUF, config: Config, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(file: GGUF, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Checks, before anything is unpacked, that the file has exactly the expected tensors, with the expected shapes."""
     for name, shape in expected.items():
         if name not in file.infos:
@@ -314,5 +260,5 @@ def _check_tensors(file: GGUF, config: Config, expected: Mapping[str, tuple[int,
             found = list(file.infos[name].shape)
             raise StorageError(f"{file.file}: tensor {name!r} has shape {found}; expected {list(shape)}")
     for name in file.infos:
-        if name not in expected:
+        if name not in expected and not (name == HEAD and repeats_embedding(file)):
             raise StorageError(f"{file.file}: tensor {name[:120]!r} has no place in this model")

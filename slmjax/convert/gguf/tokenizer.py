@@ -68,6 +68,8 @@ PADDING = "[PAD{}]"
 KEY = "tokenizer.ggml."
 ENDS = ("eos", "eot", "eom")
 """The tokens at which llama.cpp ends: of a text, of a turn, of a message"""
+NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Special tokens by their name in `transformers` -> in a file"""
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -96,11 +98,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             break
         del vocab[tokens[i]]
     names = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for key in dict.fromkeys((*NAMED.values(), *ENDS)):
         i = metadata.get(f"{KEY}{key}_token_id")
         if i is not None and (isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(tokens)):
             raise StorageError(f"{KEY}{key}_token_id is {shown(i)}; expected one of {len(tokens)} ids")
-        if i is not None:
+    for name, key in NAMED.items():
+        if (i := metadata.get(f"{KEY}{key}_token_id")) is not None:
             names[f"{name}_token"] = tokens[i]
     try:
         raw, bos = (_byte_level if kind == "gpt2" else _sentencepiece)(metadata, vocab, names)
@@ -195,7 +198,8 @@ def to_gguf(tokenizer: Tokenizer, rows: int, ends: Sequence[int] = ()) -> dict[s
     """The metadata of a tokenizer, padded with unused tokens to the rows of the model's embedding table.
 
     Args:
-        ends: further tokens that end a text. A file has room for two besides EOS, one of them the end of a turn.
+        ends: further tokens that end a text. A file has room for two besides EOS, one of them the end of a turn; those
+            that do not fit are left out (`ends_of` says which are there).
 
     Raises:
         UserError: llama.cpp has no tokenizer that splits text as this one does; the message says what it lacks.
@@ -227,7 +231,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int, ends: Sequence[int] = ()) -> dict[s
     else:
         out |= {f"{KEY}model": "gpt2", f"{KEY}pre": _cut_of(spec).names[0], f"{KEY}add_space_prefix": False}
         out[f"{KEY}merges"] = [" ".join(pair) for pair in merges] or [IMPOSSIBLE]
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for name, key in NAMED.items():
         token = tokenizer.names.get(f"{name}_token")
         i = None if token is None else tokenizer.raw.token_to_id(token)
         if i is not None and i < rows:
