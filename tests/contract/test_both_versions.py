@@ -44,6 +44,9 @@ DECODERS = {
     "qwen2, yarn": {"model_type": "qwen2", **SIZES, **EPS, "rope_scaling": {"type": "yarn", **YARN}},
     "qwen3": {"model_type": "qwen3", **SIZES, **EPS, "rope_theta": 2e6, "head_dim": 12, **WINDOWS},
     "olmo2": {"model_type": "olmo2", **SIZES, **EPS, "rope_theta": 3e3},
+    "olmo3": {"model_type": "olmo3", **SIZES, **EPS, "num_hidden_layers": 5, "sliding_window": 7, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", **YARN, "rope_theta": 3e3, "beta_fast": 6.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}},
     "smollm3": {"model_type": "smollm3", **SIZES, **EPS, "rope_theta": 3e3, "no_rope_layers": [1, 0, 1]},
     "granite": {"model_type": "granite", **SIZES, **EPS, "rope_theta": 3e3, "embedding_multiplier": 5.0,
                 "attention_multiplier": 0.07, "residual_multiplier": 0.3, "logits_scaling": 0.4},

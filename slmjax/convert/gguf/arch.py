@@ -187,7 +187,26 @@ def rotary(config: Config, *kinds: str) -> dict[str, Any]:
     keys = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": rotated(config)}
     if kind == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        keys |= _yarn(rope)
     return keys
+
+
+def _yarn(rope: Config) -> dict[str, Any]:
+    """llama.cpp multiplies sines and cosines by 0.1 ln(factor) + 1, and by its own key beside that."""
+    expect(rope, "truncate", True)
+    expect(rope, "mscale", None)
+    expect(rope, "mscale_all_dim", None)
+    factor = float(rope["factor"])
+    growth = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": float(rope["beta_fast"]),
+        "rope.scaling.yarn_beta_slow": float(rope["beta_slow"]),
+        "rope.scaling.attn_factor": rope.get("attention_factor", growth) / growth,
+    }
 
 
 def llama3_factors(config: Config) -> dict[str, np.ndarray]:

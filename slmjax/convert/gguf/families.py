@@ -63,6 +63,19 @@ def _olmo2(c: Config) -> dict[str, Any]:
     return _llama(c)
 
 
+def _olmo3(c: Config) -> dict[str, Any]:
+    """llama.cpp takes the layers of an OLMo 2 with windows for those of OLMo 3: each fourth sees everything, and only
+    there positions are stretched."""
+    expect(c, "hidden_act", "silu")
+    expect(c, "attention_bias", False)
+    if _period(c["layer_types"], 4) != 4:
+        raise UserError("layer_types: llama.cpp computes this architecture only with full attention in every 4th layer")
+    full = rope_of(c)["full_attention"]
+    expect(full, "rope_type", "default", "yarn")
+    keys = {**sizes(c), RMS: c["rms_norm_eps"], "attention.sliding_window": c["sliding_window"]}
+    return {**keys, **rotary({**c, "rope_parameters": full}, "yarn")}
+
+
 def _gemma(c: Config, most: int) -> dict[str, Any]:
     expect(c, "hidden_activation", "gelu_pytorch_tanh")
     expect(c, "attention_bias", False)
@@ -178,6 +191,7 @@ ARCHITECTURES = (
     GGUFArchitecture(model_type="qwen2", arch=MODEL_ARCH.QWEN2, metadata=_qwen),
     GGUFArchitecture(model_type="qwen3", arch=MODEL_ARCH.QWEN3, metadata=_qwen),
     GGUFArchitecture(model_type="olmo2", arch=MODEL_ARCH.OLMO2, metadata=_olmo2),
+    GGUFArchitecture(model_type="olmo3", arch=MODEL_ARCH.OLMO2, metadata=_olmo3),
     GGUFArchitecture(model_type="gemma2", arch=MODEL_ARCH.GEMMA2, metadata=_gemma2, transforms=(OFFSET,), drift=2e-3),
     GGUFArchitecture(
         model_type="gemma3_text", arch=MODEL_ARCH.GEMMA3, metadata=_gemma3, transforms=(OFFSET,), drift=2e-3
