@@ -63,7 +63,7 @@ DECODERS = {
     "gpt2, scores by layer": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 2,
                               "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
     "bloom": {"model_type": "bloom", "vocab_size": 97, "hidden_size": 24, "n_layer": 2, "n_head": 3,
-              "layer_norm_epsilon": 1e-3},
+              "layer_norm_epsilon": 1e-3, "apply_residual_connection_post_layernorm": True},
     "opt": {"model_type": "opt", "vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2,
             "num_attention_heads": 3, "ffn_dim": 56, "max_position_embeddings": 64, "word_embed_proj_dim": 12,
             "do_layer_norm_before": False, "activation_function": "gelu"},

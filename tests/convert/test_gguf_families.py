@@ -217,6 +217,9 @@ WRONG = {
     ),
     "attn_logit_softcapping = None": ("gemma2", {"attn_logit_softcapping": None}),
     "no_rope_layers": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "apply_residual_connection_post_layernorm = True": (
+        "bloom, odd number of heads", {"apply_residual_connection_post_layernorm": True},
+    ),
     "activation_function = 'relu'": ("gpt2", {"activation_function": "relu"}),
 }  # fmt: skip
 
