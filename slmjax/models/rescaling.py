@@ -80,7 +80,8 @@ def exchanges(block: AnyBlock) -> tuple[Exchange, ...]:
     """Where this kind of layer can exchange factors; parts of a kind that is not known here have no such place.
 
     A norm whose output is also added to the residual stream (`PostNorm`, `NormedStream`) cannot take part, nor values
-    that later layers use, too, nor the up projection of an MLP whose activation is not linear in positive factors, as ReLU is.
+    that later layers use, too, nor the up projection of an MLP whose activation is not linear in positive factors, as
+    ReLU is.
     """
     known = (Block, Sandwich, Parallel, ParallelShared, PostBranch, PostNorm, NormedStream)
     if type(block) not in known:
