@@ -63,8 +63,8 @@ class Special:
     """Id of the mask token; None if there is none"""
     all: tuple[int, ...] = ()
     """Every special token id: beginning, end, mask, padding and any others"""
-    end: int | None = None
-    """Id of the token that ends a text; None if there is none"""
+    ends: tuple[int, ...] = ()
+    """Ids of the tokens that end a text"""
 
 
 class Output(NamedTuple):

@@ -26,6 +26,7 @@ BASE = {
     "lock",
     "lease",
     "files",
+    "signals",
     "__init__",
 }
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
@@ -40,6 +41,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "lock": {"errors"},
     "lease": {"errors", "lock"},
     "files": {"errors"},
+    "signals": set(),
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,
@@ -50,7 +52,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "views": BASE,
     "start": BASE,
     "scaling": {"errors"},
-    "train": {"errors", "estimate", "types", "tree", "platform", "serialise", "lock", "lease"},
+    "train": {"errors", "estimate", "types", "tree", "platform", "serialise", "lock", "lease", "signals"},
     "models": BASE | PARTS,
     "objectives": BASE | PARTS | {"models"},
     "distill": BASE | PARTS | {"models", "objectives", "evals"},

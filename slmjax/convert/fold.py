@@ -17,7 +17,7 @@ import numpy as np
 from slmjax.errors import UserError
 from slmjax.models.decoder import Decoder
 from slmjax.nn.attention import Queries
-from slmjax.nn.block import AnyBlock, Block, Parallel, ParallelShared, PostNorm
+from slmjax.nn.block import AnyBlock, Block, NormedStream, Parallel, ParallelShared, PostNorm
 from slmjax.nn.mlp import MLP, GatedMLP
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.tree import flatten, unflatten
@@ -117,7 +117,7 @@ def branch_scale(f: Folded) -> Folded:
         if scale == 1.0:
             return block, [], []
         words = f"branch_scale = {scale:.6g}"
-        if type(block) not in (Block, Parallel, ParallelShared, PostNorm):
+        if type(block) not in (Block, NormedStream, Parallel, ParallelShared, PostNorm):
             raise Unfoldable(f"{words}: a norm follows the branches of {type(block).__name__} and would undo a factor")
         if not isinstance(block.mixer, Queries) or not isinstance(block.mlp, MLP | GatedMLP):
             raise Unfoldable(

@@ -7,7 +7,7 @@ number or a list. What slmjax does not use is kept, and written back by an expor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,16 @@ def _several(x: Any) -> list[Any]:
     return x if isinstance(x, list) else [x]
 
 
+def end_tokens(eos: int | None, also: Sequence[int] = ()) -> tuple[int, ...]:
+    """The tokens that end a text, wherever one is generated.
+
+    Args:
+        eos: the EOS of the tokenizer; None: it has none.
+        also: those that the model's folder names besides (`GenerationConfig.ends`), and the end of a chat's turn.
+    """
+    return tuple(dict.fromkeys((*(() if eos is None else (eos,)), *also)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """What a model's folder says; empty where it says nothing."""
@@ -87,7 +97,7 @@ class GenerationConfig:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a text; none if nothing says which."""
+        """The tokens that end a text by these files; none if nothing says which. See `end_tokens`."""
         return tuple(dict.fromkeys(_several(self.said.get("eos_token_id", self.ids.get("eos_token_id", [])))))
 
     @property

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from slmjax.data import tokenizer_config
 from slmjax.data.chat import ChatTemplate
+from slmjax.data.generation_config import end_tokens
 from slmjax.errors import DataError
 from slmjax.files import at
 from slmjax.types import Special
@@ -235,10 +236,10 @@ class Tokenizer:
 
     @property
     def special(self) -> Special:
-        """The ids of the special tokens, and which of them are the mask and the end of a text."""
+        """The ids of the special tokens, and which of them are the mask and ends of a text."""
         named = {i for i in (self.bos_id, self.eos_id, self.mask_id) if i is not None}
         every = tuple(sorted({*self.special_tokens.values(), *named}))
-        return Special(mask=self.mask_id, all=every, end=self.eos_id)
+        return Special(mask=self.mask_id, all=every, ends=end_tokens(self.eos_id))
 
     @property
     def fingerprint(self) -> str:

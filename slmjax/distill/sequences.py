@@ -145,7 +145,8 @@ class OnPolicy(Sequences):
     distribution; with 0 the teachers do not run while tokens are drawn. Gu et al. 2023 (MiniLLM), arXiv:2306.08543,
     section 2.2, have 0.2"""
     ends: tuple[int, ...] | None = None
-    """Tokens that end a sample, which they are part of; None: the end of a text in the data's tokenizer"""
+    """Tokens that end a sample, which they are part of; None: the EOS of the data's tokenizer, and
+    the ends of a text that the model names from which the run starts (generation_config.json)"""
 
     def __post_init__(self):
         for name in ("prompt", "new_tokens"):
@@ -166,7 +167,7 @@ class OnPolicy(Sequences):
     def with_special(self, special: Special) -> OnPolicy:
         if self.ends is not None:
             return self
-        return replace(self, ends=() if special.end is None else (special.end,))
+        return replace(self, ends=special.ends)
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
         rows = jnp.arange(len(batch.tokens))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slmjax.data.generation_config import end_tokens
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError
 from slmjax.evals.decoding import NOTHING, Decoding, decoding, encoded_layers
@@ -207,8 +208,7 @@ class Generator:
 
     @property
     def _ends(self) -> tuple[int, ...]:
-        eos = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        return tuple(dict.fromkeys((*eos, *self.ends)))
+        return end_tokens(self.tokenizer.eos_id, self.ends)
 
     def _ready(self, sampler: Sampler) -> tuple[Decoding, Any]:
         stacked = encoded_layers(self.params)

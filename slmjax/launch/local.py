@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
+from slmjax import signals
 from slmjax.errors import Preempted, UserError
 
 POLL = 0.1
@@ -43,7 +43,7 @@ def train(words: Sequence[str], count: int, logs: Path, say: Callable[[str], Non
     at = f"127.0.0.1:{_free_port()}"
     logs.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen] = []
-    with _signals() as received, contextlib.ExitStack() as files:
+    with signals.noted() as received, contextlib.ExitStack() as files:
         try:
             for index in range(count):
                 out = files.enter_context(log_of(logs, index).open("wb")) if index else None
@@ -125,19 +125,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list of the signals received inside the block."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

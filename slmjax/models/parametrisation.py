@@ -46,7 +46,6 @@ from slmjax.models.assembly import Assembly
 from slmjax.models.decoder import Decoder
 from slmjax.models.measures import UNEMBEDDING, Measure, measures, roles, same_role
 from slmjax.models.multipliers import decoder, table_width
-from slmjax.nn.block import PostNorm
 from slmjax.nn.initial import Initial, Normal, Role
 from slmjax.optim.matrices import StepNorm, by_path
 from slmjax.serialise import differences, to_json
@@ -207,10 +206,10 @@ class CompleteP(MuP):
 
     def model(self, model: Assembly) -> Decoder:
         scaled = super().model(model)
-        after = [type(block).__name__ for block in scaled.blocks() if isinstance(block, PostNorm)]
+        after = [type(block).__name__ for block in scaled.blocks() if block.norms_stream]
         if after and self.depth(scaled) != 1:
             raise UserError(
-                f"model.pattern: the norm of {after[0]} follows each addition to the residual stream, and "
+                f"model.pattern: {after[0]} norms the residual stream itself after each addition, and "
                 f"{type(self).__name__} is not defined for that at another depth than the base's ({self.base.layers} "
                 "layers); use MuP, or a base of the same depth"
             )

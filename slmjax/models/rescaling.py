@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from slmjax.nn.attention import Attention, SharedAttention
-from slmjax.nn.block import AnyBlock, Block, Parallel, ParallelShared, PostBranch, PostNorm, Sandwich
+from slmjax.nn.block import AnyBlock, Block, NormedStream, Parallel, ParallelShared, PostBranch, PostNorm, Sandwich
 from slmjax.nn.mlp import MLP, GatedMLP, relu
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.parts import FeedForward, Mixer
@@ -79,10 +79,11 @@ READS: Mapping[type, tuple[str, ...]] = {
 def exchanges(block: AnyBlock) -> tuple[Exchange, ...]:
     """Where this kind of layer can exchange factors; parts of a kind that is not known here have no such place.
 
-    A norm whose output is also added to the residual stream (`PostNorm`) cannot take part, nor values that later layers
-    use, too, nor the up projection of an MLP whose activation is not linear in positive factors, as ReLU is.
+    A norm whose output is also added to the residual stream (`PostNorm`, `NormedStream`) cannot take part, nor values
+    that later layers use, too, nor the up projection of an MLP whose activation is not linear in positive factors, as
+    ReLU is.
     """
-    known = (Block, Sandwich, Parallel, ParallelShared, PostBranch, PostNorm)
+    known = (Block, Sandwich, Parallel, ParallelShared, PostBranch, PostNorm, NormedStream)
     if type(block) not in known:
         return ()
     return (*_of_norms(block), *_of_mixer(block.mixer, block.mixer.label), *_of_mlp(block.mlp))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
@@ -19,6 +20,8 @@ class AnyBlock(abc.ABC):
     mixer: Mixer
     mlp: FeedForward
     norm: Norm
+    norms_stream: ClassVar[bool] = False
+    """Whether the output of a norm becomes the residual stream, which undoes factors on what was added before"""
     branch_scale: float = 1.0
     """Factor on what a branch adds to the residual stream"""
 
@@ -70,11 +73,28 @@ class Block(AnyBlock):
 class PostNorm(AnyBlock):
     """norm(x + mixer(x)), then norm(x + mlp(x)). Vaswani et al. 2017, arXiv:1706.03762."""
 
+    norms_stream: ClassVar[bool] = True
+
     def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
         y, flow = self.mixed(layer, x, flow)
         x = self.normed(layer, f"{self.mixer.label}_norm", self.added(x, y))
         y, flow = self.feed_forward(layer, x, flow)
         return self.normed(layer, "mlp_norm", self.added(x, y)), flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormedStream(AnyBlock):
+    """n + mixer(n) with n = norm(x), then the same with the mlp: the norm of the stream is what goes on. An option of
+    BLOOM's code, `apply_residual_connection_post_layernorm`; Le Scao et al. 2022, arXiv:2211.05100, do not use it."""
+
+    norms_stream: ClassVar[bool] = True
+
+    def __call__(self, layer: Layer, x: jax.Array, flow: Flow) -> tuple[jax.Array, Flow]:
+        x = self.normed(layer, f"{self.mixer.label}_norm", x)
+        y, flow = self.mixed(layer, x, flow)
+        x = self.normed(layer, "mlp_norm", self.added(x, y))
+        y, flow = self.feed_forward(layer, x, flow)
+        return self.added(x, y), flow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from slmjax.config import Experiment
+from slmjax.data import generation_config
 from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig
+from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError
 from slmjax.files import at
 from slmjax.runs.build import Built
@@ -52,6 +54,21 @@ def read(experiment: Experiment, folder: Path) -> Beginning | None:
     params = jax.device_get(loaded.params)
     tokenizer = loaded.tokenizer().fingerprint if loaded.has_tokenizer else None
     return Beginning(content_hash(params), params, loaded.generation, tokenizer)
+
+
+def told(beginning: Beginning | None, tokenizer: Tokenizer, folder: Path) -> GenerationConfig:
+    """What is known of text that a run's model generates: what the model says that it starts from, if its tokens are
+    those of the run.
+
+    Args:
+        tokenizer: of the run's data.
+        folder: of the run, which keeps a copy for when that model is no longer there.
+    """
+    if beginning is None:
+        return NOTHING_SAID
+    if beginning.params is None:
+        return generation_config.read(folder, {})
+    return beginning.generation if beginning.tokenizer == tokenizer.fingerprint else NOTHING_SAID
 
 
 def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 
 from slmjax import tree
 from slmjax.compress.quant.view import Quantize, quantizes
-from slmjax.config import Experiment, Runtime, identity
+from slmjax.config import Experiment, Runtime
 from slmjax.errors import StorageError, UserError
-from slmjax.experiment_file import load_config
 from slmjax.files import at
 from slmjax.runs import folder as runs
 from slmjax.runs.build import states_of
-from slmjax.serialise import differences, fingerprint, from_json, to_json
+from slmjax.runs.parent import Parent, made, parent_of
+from slmjax.serialise import differences, fingerprint, to_json
 from slmjax.track.jsonl import encode, read
 from slmjax.track.ledger import Ledger
 from slmjax.train import stored
@@ -51,15 +51,14 @@ def branch(parent: str | Path, experiment: Experiment, runtime: Runtime) -> int:
         UserError: the two differ in something else, or the parent has no checkpoint of an early enough step.
         StorageError: the parent cannot be read, or the folder cannot be written.
     """
-    source, target = at(parent), at(runtime.workdir)
-    if (target / "config.json").is_file():
-        return max(steps(target / "checkpoints"), default=0)
-    config = load_config(source / "config.json")
-    before: Experiment = from_json(config["experiment"])
+    if (done := made(runtime.workdir)) is not None:
+        return done
+    run = parent_of(parent)
+    before = run.experiment
     start = min(_starts(experiment), default=experiment.steps)
     same = same_steps(before, experiment)
     last = min(start - 1, same)
-    saved = [step for step in steps(source / "checkpoints") if step <= last]
+    saved = [step for step in steps(run.folder / "checkpoints") if step <= last]
     if not saved:
         where = f"{start}, at which rounding begins" if start <= same else f"{same + 1}, at which learning rates differ"
         raise UserError(
@@ -67,41 +66,33 @@ def branch(parent: str | Path, experiment: Experiment, runtime: Runtime) -> int:
             f"--runtime.checkpoints.keep-every {max(1, last)}"
         )
     step = saved[-1]
-    start_hash = config["identity"]["start"].get("model") if before.start.source is not None else None
-    identified_by = identity(experiment, config["identity"]["stores"], start_hash)
-    if changed := differences(_compared(before, config["identity"], step), _compared(experiment, identified_by, step)):
+    identified_by = run.identity_of(experiment)
+    known = _compared(before, run.config["identity"], step)
+    if changed := differences(known, _compared(experiment, identified_by, step)):
         raise UserError(f"{parent} cannot be the beginning of this run; it differs in {'; '.join(changed)}")
-    begin(source, target, config, experiment, identified_by, step, runtime)
+    begin(run, experiment, identified_by, step, runtime)
     return step
 
 
-def begin(
-    source: Path,
-    target: Path,
-    config: dict[str, Any],
-    experiment: Experiment,
-    identified_by: dict[str, Any],
-    step: int,
-    runtime: Runtime,
-) -> None:
-    """Makes the run folder `target` with the checkpoint of another run after `step`, and its records.
+def begin(run: Parent, experiment: Experiment, identified_by: dict[str, Any], step: int, runtime: Runtime) -> None:
+    """Makes the run folder `runtime.workdir` with the checkpoint of another run after `step`, and its records.
 
     Args:
-        source: the folder of the other run; `config`: its config.json.
+        run: the other run.
         identified_by: the identity of `experiment`, with the same data and models.
 
     Raises:
         StorageError: the one cannot be read, or the other cannot be written.
     """
-    before: Experiment = from_json(config["experiment"])
+    source, target = run.folder, at(runtime.workdir)
     described = {
-        **config,
+        **run.config,
         "fingerprint": fingerprint(identified_by),
         "identity": identified_by,
         "experiment": to_json(experiment),
         "runtime": to_json(runtime),
     }
-    found = restore(source / "checkpoints", step, states_of(before).abstract)
+    found = restore(source / "checkpoints", step, states_of(run.experiment).abstract)
     state = merged(experiment, found.state)
     rows = [row for row in read(source / "metrics.jsonl") if row["step"] <= step]
     part = target.with_name(f".{target.name}.branch")  # renamed when it is whole

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slmjax.config import Experiment, Runtime, identity
+from slmjax.config import Experiment, Runtime
 from slmjax.errors import UserError
-from slmjax.experiment_file import load_config
-from slmjax.files import at
 from slmjax.runs.branching import begin
+from slmjax.runs.parent import made, parent_of
 from slmjax.runs.rates import parting, rates
-from slmjax.serialise import differences, from_json, to_json
+from slmjax.serialise import differences, to_json
 from slmjax.train.checkpoint_folder import steps
 
 FREE = ("steps", "schedule", "view")
@@ -34,14 +33,12 @@ def extend(parent: str | Path, experiment: Experiment, runtime: Runtime) -> int:
         UserError: the two differ in something else, or the parent has no checkpoint of an early enough step.
         StorageError: the parent cannot be read, or the folder cannot be written.
     """
-    source, target = at(parent), at(runtime.workdir)
-    if (target / "config.json").is_file():
-        return max(steps(target / "checkpoints"), default=0)
-    config = load_config(source / "config.json")
-    before: Experiment = from_json(config["experiment"])
-    start = config["identity"]["start"].get("model") if before.start.source is not None else None
-    identified_by = identity(experiment, config["identity"]["stores"], start, config.get("models"))
-    if changed := differences(_fixed(config["identity"]), _fixed(identified_by)):
+    if (done := made(runtime.workdir)) is not None:
+        return done
+    run = parent_of(parent)
+    before = run.experiment
+    identified_by = run.identity_of(experiment)
+    if changed := differences(_fixed(run.config["identity"]), _fixed(identified_by)):
         raise UserError(f"{parent} cannot be the beginning of this run; it differs in {'; '.join(changed)}")
     common = parting(rates(before), rates(experiment))
     views = [to_json(run.view.over(run.steps)) for run in (before, experiment)]
@@ -49,7 +46,7 @@ def extend(parent: str | Path, experiment: Experiment, runtime: Runtime) -> int:
         raise UserError(
             f"{parent} cannot be continued: what its view does depends on the number of steps ({'; '.join(changed)})"
         )
-    saved = [step for step in steps(source / "checkpoints") if 0 < step <= common]
+    saved = [step for step in steps(run.folder / "checkpoints") if 0 < step <= common]
     if not saved:
         kind = type(experiment.schedule).__name__
         fix = (
@@ -58,13 +55,13 @@ def extend(parent: str | Path, experiment: Experiment, runtime: Runtime) -> int:
             else f"train it again with --runtime.checkpoints.keep-steps {common}"
         )
         raise UserError(f"{parent} has no checkpoint of the first {common} steps, which the longer run shares; {fix}")
-    begin(source, target, config, experiment, identified_by, saved[-1], runtime)
+    begin(run, experiment, identified_by, saved[-1], runtime)
     return saved[-1]
 
 
 def longer(parent: str | Path, more: int) -> Experiment:
     """The experiment of a run with `more` steps."""
-    before: Experiment = from_json(load_config(at(parent) / "config.json")["experiment"])
+    before = parent_of(parent).experiment
     return replace(before, steps=before.steps + more)
 
 

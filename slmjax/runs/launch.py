@@ -15,12 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slmjax.compress.quant.view import quantizes
 from slmjax.config import Experiment, Runtime
+from slmjax.data.generation_config import GenerationConfig
 from slmjax.data.spec import Opened
 from slmjax.data.tokenizer import FILES as TOKENIZER_FILES
 from slmjax.errors import UserError
 from slmjax.files import at
 from slmjax.models.assembly import Assembly
 from slmjax.models.flops import parameter_count
+from slmjax.nn.compute import Compute
 from slmjax.runs import beginning, cost, teaching
 from slmjax.runs import folder as runs
 from slmjax.runs.build import Built, build
@@ -107,6 +109,15 @@ class Ready(NamedTuple):
         """The folder of the experiment's file"""
         return self.source.parent if self.source else Path()
 
+    @property
+    def generation(self) -> GenerationConfig:
+        """What is known of text that its model generates"""
+        return beginning.told(self.start, self.opened.tokenizer(), self.folder)
+
+    def with_models(self, compute: Compute) -> Experiment:
+        """The experiment with the models that its objective reads in memory, and the special tokens of its texts."""
+        return teaching.with_models(self.experiment, self.models, self.opened.tokenizer(), compute, self.generation)
+
 
 def prepare(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook] = ()) -> Ready | None:
     """Opens what a run reads, and its folder; None if the run is complete."""
@@ -152,7 +163,7 @@ def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks:
 def _run(ready: Ready, fence: Fence) -> None:
     """The training itself, in a locked run folder."""
     choice = settle(ready.runtime, ready.folder)
-    experiment = teaching.with_models(ready.experiment, ready.models, ready.opened.tokenizer(), choice.compute)
+    experiment = ready.with_models(choice.compute)
     built = build(experiment, replace(ready.runtime, compute=choice.compute, dtype="auto"))
     frozen = placed(built.objective, ready.runtime, built.program.mesh)
     ready = ready._replace(experiment=experiment)
@@ -179,7 +190,7 @@ def arguments(
     beginning.check(experiment, built, ready.start)
     peak, peak_source = peak_flops(built.compute.dtype, einsum=built.compute.einsum)
     spent = cost.of(experiment)
-    own = _hooks(experiment, runtime, opened, built, done=latest_step(folder / "checkpoints") or 0)
+    own = _hooks(ready, built, done=latest_step(folder / "checkpoints") or 0)
     data = opened.training(host=jax.process_index(), hosts=jax.process_count(), reader=runtime.reader)
     if first:  # from here on the folder is this run's
         _claim(ready, choice, spent)
@@ -212,8 +223,7 @@ def _claim(ready: Ready, choice: Choice, spent: cost.Cost) -> None:
     record(choice, ready.folder)
     cost.write(ready.folder, spent)
     _copy_tokenizer(ready.opened.tokenizer_path, ready.folder)
-    if ready.start is not None and ready.start.tokenizer == ready.opened.tokenizer().fingerprint:
-        ready.start.generation.save(ready.folder)
+    ready.generation.save(ready.folder)
 
 
 def placed(objective: Objective, runtime: Runtime, mesh: jax.sharding.Mesh) -> Frozen:
@@ -256,8 +266,9 @@ def _open_trackers(
     return trackers, progress.say
 
 
-def _hooks(experiment: Experiment, runtime: Runtime, opened: Opened, built: Built, done: int) -> list[Hook]:
+def _hooks(ready: Ready, built: Built, done: int) -> list[Hook]:
     """Evaluation, samples and profiling, where they are switched on."""
+    experiment, runtime, opened = ready.experiment, ready.runtime, ready.opened
     hooks: list[Hook] = []
     evaluation = experiment.evaluation
     if evaluation.every and opened.has_validation:
@@ -267,21 +278,22 @@ def _hooks(experiment: Experiment, runtime: Runtime, opened: Opened, built: Buil
 
         hooks.append(Evaluate(every=evaluation.every, batches=batches))
     if runtime.samples.every:
-        hooks.append(Sample(every=runtime.samples.every, generate=_sampler(experiment, runtime, opened, built)))
+        hooks.append(Sample(every=runtime.samples.every, generate=_sampler(ready, built)))
     if runtime.profile:
         hooks.append(Profile.of(done, experiment.steps))
     return hooks
 
 
-def _sampler(experiment: Experiment, runtime: Runtime, opened: Opened, built: Built) -> Callable[[Params], str]:
+def _sampler(ready: Ready, built: Built) -> Callable[[Params], str]:
     """Parameters -> the continuation of each prompt, compiled once."""
     from slmjax.evals.generate import Generator
     from slmjax.evals.sampling import sampler
 
-    samples = runtime.samples
+    experiment, samples = ready.experiment, ready.runtime.samples
     rule = sampler(temperature=samples.temperature)
     model, numerics = generative(experiment.model), experiment.numerics
-    generator = Generator(model, None, opened.tokenizer(), built.compute, numerics=numerics)
+    tokenizer, ends = ready.opened.tokenizer(), ready.generation.ends
+    generator = Generator(model, None, tokenizer, built.compute, ends, numerics=numerics)
 
     def write(params: Params) -> str:
         results = generator.with_params(params)(

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from slmjax.config import Experiment, Runtime
 from slmjax.errors import Diverged, Preempted, UserError
 from slmjax.nn.compute import Compute
-from slmjax.runs import teaching
 from slmjax.runs.build import Built, pieces
 from slmjax.runs.folder import held
 from slmjax.runs.launch import Ready, arguments, next_steps, prepare
@@ -125,7 +124,7 @@ def _together(several: Sequence[Ready], fences: Sequence[Fence]) -> list[Excepti
             f"{first.folder} and another of these runs began with different precision or kernels (compute.json); "
             "continue them one by one"
         )
-    base = teaching.with_models(first.experiment, first.models, first.opened.tokenizer(), compute)
+    base = first.with_models(compute)
     experiments = [replace(ready.experiment, objective=base.objective) for ready in several]
     member = member_of(base, compute)
     objective = member(values_of(experiments)[0]).objective

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from slmjax.config import Experiment
+from slmjax.data.generation_config import NOTHING_SAID, GenerationConfig, end_tokens
 from slmjax.data.spec import Opened
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.distill.agreement import Agreement, agreement
@@ -59,13 +60,23 @@ def read(experiment: Experiment, tokenizer: Tokenizer, folder: Path | None = Non
     return Models(hashes=hashes, loaded=loaded)
 
 
-def with_models(experiment: Experiment, models: Models, tokenizer: Tokenizer, compute: Compute) -> Experiment:
+def with_models(
+    experiment: Experiment,
+    models: Models,
+    tokenizer: Tokenizer,
+    compute: Compute,
+    generation: GenerationConfig = NOTHING_SAID,
+) -> Experiment:
     """The experiment whose objective has the special token ids of the tokenizer, and its models in memory.
+
+    Args:
+        generation: what is known of text that the trained model generates: further tokens that end it.
 
     Raises:
         UserError: a model is not there.
     """
-    objective = experiment.objective.with_special(tokenizer.special)
+    special = replace(tokenizer.special, ends=end_tokens(tokenizer.eos_id, generation.ends))
+    objective = experiment.objective.with_special(special)
     if missing := [path for path in objective.models() if not at(path).exists()]:
         raise UserError(f"objective.teachers: {missing[0]} is not there; put the model back to continue this run")
     return _bound(replace(experiment, objective=objective), models.loaded, tokenizer.rows, compute)

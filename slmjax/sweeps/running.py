@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from slmjax import signals
 from slmjax.errors import Diverged, Preempted, UserError
 from slmjax.lease import Lease, held, lease
 from slmjax.sweeps import grouping
@@ -45,16 +46,6 @@ class _Running:
     leases: list[Lease]
     """One of each cell"""
     begun: float
-
-
-@dataclass
-class _Stop:
-    """Whether a signal has asked for an end, and how often."""
-
-    received: list[int] = field(default_factory=list)
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.received.append(number)
 
 
 def run(
@@ -102,17 +93,17 @@ def run(
 
         narrowing.take_back(folder, folder.states())
     begun = time.time()
-    with _signals() as stop:
+    with signals.noted() as received:
         running: list[_Running] = []
         try:
             watch = Watch(folder, until, say)
-            _work(folder, workers, population, watch, options, wait, say, stop, running, begun)
+            _work(folder, workers, population, watch, options, wait, say, received, running, begun)
         finally:
-            _end(folder, running, say, stop)
+            _end(folder, running, say, received)
     states = folder.states()
     _note(folder, states)
     folder.write_results()
-    if stop.received:
+    if received:
         raise Preempted(f"stopped with {_count(states)}; run the same command again to go on")
     left = {h for h, state in states.items() if state.name in ("running", "waiting")} if not wait else set()
     _verdict(folder, {h: state for h, state in states.items() if h not in left})
@@ -134,11 +125,11 @@ def check_options(options: Sequence[str]) -> None:
 
 def _work(
     folder: Folder, workers: int, population: int | None, watch: Watch, options: Sequence[str], wait: bool,
-    say: Callable[[str], None], stop: _Stop, running: list[_Running], begun: float,
+    say: Callable[[str], None], received: list[int], running: list[_Running], begun: float,
 ) -> None:  # fmt: skip
     """Until nothing is left that this process could run or has to wait for."""
     looked, waited = 0.0, ""
-    while not stop.received:
+    while not received:
         for claim in (claim for each in running for claim in each.leases):
             claim.check()
         ended = [each for each in running if each.process.poll() is not None]
@@ -320,7 +311,7 @@ def _reason(log: Path, code: int) -> str:
     return (said or (lines[-1] if lines else "it printed nothing"))[:500] + f" (exit code {code})"
 
 
-def _end(folder: Folder, running: list[_Running], say: Callable[[str], None], stop: _Stop) -> None:
+def _end(folder: Folder, running: list[_Running], say: Callable[[str], None], received: list[int]) -> None:
     """Stops the processes that still run, and waits until each has saved; a second Ctrl-C ends them at once. Other
     signals do not: schedulers send them more than once."""
     if not running:
@@ -329,25 +320,14 @@ def _end(folder: Folder, running: list[_Running], say: Callable[[str], None], st
     say(f"stopping {count} runs, which save a checkpoint first; a second Ctrl-C ends them at once")
     for each in running:
         each.process.terminate()
-    last, pressed = time.monotonic() + GRACE, max(1, stop.received.count(signal.SIGINT))
+    last, pressed = time.monotonic() + GRACE, max(1, received.count(signal.SIGINT))
     while any(each.process.poll() is None for each in running):
-        if time.monotonic() > last or stop.received.count(signal.SIGINT) > pressed:
+        if time.monotonic() > last or received.count(signal.SIGINT) > pressed:
             for each in running:
                 each.process.kill()
         time.sleep(POLL)
     for each in running:
         _record(folder, each, say, stopping=True)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _verdict(folder: Folder, states: dict[str, State]) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from types import FrameType
 from typing import Any
 
 from slmjax.errors import Preempted
-
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from slmjax.signals import handled
 
 
 class Interrupted(Preempted):
@@ -29,13 +27,12 @@ class Signals:
     received: signal.Signals | None = None
 
     def __enter__(self) -> Signals:
-        main = threading.current_thread() is threading.main_thread()
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._note) for s in STOPS} if main else {}
+        self._handled = handled(self._note)
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *raised: Any) -> None:
+        self._handled.__exit__(*raised)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

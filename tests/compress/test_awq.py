@@ -14,6 +14,7 @@ from slmjax.compress.quant.uniform import Asymmetric, Symmetric
 from slmjax.compress.quant.view import Rule, chosen
 from slmjax.errors import UserError
 from slmjax.models.families.apple import two_blocks
+from slmjax.models.families.bloom import bloom
 from slmjax.models.families.common.llama_like import Sizes
 from slmjax.models.families.gemma2 import gemma2
 from slmjax.models.families.gpt_neox import gpt_neox
@@ -23,7 +24,7 @@ from slmjax.models.families.opt import opt
 from slmjax.models.families.phi3 import phi3
 from slmjax.models.families.stablelm import stablelm
 from slmjax.models.rescaling import exchanges
-from slmjax.nn.block import PostNorm
+from slmjax.nn.block import NormedStream, PostNorm
 from slmjax.nn.position import Rope
 from slmjax.runs.calibrating import grams
 from slmjax.runs.quantizing import AWQ, RTN, silent
@@ -40,6 +41,7 @@ FAMILIES = {
     "opt": (opt(**SMALL), [OF_NORMS | OF_MATRICES] * 2),
     "opt without gains": (opt(**SMALL, affine=False), [OF_MATRICES] * 2),
     "opt with norms after": (opt(**SMALL, wiring=PostNorm), [OF_MATRICES] * 2),
+    "bloom, stream normed": (bloom(**SMALL, wiring=NormedStream), [{"attn/v"}] * 2),
     "phi3": (phi3(SIZES, position=ROPE), [OF_NORMS | OF_MATRICES] * 2),
     "stablelm, parallel": (
         stablelm(SIZES, position=ROPE, qkv_bias=True, parallel=True), [{"attn_norm"} | OF_MATRICES] * 2,

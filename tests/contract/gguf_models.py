@@ -12,6 +12,10 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {
+    **ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+    "beta_slow": 1.0, "attention_factor": 1.5,
+}  # fmt: skip
 LONG = [1.0 + 0.5 * i for i in range(8)]
 GEMMA = {**BASE, "num_hidden_layers": 4, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 WINDOWS = ["sliding_attention", "full_attention"] * 2
@@ -35,7 +39,19 @@ CONFIGS = {
     },
     "qwen2": {"model_type": "qwen2", **BASE, "rope_parameters": {**ROPE, "rope_theta": 1e6}},
     "qwen3": {"model_type": "qwen3", **BASE, "head_dim": 32, "tie_word_embeddings": True, "rope_parameters": ROPE},
+    "qwen3, yarn": {
+        "model_type": "qwen3", **BASE, "head_dim": 32, "tie_word_embeddings": True,
+        "rope_parameters": {k: v for k, v in YARN.items() if k != "attention_factor"},
+    },
     "olmo2": {"model_type": "olmo2", **BASE, "rope_parameters": ROPE, "eos_token_id": 2},
+    "olmo3": {
+        "model_type": "olmo3", **BASE, "num_hidden_layers": 6, "sliding_window": 16, "eos_token_id": 2,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
+    "olmo3, yarn": {
+        "model_type": "olmo3", **BASE, "num_hidden_layers": 6, "sliding_window": 16, "eos_token_id": 2,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": YARN},
+    },
     "gemma2": {"model_type": "gemma2", **GEMMA, "layer_types": WINDOWS, "rope_parameters": ROPE},
     "gemma3": {
         "model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 7,

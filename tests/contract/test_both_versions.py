@@ -44,6 +44,9 @@ DECODERS = {
     "qwen2, yarn": {"model_type": "qwen2", **SIZES, **EPS, "rope_scaling": {"type": "yarn", **YARN}},
     "qwen3": {"model_type": "qwen3", **SIZES, **EPS, "rope_theta": 2e6, "head_dim": 12, **WINDOWS},
     "olmo2": {"model_type": "olmo2", **SIZES, **EPS, "rope_theta": 3e3},
+    "olmo3": {"model_type": "olmo3", **SIZES, **EPS, "num_hidden_layers": 5, "sliding_window": 7, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", **YARN, "rope_theta": 3e3, "beta_fast": 6.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}},
     "smollm3": {"model_type": "smollm3", **SIZES, **EPS, "rope_theta": 3e3, "no_rope_layers": [1, 0, 1]},
     "granite": {"model_type": "granite", **SIZES, **EPS, "rope_theta": 3e3, "embedding_multiplier": 5.0,
                 "attention_multiplier": 0.07, "residual_multiplier": 0.3, "logits_scaling": 0.4},
@@ -60,7 +63,7 @@ DECODERS = {
     "gpt2, scores by layer": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 2,
                               "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
     "bloom": {"model_type": "bloom", "vocab_size": 97, "hidden_size": 24, "n_layer": 2, "n_head": 3,
-              "layer_norm_epsilon": 1e-3},
+              "layer_norm_epsilon": 1e-3, "apply_residual_connection_post_layernorm": True},
     "opt": {"model_type": "opt", "vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2,
             "num_attention_heads": 3, "ffn_dim": 56, "max_position_embeddings": 64, "word_embed_proj_dim": 12,
             "do_layer_norm_before": False, "activation_function": "gelu"},

@@ -21,7 +21,7 @@ from slmjax.models.decoder import Stage
 from slmjax.models.families import gpt2, llama, opt
 from slmjax.models.families.cerebras_gpt import cerebras_gpt_mup
 from slmjax.nn.attention import QKNorm
-from slmjax.nn.block import Parallel, PostNorm, Sandwich
+from slmjax.nn.block import NormedStream, Parallel, PostNorm, Sandwich
 from slmjax.nn.embedding import Logits
 from slmjax.nn.norm import LayerNorm, RMSNorm
 from slmjax.nn.position import Alibi
@@ -75,6 +75,7 @@ PLAIN = {
     "alibi": tuple(changed(d, {"mixer": {"position": Alibi()}}) for d in (granite(LLAMA), LLAMA)),
     "narrow table": tuple(replace(d, table_width=12, final_norm=None) for d in (granite(LLAMA), LLAMA)),
     "parallel": tuple(wired(d, Parallel, branch_scale=s) for d, s in ((LLAMA, 0.3), (LLAMA, 1.0))),
+    "norm of the stream": tuple(wired(d, NormedStream, branch_scale=s) for d, s in ((LLAMA, 0.3), (LLAMA, 1.0))),
     "norm after the sum": tuple(wired(d, PostNorm, branch_scale=s) for d, s in ((LLAMA, 0.3), (LLAMA, 1.0))),
     "stages": tuple(
         replace(d, pattern=d.pattern * 2, tail=(Stage(pattern=d.pattern),), repeats=1) for d in (granite(LLAMA), LLAMA)

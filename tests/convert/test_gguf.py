@@ -157,7 +157,7 @@ WRONG = {
     r"llama\.attention\.head_count = 0; expected a positive": {"llama.attention.head_count": 0},
     r"llama\.embedding_length = missing; expected a positive": {"llama.embedding_length": None},
     r"llama\.expert_count = 8 is not supported": {"llama.expert_count": 8},
-    r"llama\.rope\.scaling\.type = 'yarn'": {"llama.rope.scaling.type": "yarn"},
+    r"llama\.rope\.scaling\.type = 'longrope'": {"llama.rope.scaling.type": "longrope"},
     r"'rope_freqs\.weight' is not a llama3 scaling": {"rope_freqs.weight": NOT_A_SCALING},
     r"'rope_freqs\.weight' has shape \[9\]; expected \[8\]": {"rope_freqs.weight": np.ones(9, np.float32)},
     r"tokenizer\.ggml\.model = 'bert' is not supported": {"tokenizer.ggml.model": "bert"},

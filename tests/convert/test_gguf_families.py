@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from contract.gguf_models import CONFIGS, ROPE, VOCAB
+from contract.gguf_models import CONFIGS, ROPE, VOCAB, YARN
 from contract.shapes import perturbed
 
 from slmjax import tree
@@ -118,14 +118,23 @@ def test_scalars_that_llama_cpp_lacks_are_folded(tmp_path, reference):
 WRONG = {
     "hidden_act = 'gelu'": ("llama", {"hidden_act": "gelu"}),
     "sliding_window = 16": ("mistral", {"sliding_window": 16}),
-    "rope_type = 'yarn'": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+    "rope_type = 'dynamic'": ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}),
     "query_pre_attn_scalar = 16": ("gemma2", {"query_pre_attn_scalar": 16}),
     "full attention in every 2nd layer": ("gemma2", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
     r"full attention in the layers \[0, 1\]": (
         "gemma3", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 5},
     ),
+    "full attention in every 4th layer": (
+        "olmo3", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    ),
+    "truncate = False": (
+        "olmo3", {"rope_parameters": {"full_attention": {**YARN, "truncate": False}, "sliding_attention": ROPE}},
+    ),
     "attn_logit_softcapping = None": ("gemma2", {"attn_logit_softcapping": None}),
     "no_rope_layers": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "apply_residual_connection_post_layernorm = True": (
+        "bloom, odd number of heads", {"apply_residual_connection_post_layernorm": True},
+    ),
     "activation_function = 'relu'": ("gpt2", {"activation_function": "relu"}),
 }  # fmt: skip
 

@@ -202,7 +202,7 @@ WRONG = {
     ),
     r"tensor 'blk\.0\.attn_q\.bias' of shape \[64\] is missing": ("qwen2", {"blk.0.attn_q.bias": None}),
     r"tensor 'rope_freqs\.weight' has no place": ("qwen3", {"rope_freqs.weight": np.ones(8, np.float32)}),
-    r"qwen2\.rope\.scaling\.type = 'yarn' is not supported": ("qwen2", {"qwen2.rope.scaling.type": "yarn"}),
+    r"qwen2\.rope\.scaling\.type = 'longrope' is not supported": ("qwen2", {"qwen2.rope.scaling.type": "longrope"}),
     r"partial_rotary_factor = 0\.5 is not supported": ("olmo2", {"olmo2.rope.dimension_count": 8}),
     r"dimension_count = 20; expected an even number up to": ("stablelm", {"stablelm.rope.dimension_count": 20}),
     r"sliding_window_pattern = 0; expected a number of layers": (

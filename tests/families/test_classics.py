@@ -16,7 +16,7 @@ from slmjax.errors import UserError
 from slmjax.models.decoder import Block
 from slmjax.models.families import SIZES, bloom, cerebras_gpt, gpt_neox, opt
 from slmjax.models.flops import parameter_count
-from slmjax.nn.block import Parallel, ParallelShared, PostNorm
+from slmjax.nn.block import NormedStream, Parallel, ParallelShared, PostNorm
 from slmjax.nn.mlp import gelu_tanh
 from slmjax.nn.position import Alibi, Learned, NoPosition, Rope
 from slmjax.nn.rope_scaling import LinearScaling
@@ -65,6 +65,7 @@ def blooms(draw):
         "n_head": heads,
         "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
         "tie_word_embeddings": draw(st.booleans()),
+        "apply_residual_connection_post_layernorm": draw(st.booleans()),
     }
 
 
@@ -98,6 +99,8 @@ CONFIGS = {
     "pythia": {"model_type": "gpt_neox", **SMALL, "num_hidden_layers": 2, "num_attention_heads": 3,
                "intermediate_size": 96, "max_position_embeddings": 128},
     "bloom": {"model_type": "bloom", **SMALL, "n_layer": 2, "n_head": 3},
+    "bloom, stream normed": {"model_type": "bloom", **SMALL, "n_layer": 3, "n_head": 3,
+                             "apply_residual_connection_post_layernorm": True},
     "opt-350m": {"model_type": "opt", **SMALL, "num_hidden_layers": 2, "num_attention_heads": 3, "ffn_dim": 96,
                  "max_position_embeddings": 128, "word_embed_proj_dim": 12, "do_layer_norm_before": False},
     "opt before 4.20": {"model_type": "opt", **SMALL, "num_hidden_layers": 1, "num_attention_heads": 3, "ffn_dim": 96,
@@ -155,6 +158,7 @@ SWITCHES = {
     "rotary scaling": (NEOX, changed(NEOX, mixer={"position": SCALED})),
     "tanh or erf": (NEOX, changed(NEOX, mlp={"activation": gelu_tanh})),
     "alibi": (BLOOM, changed(BLOOM, mixer={"position": NoPosition()})),
+    "the stream normed": (BLOOM, wired(BLOOM, NormedStream)),
     "norm of the embedding": (BLOOM, replace(BLOOM, embed_norm=None)),
     "first row of positions": (OPT, replace(OPT, position=Learned(), context=OPT.context + 2)),
     "norm after": (OPT, wired(OPT, PostNorm)),
@@ -248,7 +252,6 @@ def test_defaults_are_those_of_the_configuration_classes():
         (gpt_neox, {"rotary_emb_base": 5e4, "rope_theta": 1e4}, "rope_theta = 10000.0 but rotary_emb_base = 50000.0"),
         (gpt_neox, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         (gpt_neox, {"sliding_window": 7}, "sliding_window"),
-        (bloom, {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm = True"),
         (bloom, {"n_layer": 3, "num_hidden_layers": 4}, "n_layer = 3 but num_hidden_layers = 4"),
         (bloom, {"n_inner": 7}, "n_inner = 7"),
         (bloom, {"alibi": True}, "alibi"),

@@ -1,4 +1,4 @@
-"""Mistral, Qwen2, Qwen3, OLMo 2 and SmolLM3 over the space of their configurations."""
+"""Mistral, Qwen2, Qwen3, OLMo 2 and 3, and SmolLM3 over the space of their configurations."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from slmjax.nn.attention import QKNorm
 from slmjax.nn.block import PostBranch
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
+from slmjax.nn.rope_scaling import Yarn
 
 
 @st.composite
@@ -49,6 +50,27 @@ def olmo2s(draw):
     return {**common(draw, "olmo2"), "attention_bias": draw(st.booleans())}
 
 
+def of_two_kinds(theta, **scaling):
+    """Positions of layers with a window and without in the words of transformers 5."""
+    plain = {"rope_type": "default", "rope_theta": theta}
+    return {"rope_parameters": {"sliding_attention": plain, "full_attention": {**plain, **scaling}}}
+
+
+STRETCHED = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "attention_factor": 1.2}
+
+
+@st.composite
+def olmo3s(draw):
+    linear = {"rope_type": "linear", "factor": 2.5}
+    ropes = ({}, {"rope_theta": 5e5, "rope_scaling": STRETCHED}, of_two_kinds(1e3, **linear), of_two_kinds(3e2))
+    config = common(draw, "olmo3", layers=(3, 5), ropes=ropes)
+    n = config["num_hidden_layers"]
+    kinds = [("full_attention", "sliding_attention")[i % 2] for i in range(n)]
+    layers = draw(st.sampled_from([{}, {"layer_types": kinds}, {"layer_types": kinds[:1] * n, "sliding_window": None}]))
+    window = {"sliding_window": draw(st.sampled_from([5, 23, 100]))}
+    return {**config, **window, **layers, "attention_bias": draw(st.booleans())}
+
+
 @st.composite
 def smollm3s(draw):
     config = common(draw, "smollm3", layers=(3, 4))
@@ -60,8 +82,8 @@ def smollm3s(draw):
 
 @pytest.mark.parametrize(
     "configs",
-    [mistrals(), qwens("qwen2"), qwens("qwen3"), olmo2s(), smollm3s()],
-    ids=["mistral", "qwen2", "qwen3", "olmo2", "smollm3"],
+    [mistrals(), qwens("qwen2"), qwens("qwen3"), olmo2s(), olmo3s(), smollm3s()],
+    ids=["mistral", "qwen2", "qwen3", "olmo2", "olmo3", "smollm3"],
 )
 def test_any_configuration(reference, configs):
     prove_any(reference, configs)
@@ -97,6 +119,7 @@ def outside(block):
     return Outside(mixer=block.mixer, mlp=block.mlp, norm=block.norm)
 
 
+YARN = Yarn(factor=8.0, original_context=8, attention_factor=1.2)
 WRONG = {
     "mistral": {"window": mixer(window=10), "no window": mixer(window=None)},
     "qwen2": {
@@ -109,6 +132,13 @@ WRONG = {
         "statistics of each head": mixer(qk_norm=QKNorm(norm=RMSNorm(), gain_per_head=True)),
         "norm of the sum": outside,
     },
+    "olmo3": {
+        "no window": mixer(window=None),
+        "windows everywhere": mixer(window=9),
+        "positions stretched nowhere": mixer(position=Rope(theta=1e3)),
+        "positions stretched everywhere": mixer(position=Rope(theta=1e3, scaling=YARN)),
+        "statistics of each head": mixer(qk_norm=QKNorm(norm=RMSNorm(), gain_per_head=True)),
+    },
     "smollm3": {"positions everywhere": mixer(position=Rope(theta=2e6))},
 }
 GREEDY = {
@@ -116,6 +146,7 @@ GREEDY = {
     "qwen2": WINDOWS,
     "qwen3": WINDOWS,
     "olmo2": {"num_key_value_heads": 4},
+    "olmo3": {"sliding_window": 9, "num_hidden_layers": 6, **of_two_kinds(1e3, **STRETCHED)},
     "smollm3": {},
 }
 

@@ -6,7 +6,19 @@ import pytest
 
 from slmjax.convert.hf import family_of
 from slmjax.errors import UserError
-from slmjax.models.families import FAMILIES, gemma2, gemma3, mistral, olmo2, phi3, qwen2, qwen3, smollm3, stablelm
+from slmjax.models.families import (
+    FAMILIES,
+    gemma2,
+    gemma3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
 from slmjax.models.families.common import phi3_factors
 from slmjax.models.flops import parameter_count
 from slmjax.nn.initial import Normal
@@ -30,6 +42,8 @@ PUBLISHED = {
     qwen3.qwen3_8b: ("Qwen3", 8_190_735_360),
     olmo2.olmo2_1b: ("OLMo 2", 1_484_916_736),
     olmo2.olmo2_7b: ("OLMo 2", 7_298_617_344),
+    olmo3.olmo3_7b: ("OLMo 3", 7_298_011_136),
+    olmo3.olmo3_32b: ("OLMo 3", 32_233_522_176),
     smollm3.smollm3_3b: ("SmolLM3", 3_075_098_624),
     phi3.phi3_mini_4k: ("Mistral", 3_821_079_552),  # a window, whole heads: a Mistral
     phi3.phi3_5_mini: ("Mistral", 3_821_079_552),
@@ -135,6 +149,28 @@ OLMO2 = {
     "rope_theta": 500000,
     "tie_word_embeddings": False,
     "vocab_size": 100352,
+}
+OLMO3 = {
+    **OLMO2,
+    "model_type": "olmo3",
+    "architectures": ["Olmo3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 4096,
+    "vocab_size": 100278,
 }
 SMOLLM3 = {
     **COMMON,
@@ -259,6 +295,7 @@ CONFIGS = {
     qwen2.qwen2_5_0_5b: QWEN2,
     qwen3.qwen3_0_6b: QWEN3,
     olmo2.olmo2_1b: OLMO2,
+    olmo3.olmo3_7b: OLMO3,
     smollm3.smollm3_3b: SMOLLM3,
 }
 
@@ -273,6 +310,9 @@ def test_published_configurations_are_the_published_sizes(size):
     config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
     if "rope_local_base_freq" in config:
         local = {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")}
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    if config["model_type"] == "olmo3":
+        local = {"rope_type": "default", "rope_theta": 500000}
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     assert read(config) == size()
 
@@ -293,6 +333,10 @@ def test_defaults_are_those_of_the_configuration_classes():
     assert qwen2.from_config({}).pattern[0].mixer.window is None
     assert qwen3.from_config({}).pattern[0].mixer.head_dim == 128
     assert olmo2.from_config({}).vocab == 50304
+    mixers = [block.mixer for block in olmo3.from_config({}).blocks()]
+    assert [(mixer.window, mixer.position) for mixer in mixers] == [
+        (4096 if (i + 1) % 4 else None, Rope(theta=5e5)) for i in range(32)
+    ]
     positions = [block.mixer.position for block in smollm3.from_config({}).blocks()]
     assert positions == [NoPosition() if i % 4 == 3 else Rope(theta=2e6) for i in range(36)]
 
@@ -305,6 +349,7 @@ def test_windows_from_the_layer_on_that_the_configuration_names():
         assert [(len(s.pattern), s.repeats) for s in decoder.stages] == [(1, 4), (1, 2)]
 
 
+STRETCHED = {"rope_type": "linear", "factor": 2.0}
 NINE = {"rope_parameters": {"original_max_position_embeddings": 9}}
 
 
@@ -341,6 +386,13 @@ def test_a_share_of_the_head_that_the_class_takes_for_granted_is_written():
         (QWEN3, {"num_experts": 8}, "num_experts"),
         (QWEN3, {"mlp_bias": True}, "mlp_bias"),
         (OLMO2, {"clip_qkv": 8.0}, "clip_qkv"),
+        (OLMO3, {"clip_qkv": 8.0}, "clip_qkv"),
+        (OLMO3, {"sliding_window": None}, "sliding_window is not set"),
+        (OLMO3, {"layer_types": ["full_attention"]}, "layer_types names 1 layers; num_hidden_layers = 32"),
+        (OLMO3, {"rope_theta": 1e4}, "rope_theta = 10000 is that of full_attention alone"),
+        (OLMO3, {"rope_scaling": {"type": "yarn", "factor": 8.0}}, "rope_scaling.type is not read"),
+        (OLMO3, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters has rope_type"),
+        (OLMO3, {"rope_parameters": {"sliding_attention": STRETCHED}}, "sliding_attention has a rope_type other"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         (GEMMA2, {"hidden_act": "silu"}, "hidden_act and hidden_activation differ"),
         (GEMMA2, {"sliding_window": None}, "sliding_window is not set"),

@@ -19,7 +19,7 @@ from slmjax.models.families.llama import llama
 from slmjax.models.measures import roles
 from slmjax.models.parametrisation import SP, CompletedP, CompleteP, Module, MuP
 from slmjax.nn.attention import QKNorm
-from slmjax.nn.block import PostNorm
+from slmjax.nn.block import NormedStream, PostNorm
 from slmjax.nn.compute import Compute
 from slmjax.nn.embedding import Logits
 from slmjax.nn.initial import Normal
@@ -252,7 +252,8 @@ def test_it_is_part_of_the_model_and_a_wrong_multiplier_is_refused():
         (lambda: MuP(base=MuP(base=BASE).model(LARGE)), "base is itself scaled by MuP"),
         (lambda: CompleteP(base=BASE, alpha=0.2), r"alpha is 0\.2; expected 0\.5 to 1"),
         (lambda: factors(MuP(base=BASE), GPT2), "it has no parameter"),
-        (lambda: CompleteP(base=post(2)).model(post(4)), "norm of PostNorm follows each addition"),
+        (lambda: CompleteP(base=post(2)).model(post(4)), "PostNorm norms the residual stream itself"),
+        (lambda: CompleteP(base=post(2, NormedStream)).model(post(4, NormedStream)), "NormedStream norms the residual"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(make, message):
@@ -261,6 +262,6 @@ def test_mistakes_are_one_line(make, message):
     assert "\n" not in str(caught.value)
 
 
-def post(layers):
+def post(layers, kind=PostNorm):
     (block,) = BASE.pattern
-    return replace(BASE, pattern=(PostNorm(mixer=block.mixer, mlp=block.mlp, norm=block.norm),), repeats=layers)
+    return replace(BASE, pattern=(kind(mixer=block.mixer, mlp=block.mlp, norm=block.norm),), repeats=layers)

@@ -16,7 +16,7 @@ from slmjax.models.flops import flops_per_token
 from slmjax.nn.attention import QKNorm, SharedAttention
 from slmjax.nn.attention_cpu import cpu_attention
 from slmjax.nn.attention_kernels import xla_attention
-from slmjax.nn.block import Parallel, ParallelShared, PostBranch, PostNorm, Sandwich
+from slmjax.nn.block import NormedStream, Parallel, ParallelShared, PostBranch, PostNorm, Sandwich
 from slmjax.nn.compute import Compute, Remat
 from slmjax.nn.embedding import Logits
 from slmjax.nn.norm import LayerNorm, RMSNorm
@@ -67,6 +67,7 @@ VARIANTS = {
     "qk norm, gain a head": mixer(qk_norm=QKNorm(norm=LayerNorm(bias=False), gain_per_head=True)),
     "qk norm, all heads": mixer(qk_norm=QKNorm(norm=RMSNorm(), whole=True)),
     "post-norm": wired(PostNorm),
+    "norm of the stream": wired(NormedStream),
     "sandwich": wired(Sandwich),
     "post-branch norm": wired(PostBranch),
     "parallel": wired(Parallel),

@@ -11,11 +11,13 @@ import slmjax
 from slmjax.cli.verify import CLOCK
 from slmjax.compress.quant.learned import LSQ, SEQ
 from slmjax.compress.quant.view import Quantize, Rule
-from slmjax.config import Runtime, Tracking
+from slmjax.config import Runtime, Tracking, identity
+from slmjax.distill.objective import Distill
 from slmjax.errors import UserError
 from slmjax.experiment_file import load_experiment
 from slmjax.runs.branching import branch
 from slmjax.runs.loading import load
+from slmjax.runs.parent import Parent, parent_of
 from slmjax.track.jsonl import read
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import restore_params
@@ -50,6 +52,17 @@ def made(tiny, tmp_path_factory):
 def rows(folder):
     timed = (*CLOCK, "time", "elapsed")
     return [{k: v for k, v in row.items() if k not in timed} for row in read(folder / "metrics.jsonl")]
+
+
+def test_a_branch_has_the_models_that_its_parent_learns_from(made):
+    """By their content, wherever they lie: else each branch of a distilled run would be refused as another one."""
+    experiment, _, folder = made
+    run = parent_of(folder)
+    distilled, models = experiment(EMA(), objective=Distill(teachers=("teacher",))), {"teacher": "0" * 64}
+    known = identity(distilled, run.config["identity"]["stores"], None, models)
+    parent = Parent(folder, {**run.config, "identity": known, "models": models}, distilled)
+    assert parent.identity_of(distilled) == known
+    assert "0" * 64 in str(known)
 
 
 def test_a_branch_is_the_whole_run(made):

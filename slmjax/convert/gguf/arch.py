@@ -39,6 +39,8 @@ class GGUFArchitecture:
     arch: MODEL_ARCH
     fields: tuple[Field, ...]
     """What there is to know besides the tensors, in the order in which it is read: some need others to be known"""
+    told_by: str | None = None
+    """The key, without the architecture's name, that files of others of the same architecture do not have"""
     transforms: tuple[Transform, ...] = ()
     stacked: str = r"(?!)"
     """Regular expression of keys whose last number is a head: transformers has a tensor a head, GGUF one for all"""

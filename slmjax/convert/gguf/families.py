@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from gguf import MODEL_ARCH
@@ -32,7 +33,8 @@ from slmjax.convert.gguf.fields import (
 )
 from slmjax.convert.gguf.file import shown
 from slmjax.convert.gguf.gemma import GEMMA2, GEMMA3
-from slmjax.convert.gguf.rope import LLAMA3, LONGROPE, rope_of, rotary
+from slmjax.convert.gguf.rope import LLAMA3, LONGROPE, YARN, rope_of, rotary
+from slmjax.convert.gguf.windows import OLMO3
 from slmjax.errors import UserError
 
 LAYER = "attention.layer_norm_epsilon"
@@ -40,8 +42,8 @@ GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 LIKE_LLAMA = (*SIZES, RMS, only("hidden_act", "silu"), TIED, NO_WINDOW)
 BIASES = (if_there("attention_bias", "blk.0.attn_q.bias"), if_there("mlp_bias", "blk.0.ffn_up.bias"))
-LLAMA_FIELDS = (*LIKE_LLAMA, *BIASES, rotary(LLAMA3))
-QWEN = (*LIKE_LLAMA, only("attention_bias", False), rotary())
+LLAMA_FIELDS = (*LIKE_LLAMA, *BIASES, rotary(LLAMA3, YARN))
+QWEN = (*LIKE_LLAMA, only("attention_bias", False), rotary(YARN))
 
 
 def _score_scale(keys: Keys, config: Config) -> dict[str, Any]:
@@ -201,6 +203,7 @@ ARCHITECTURES = (
     GGUFArchitecture(model_type="smollm3", arch=MODEL_ARCH.SMOLLM3, fields=SMOLLM3, transforms=ROTATED),
     GGUFArchitecture(model_type="qwen2", arch=MODEL_ARCH.QWEN2, fields=QWEN),
     GGUFArchitecture(model_type="qwen3", arch=MODEL_ARCH.QWEN3, fields=QWEN),
+    GGUFArchitecture(model_type="olmo3", arch=MODEL_ARCH.OLMO2, fields=OLMO3, told_by=WINDOW),
     GGUFArchitecture(model_type="olmo2", arch=MODEL_ARCH.OLMO2, fields=QWEN),
     GGUFArchitecture(model_type="gemma2", arch=MODEL_ARCH.GEMMA2, fields=GEMMA2, transforms=(OFFSET,), drift=2e-3),
     GGUFArchitecture(model_type="gemma3_text", arch=MODEL_ARCH.GEMMA3, fields=GEMMA3, transforms=(OFFSET,), drift=2e-3),
@@ -227,7 +230,7 @@ ARCHITECTURES = (
         drift=2e-3,
     ),
 )
-"""Of several for an architecture of llama.cpp, a file is read as the first"""
+"""Of several for an architecture of llama.cpp, a file is read as the first that may have its keys"""
 
 
 def architecture_of(model_type: str) -> GGUFArchitecture:
@@ -243,14 +246,14 @@ def architecture_of(model_type: str) -> GGUFArchitecture:
     raise UserError(f"a model of type {model_type!r} cannot be written as GGUF; expected one of {names}")
 
 
-def architecture_named(name: str | None) -> GGUFArchitecture:
-    """The architecture that a file with this `general.architecture` is read as.
+def architecture_named(name: str | None, keys: Collection[str] = ()) -> GGUFArchitecture:
+    """The architecture that a file with this `general.architecture` and these keys is read as.
 
     Raises:
         UserError: it is not supported.
     """
     for one in ARCHITECTURES:
-        if one.name == name:
+        if one.name == name and (one.told_by is None or f"{name}.{one.told_by}" in keys):
             return one
     names = ", ".join(dict.fromkeys(one.name for one in ARCHITECTURES))
     raise UserError(f"general.architecture = {shown(name)} cannot be imported; expected one of {names}")

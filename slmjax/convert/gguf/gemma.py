@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from slmjax.convert.gguf.fields import (
     RMS,
     SIZES,
@@ -19,10 +17,8 @@ from slmjax.convert.gguf.fields import (
     only,
 )
 from slmjax.convert.gguf.rope import rope_of, rotary
+from slmjax.convert.gguf.windows import FULL, PATTERN, kinds_of, period
 from slmjax.errors import UserError
-
-PATTERN = "attention.sliding_window_pattern"
-KINDS = ("full_attention", "sliding_attention")
 
 
 def _query_scalar(config: Config, largest: int) -> int:
@@ -51,36 +47,17 @@ def _gemma(largest: int) -> tuple[Field, ...]:
     )
 
 
-def _period(kinds: list[str], usual: int) -> int:
-    """Every how manieth layer sees everything, the others a window."""
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    period = full[0] + 1 if full else usual
-    if full != list(range(period - 1, len(kinds), period)) or (not full and len(kinds) >= usual):
-        raise UserError(f"layer_types: full attention in the layers {full}; llama.cpp wants it in every n-th layer")
-    return period
-
-
-def _kinds(keys: Keys, layers: int, usual: int) -> list[str]:
-    """The kind of attention of each layer: the key is a period, or says for each layer whether it has a window."""
-    found = keys.take(PATTERN, usual)
-    if isinstance(found, np.ndarray) and found.shape == (layers,):
-        return [KINDS[int(bool(x))] for x in found]
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise keys.wrong(PATTERN, found, f"a number of layers, or true or false for each of {layers}")
-    return [KINDS[int((i + 1) % found != 0)] for i in range(layers)]
-
-
 def _gemma2_windows(config: Config) -> dict[str, Any]:
-    if _period(config["layer_types"], 2) != 2:
+    if period(config["layer_types"], 2) != 2:
         raise UserError("layer_types: llama.cpp computes this architecture only with full attention in every 2nd layer")
     return {WINDOW: config["sliding_window"]}
 
 
 def _gemma3_windows(keys: Keys, config: Config) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
-    window, kinds = keys.take(WINDOW, 0), _kinds(keys, layers, 6)
+    window, kinds = keys.take(WINDOW, 0), kinds_of(keys, layers, 6)
     if window == 0:  # none in any layer
-        return {"sliding_window": None, "layer_types": [KINDS[0]] * layers}
+        return {"sliding_window": None, "layer_types": [FULL] * layers}
     return {"sliding_window": length_of(keys, window), "layer_types": kinds}
 
 
@@ -101,7 +78,7 @@ GEMMA2 = (
         write=_gemma2_windows,
         read=lambda keys, c: {
             "sliding_window": keys.count(WINDOW, 4096),
-            "layer_types": _kinds(keys, c["num_hidden_layers"], 2),
+            "layer_types": kinds_of(keys, c["num_hidden_layers"], 2),
         },
     ),
     rotary(),
@@ -130,7 +107,7 @@ GEMMA3 = (
     only("attn_logit_softcapping", None),
     only("final_logit_softcapping", None),
     Field(
-        write=lambda c: {WINDOW: c["sliding_window"], PATTERN: _period(c["layer_types"], 6)},
+        write=lambda c: {WINDOW: c["sliding_window"], PATTERN: period(c["layer_types"], 6)},
         read=_gemma3_windows,
     ),
     Field(write=_two_ropes, read=_read_two_ropes),

@@ -114,7 +114,7 @@ def import_gguf(file: pathlib.Path, *, packed: bool = False) -> ImportedGGUF:
 
 
 def _import(file: GGUF, packed: bool) -> ImportedGGUF:
-    architecture = architecture_named(named(file.metadata, "general.architecture"))
+    architecture = architecture_named(named(file.metadata, "general.architecture"), file.metadata)
     tokenizer = from_gguf(file.metadata)
     config = architecture.config(file)
     family = next(family for family in FAMILIES if family.model_type == architecture.model_type)

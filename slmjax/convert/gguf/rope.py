@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slmjax.convert.gguf.fields import Config, Field, Keys, head_dim, shortest
+from slmjax.convert.gguf.fields import Config, Field, Keys, expect, head_dim, shortest
 from slmjax.convert.gguf.file import shown
 from slmjax.errors import StorageError, UserError
 
 ORIGINAL = 8192
 """Context before the scaling, of Llama 3.1 to 3.3"""
 ORIGINAL_KEY = "rope.scaling.original_context_length"
+GROWTH = "rope.scaling.attn_factor"
+"""Factor on sines and cosines, besides the one that llama.cpp has for YaRN"""
 FACTORS = "rope_freqs.weight"
 LONG = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+
+
+class Told(NamedTuple):
+    """What the keys of a file say of scaling."""
+
+    kind: str
+    factor: float
 
 
 class Scaling(NamedTuple):
@@ -26,11 +35,13 @@ class Scaling(NamedTuple):
     """`rope_type` in transformers"""
     tensors: Callable[[Config], Mapping[str, np.ndarray]]
     """config.json with this scaling -> the factors of the frequencies"""
-    read: Callable[[Keys, Config, Config], Mapping[str, Any] | None]
-    """Keys, config.json so far, base and rotated fraction -> the scaling's fields of `rope_parameters`; None: no such
-    scaling"""
+    read: Callable[[Keys, Config, Config, Told], Mapping[str, Any] | None]
+    """Keys, config.json so far, base and rotated fraction, what is told -> the scaling's fields of `rope_parameters`;
+    None: no such scaling"""
     write: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     """config.json with this scaling -> further keys"""
+    is_told: bool = False
+    """Whether `rope.scaling.type` may name it"""
 
 
 def rope_of(config: Config) -> Config:
@@ -79,8 +90,8 @@ def _scaling(keys: Keys, config: Config, rope: Config, scalings: tuple[Scaling, 
         UserError: the scaling is not supported.
         StorageError: the factors have another shape.
     """
-    # llama.cpp takes a factor without a type as linear; longrope is the only other one of its own that is read here
-    known = ("none", "linear", *(one.name for one in scalings if one.name == "longrope"))
+    # llama.cpp takes a factor without a type as linear
+    known = ("none", "linear", *(one.name for one in scalings if one.is_told))
     kind = keys.take("rope.scaling.type", "linear")
     older = keys.take("rope.scale_linear", 1.0)
     factor = keys.real("rope.scaling.factor", older)
@@ -89,7 +100,7 @@ def _scaling(keys: Keys, config: Config, rope: Config, scalings: tuple[Scaling, 
         raise UserError(f"{keys.prefix}rope.scaling.type = {shown(kind)} is not supported; expected {expected}")
     linear = kind == "linear" and factor != 1.0
     for one in scalings:
-        found = one.read(keys, config, rope)
+        found = one.read(keys, config, rope, Told(kind, factor))
         if found is not None and linear:
             raise UserError(f"{keys.prefix}rope.scaling.type = 'linear' with factors of frequencies is not supported")
         if found is not None:
@@ -121,7 +132,7 @@ def llama3_factors(config: Config) -> dict[str, np.ndarray]:
     return {FACTORS: (1 / ((1 - blend) / rope["factor"] + blend)).astype(np.float32)}
 
 
-def _read_llama3(keys: Keys, config: Config, rope: Config) -> Mapping[str, Any] | None:
+def _read_llama3(keys: Keys, config: Config, rope: Config, told: Told) -> Mapping[str, Any] | None:
     original = keys.count(ORIGINAL_KEY, ORIGINAL)
     if FACTORS not in keys.file:
         return None
@@ -174,18 +185,16 @@ def _long_keys(config: Config) -> dict[str, Any]:
     rope = rope_of(config)
     old = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config["max_position_embeddings"] / old
-    return {ORIGINAL_KEY: old, "rope.scaling.attn_factor": rope.get("attention_factor") or _magnitude(factor, old)}
+    return {ORIGINAL_KEY: old, GROWTH: rope.get("attention_factor") or _magnitude(factor, old)}
 
 
-def _read_long(keys: Keys, config: Config, rope: Config) -> Mapping[str, Any] | None:
+def _read_long(keys: Keys, config: Config, rope: Config, told: Told) -> Mapping[str, Any] | None:
     context = config["max_position_embeddings"]
     old = keys.count(ORIGINAL_KEY, context)
-    growth = keys.real("rope.scaling.attn_factor", 1.0)
+    growth = keys.real(GROWTH, 1.0)
     if not any(name in keys.file for name in LONG.values()):
         if growth != 1.0:
-            raise keys.wrong(
-                "rope.scaling.attn_factor", growth, f"1.0 in a file without a tensor {LONG['long_factor']}"
-            )
+            raise keys.wrong(GROWTH, growth, f"1.0 in a file without a tensor {LONG['long_factor']}")
         return None
     for name in LONG.values():
         if name not in keys.file:
@@ -200,6 +209,42 @@ def _read_long(keys: Keys, config: Config, rope: Config) -> Mapping[str, Any] | 
     }
 
 
+def _yarn_growth(factor: float) -> float:
+    """What llama.cpp multiplies sines and cosines by, in any case."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _yarn_keys(config: Config) -> dict[str, Any]:
+    rope = rope_of(config)
+    expect(rope, "truncate", True)
+    expect(rope, "mscale", None)
+    expect(rope, "mscale_all_dim", None)
+    usual = _yarn_growth(rope["factor"])
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        ORIGINAL_KEY: rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": float(rope["beta_fast"]),
+        "rope.scaling.yarn_beta_slow": float(rope["beta_slow"]),
+        GROWTH: (rope.get("attention_factor") or usual) / usual,
+    }
+
+
+def _read_yarn(keys: Keys, config: Config, rope: Config, told: Told) -> Mapping[str, Any] | None:
+    if told.kind != "yarn":
+        return None
+    growth = keys.real(GROWTH, 1.0)
+    whole = float(f"{growth * _yarn_growth(told.factor):.7g}")  # its quotient was rounded to float32
+    return {
+        "rope_type": "yarn",
+        "factor": told.factor,
+        "original_max_position_embeddings": keys.count(ORIGINAL_KEY, config["max_position_embeddings"]),
+        "beta_fast": keys.real("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.real("rope.scaling.yarn_beta_slow", 1.0),
+        **({} if growth == 1.0 else {"attention_factor": whole}),
+    }
+
+
 LLAMA3 = Scaling(
     "llama3",
     llama3_factors,
@@ -211,5 +256,7 @@ LONGROPE = Scaling(
     lambda config: {name: np.asarray(rope_of(config)[key], np.float32) for key, name in LONG.items()},
     _read_long,
     _long_keys,
+    is_told=True,
 )
 """Factors of Phi-3: `long` for contexts beyond the original one, `short` for others"""
+YARN = Scaling("yarn", lambda config: {}, _read_yarn, _yarn_keys, is_told=True)

@@ -10,6 +10,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.models.families.common.config_fields import NUMBER, Fields, exact, finished
 from slmjax.models.families.common.gpt_like import gpt_block, megatron_rows, parts
 from slmjax.models.families.common.rows import Family, Row, norm_rows, table
+from slmjax.nn.block import AnyBlock, Block, NormedStream
 from slmjax.nn.mlp import gelu_tanh
 from slmjax.nn.norm import LayerNorm
 from slmjax.nn.position import Alibi
@@ -24,10 +25,13 @@ def bloom(
     context: int = 2048,
     tied: bool = True,
     eps: float = 1e-5,
+    wiring: type[AnyBlock] = Block,
 ) -> Decoder:
     """Pre-norm LayerNorm, ALiBi, a norm of the token vectors, a GELU MLP (4 * width), biases everywhere."""
     norm = LayerNorm(eps=eps)
-    block = gpt_block(width=width, heads=heads, hidden=None, norm=norm, activation=gelu_tanh, position=Alibi())
+    block = gpt_block(
+        width=width, heads=heads, hidden=None, norm=norm, activation=gelu_tanh, kind=wiring, position=Alibi()
+    )
     return repeated(block, layers, vocab=vocab, width=width, context=context, tied=tied, embed_norm=norm)
 
 
@@ -66,7 +70,7 @@ def to_config(decoder: Decoder) -> dict[str, Any] | None:
         "layer_norm_epsilon": first.norm.eps,
         "initializer_range": decoder.initial.stated,
         "tie_word_embeddings": decoder.tied,
-        "apply_residual_connection_post_layernorm": False,
+        "apply_residual_connection_post_layernorm": isinstance(decoder.pattern[0], NormedStream),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "seq_length": decoder.context,
@@ -82,7 +86,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         UserError: a field is not supported; the message names it.
     """
     fields = Fields(config)
-    fields.expect("apply_residual_connection_post_layernorm", False)
+    normed = fields.take("apply_residual_connection_post_layernorm", bool, False)
     fields.expect("n_inner", None)
     # How training was parallelized: the same function, with another order of summation.
     for key in ("pretraining_tp", "slow_but_exact", "skip_bias_add", "skip_bias_add_qkv", "offset_alibi"):
@@ -97,6 +101,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
         context=fields.take("seq_length", int, 2048),  # not a field of BloomConfig: ALiBi has no maximum length
         tied=fields.take("tie_word_embeddings", bool, True),
         eps=fields.take("layer_norm_epsilon", NUMBER, 1e-5),
+        wiring=NormedStream if normed else Block,
     )
     return finished(fields, decoder)
 

@@ -14,7 +14,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.models.families import gemma2
 from slmjax.models.families.common.config_fields import NUMBER, Fields, exact, finished
 from slmjax.models.families.common.llama_like import Sizes, common_config, layer_windows, whole_rope
-from slmjax.models.families.common.rope_fields import both_versions
+from slmjax.models.families.common.rope_fields import both_versions, ropes_by_kind
 from slmjax.models.families.common.rows import Family, table
 from slmjax.nn.attention import QKNorm
 from slmjax.nn.embedding import Logits
@@ -122,13 +122,7 @@ def from_config(config: Mapping[str, Any]) -> Decoder:
 
 def _ropes_from(fields: Fields, context: int) -> tuple[Rope, Rope]:
     """Local and global positions: nested in `rope_parameters` (transformers 5), or separate fields (4)."""
-    nested = dict(fields.take("rope_parameters", Mapping, {}))
-    local: dict[str, Any] = {"rope_parameters": nested.pop("sliding_attention", None)}
-    everywhere: dict[str, Any] = {"rope_parameters": nested.pop("full_attention", None)}
-    if nested:
-        raise UserError(
-            f"config.json: rope_parameters has {next(iter(nested))}; it needs sliding_attention and full_attention"
-        )
+    local, everywhere = ropes_by_kind(fields)
     local["rope_theta"] = fields.take("rope_local_base_freq", NUMBER, None)
     everywhere["rope_theta"] = fields.take("rope_theta", NUMBER, None)
     everywhere["rope_scaling"] = fields.take("rope_scaling", Mapping, None)

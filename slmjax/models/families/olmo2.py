@@ -24,23 +24,28 @@ from slmjax.models.families.common.llama_like import (
 from slmjax.models.families.common.rope_fields import both_versions
 from slmjax.models.families.common.rows import Family, table
 from slmjax.nn.attention import QKNorm
-from slmjax.nn.block import PostBranch
+from slmjax.nn.block import AnyBlock, PostBranch
 from slmjax.nn.norm import RMSNorm
 from slmjax.nn.position import Rope
 
 
 def olmo2(sizes: Sizes, *, position: Rope, attention_bias: bool = False) -> Decoder:
     """x + norm(attention(x)), then x + norm(mlp(x))."""
+    return sizes.decoder([olmo2_block(sizes, position, attention_bias=attention_bias)] * sizes.layers)
+
+
+def olmo2_block(sizes: Sizes, position: Rope, *, attention_bias: bool, window: int | None = None) -> AnyBlock:
+    """One layer of OLMo 2 or 3."""
     norm = RMSNorm(eps=sizes.eps, round_first=False)
-    block = sizes.block(
+    return sizes.block(
         position,
         norm,
         kind=PostBranch,
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         qk_norm=QKNorm(norm=norm, whole=True),
+        window=window,
     )
-    return sizes.decoder([block] * sizes.layers)
 
 
 def olmo2_1b() -> Decoder:

@@ -56,6 +56,22 @@ def rope_from_config(
     return _rope(merged, theta, fraction, original, context)
 
 
+def ropes_by_kind(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`rope_parameters` of a class with positions of two kinds, as the fields of two configurations with one kind each:
+    those of layers with a window, and those of layers without.
+
+    Raises:
+        UserError: `rope_parameters` has other keys than `sliding_attention` and `full_attention`.
+    """
+    nested = dict(fields.take("rope_parameters", Mapping, {}))
+    kinds = tuple({"rope_parameters": nested.pop(key, None)} for key in ("sliding_attention", "full_attention"))
+    if nested:
+        raise UserError(
+            f"config.json: rope_parameters has {next(iter(nested))}; it needs sliding_attention and full_attention"
+        )
+    return kinds[0], kinds[1]
+
+
 def _rope(given: dict[str, Any], theta: float, fraction: float, original: int | None, context: int) -> Rope:
     kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} or {"default"}
     if len(kinds) > 1:
