@@ -20,6 +20,7 @@ from slmjax.optim.recipes import AdamW, OptimizerSpec
 from slmjax.optim.schedules import Schedule
 from slmjax.serialise import to_json
 from slmjax.start import FromScratch, Start
+from slmjax.traced import TRACED
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.guard import Guard, Skip
 from slmjax.train.processes import Distributed, Local
@@ -63,13 +64,13 @@ class Experiment:
 
     name: str
     """Names the run and the model card; not part of the fingerprint"""
-    model: Assembly
+    model: Assembly = field(metadata=TRACED)
     data: Data
-    schedule: Schedule
+    schedule: Schedule = field(metadata=TRACED)
     steps: int
     """Optimizer updates"""
     objective: ObjectiveSpec = field(default_factory=NextToken)
-    optimizer: OptimizerSpec = field(default_factory=AdamW)
+    optimizer: OptimizerSpec = field(default_factory=AdamW, metadata=TRACED)
     start: Start = field(default_factory=FromScratch)
     """The parameters that training begins with: drawn from `seed`, or those of another model"""
     view: View = field(default_factory=Identity)

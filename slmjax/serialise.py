@@ -87,6 +87,15 @@ def from_json(data: Any) -> Any:
         raise UserError(f"config.json: {data['$type']}: {error}") from None
 
 
+def type_of(data: Mapping[str, Any]) -> Any:
+    """The class of a dataclass that `to_json` has written.
+
+    Raises:
+        UserError: an unknown type, or of a module that is neither trusted nor imported.
+    """
+    return _resolve(data["$type"])
+
+
 def _resolve(name: str) -> Any:
     module, _, qualname = str(name).partition(":")
     package = module.split(".")[0]

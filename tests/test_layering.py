@@ -27,6 +27,7 @@ BASE = {
     "lease",
     "files",
     "signals",
+    "traced",
     "__init__",
 }
 PARTS = {"nn", "losses", "compress", "optim", "data", "track", "views", "start"}
@@ -42,6 +43,7 @@ MAY_IMPORT = {  # layer -> what it may import besides itself
     "lease": {"errors", "lock"},
     "files": {"errors"},
     "signals": set(),
+    "traced": {"errors", "serialise"},
     "tree": {"errors", "types"},
     "nn": BASE,
     "losses": BASE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from slmjax.nn.initial import Initial, Normal
 from slmjax.nn.layer import COLLECTED, Declared, Layer
 from slmjax.nn.numerics import Numerics
 from slmjax.nn.parts import Flow
+from slmjax.traced import TRACED
 from slmjax.tree import flatten
 from slmjax.types import Batch, Key, Model, Output, Params
 
@@ -99,7 +100,7 @@ class Assembly(abc.ABC):
     """Further layers of other patterns, for a model that is not one pattern throughout"""
     context: int
     """Longest sequence in tokens"""
-    initial: Initial = Normal()  # noqa: RUF009
+    initial: Initial = field(default=Normal(), metadata=TRACED)
     """Initial values"""
     causal: ClassVar[bool]
     """Whether no token sees a later one (a causal model); only then is the mean loss the negative log-likelihood of a

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 from jax.nn import initializers
 
 from slmjax.errors import UserError
+from slmjax.traced import TRACED
 from slmjax.types import Factors
 
 
@@ -79,9 +80,9 @@ class Normal(Initial):
     al. 2019 (GPT-2), section 2.3.
     """
 
-    std: Any = 0.02
+    std: Any = field(default=0.02, metadata=TRACED)
     """Standard deviation of every matrix and table"""
-    residual: Any = 1.0
+    residual: Any = field(default=1.0, metadata=TRACED)
     """Additional factor on `std` for matrices whose product is added to the residual stream"""
 
     def __call__(self, role: Role) -> tuple[Any, str]:

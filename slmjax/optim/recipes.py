@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ from slmjax.optim.matrices import (
     orthogonal,
 )
 from slmjax.optim.schedules import Curve
+from slmjax.traced import TRACED
 from slmjax.types import Factors, Group, Optimizer
 
 MEMORIES = ("b1", "b2", "momentum", "adam_b1", "adam_b2")
@@ -57,11 +58,11 @@ class OptimizerSpec(ABC):
     several runs at once. Plain Python numbers are checked.
     """
 
-    weight_decay: float = 0.1
+    weight_decay: float = field(default=0.1, metadata=TRACED)
     """Decoupled: each step multiplies the decayed parameters by `1 - lr * weight_decay`"""
     no_decay: tuple[str, ...] = ()
     """Path patterns of parameters that are not decayed, in addition to gains and biases, e.g. `("embed/*",)`"""
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = field(default=1.0, metadata=TRACED)
     """Gradients with a larger global norm are scaled down to this norm; None: never"""
 
     def __post_init__(self):
@@ -149,9 +150,9 @@ class AdamW(OptimizerSpec):
         Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101
     """
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = field(default=0.9, metadata=TRACED)
+    b2: float = field(default=0.95, metadata=TRACED)
+    eps: float = field(default=1e-8, metadata=TRACED)
 
     def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
         return dict.fromkeys(matrices(axes), entrywise)
@@ -170,8 +171,8 @@ class Lion(OptimizerSpec):
     """
 
     weight_decay: float = 0.5
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: float = field(default=0.9, metadata=TRACED)
+    b2: float = field(default=0.99, metadata=TRACED)
 
     def step_norms(self, axes: Any) -> Mapping[str, StepNorm]:
         return dict.fromkeys(matrices(axes), entrywise)
@@ -194,13 +195,13 @@ class Muon(OptimizerSpec):
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982 (rms scaling)
     """
 
-    momentum: float = 0.95
+    momentum: float = field(default=0.95, metadata=TRACED)
     nesterov: bool = True
     newton_schulz_steps: int = 5
-    rms: float = 0.2
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
-    adam_eps: float = 1e-8
+    rms: float = field(default=0.2, metadata=TRACED)
+    adam_b1: float = field(default=0.9, metadata=TRACED)
+    adam_b2: float = field(default=0.95, metadata=TRACED)
+    adam_eps: float = field(default=1e-8, metadata=TRACED)
     not_muon: tuple[str, ...] = ()
     """Path patterns of matrices that are left to AdamW as well"""
 
@@ -238,9 +239,9 @@ class Adafactor(OptimizerSpec):
     """
 
     weight_decay: float = 0.0
-    decay_power: float = 0.8
+    decay_power: float = field(default=0.8, metadata=TRACED)
     """At step t the second moment keeps the share `1 - t**-decay_power` of its value"""
-    update_clip: float = 1.0
+    update_clip: float = field(default=1.0, metadata=TRACED)
     """Largest root mean square of a matrix's update before scaling"""
     min_factored: int = 128
     """Matrices with a side shorter than this keep the full second moment"""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from slmjax.errors import UserError, is_number
+from slmjax.traced import TRACED
 
 Curve = Callable[[Any], Any]
 """step, int32 [] -> learning rate, float32 []"""
@@ -29,7 +30,7 @@ class Schedule(ABC):
     `peak_lr` and the fractions may be arrays, traced ones too; plain Python numbers are checked.
     """
 
-    peak_lr: float
+    peak_lr: float = field(metadata=TRACED)
     """The highest learning rate"""
     warmup_steps: int = 0
 
@@ -74,7 +75,7 @@ class Constant(Schedule):
 class Decaying(Schedule):
     """Ends at `final_fraction` times `peak_lr`."""
 
-    final_fraction: float = 0.0
+    final_fraction: float = field(default=0.0, metadata=TRACED)
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,7 +123,7 @@ class WSD(Decaying):
 
     decay_fraction: float = 0.2
     """Fraction of all steps, including the warm-up, in which the learning rate falls"""
-    power: float = 1.0
+    power: float = field(default=1.0, metadata=TRACED)
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +63,18 @@ def told(beginning: Beginning | None, tokenizer: Tokenizer, folder: Path) -> Gen
 
     Args:
         tokenizer: of the run's data.
-        folder: of the run, which keeps a copy for when that model is no longer there.
+        folder: of the run. One that has begun goes by the copy in there, whatever has become of that model.
     """
     if beginning is None:
         return NOTHING_SAID
-    if beginning.params is None:
+    if (folder / "config.json").is_file():
         return generation_config.read(folder, {})
-    return beginning.generation if beginning.tokenizer == tokenizer.fingerprint else NOTHING_SAID
+    if beginning.tokenizer != tokenizer.fingerprint:
+        return NOTHING_SAID
+    found = beginning.generation
+    if set(found.ends) <= {tokenizer.eos_id}:
+        return found
+    return replace(found, said={**found.said, "eos_token_id": [*found.ends]})  # config.json may be what names them
 
 
 def check(experiment: Experiment, built: Built, beginning: Beginning | None) -> None:

@@ -101,6 +101,8 @@ class Ready(NamedTuple):
     source: Path | None
     """The experiment's file"""
     start: beginning.Beginning | None
+    generation: GenerationConfig
+    """What is known of text that its model generates"""
     models: teaching.Models
     hooks: Sequence[Hook]
 
@@ -108,11 +110,6 @@ class Ready(NamedTuple):
     def code(self) -> Path:
         """The folder of the experiment's file"""
         return self.source.parent if self.source else Path()
-
-    @property
-    def generation(self) -> GenerationConfig:
-        """What is known of text that its model generates"""
-        return beginning.told(self.start, self.opened.tokenizer(), self.folder)
 
     def with_models(self, compute: Compute) -> Experiment:
         """The experiment with the models that its objective reads in memory, and the special tokens of its texts."""
@@ -131,6 +128,7 @@ def prepare(experiment: Experiment, runtime: Runtime, source: Path | None, hooks
     with show_progress() as progress:
         opened = open_data(experiment, runtime, progress)
     start = beginning.read(experiment, folder)
+    generation = beginning.told(start, opened.tokenizer(), folder)
     models = teaching.read(experiment, opened.tokenizer(), folder)
     config = runs.describe(experiment, runtime, opened.stores, None if start is None else start.hash, models.hashes)
     _check_agreement(config["fingerprint"])
@@ -144,7 +142,7 @@ def prepare(experiment: Experiment, runtime: Runtime, source: Path | None, hooks
             print(f"{folder}: complete, {done} steps; nothing to do")
             print(next_steps(folder, experiment.model))
         return None
-    return Ready(experiment, runtime, folder, config, changed, opened, source, start, models, hooks)
+    return Ready(experiment, runtime, folder, config, changed, opened, source, start, generation, models, hooks)
 
 
 def _train(experiment: Experiment, runtime: Runtime, source: Path | None, hooks: Sequence[Hook]) -> None:

@@ -17,6 +17,7 @@ from slmjax.runs.folder import held
 from slmjax.runs.launch import Ready, arguments, next_steps, prepare
 from slmjax.runs.same_compute import settle
 from slmjax.serialise import differences, fingerprint, to_json
+from slmjax.traced import numbers
 from slmjax.track.wandb_run import Server
 from slmjax.train.lock import Fence
 from slmjax.train.loop import training
@@ -25,28 +26,6 @@ from slmjax.train.processes import Local
 from slmjax.train.signals import Signals
 
 T = TypeVar("T")
-
-NUMBERS = (
-    "schedule.peak_lr",
-    "schedule.final_fraction",
-    "schedule.power",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.eps",
-    "optimizer.momentum",
-    "optimizer.rms",
-    "optimizer.adam_b1",
-    "optimizer.adam_b2",
-    "optimizer.adam_eps",
-    "optimizer.decay_power",
-    "optimizer.update_clip",
-    "model.initial.std",
-    "model.initial.residual",
-)
-"""Fields that may differ besides seeds and names: they may be traced arrays, nothing that is compiled depends on their
-values"""
 
 
 def shape_of(described: Mapping[str, Any]) -> str:
@@ -60,9 +39,8 @@ def _shape(described: Mapping[str, Any]) -> Mapping[str, Any]:
         described = _replaced(described, path.split("."), "any")
     if 0 <= described["seed"] < 2**31:  # others would be other keys as arrays of 32 bits
         described = {**described, "seed": "any"}
-    for path in NUMBERS:
-        if isinstance(found := _at(described, path), int | float) and not isinstance(found, bool):
-            described = _replaced(described, path.split("."), "any")
+    for path in list(numbers(described)):
+        described = _replaced(described, path.split("."), "any")
     return described
 
 
@@ -81,12 +59,14 @@ def train(members: Sequence[tuple[Experiment, Runtime, Path | None]]) -> list[Ex
         UserError: the experiments differ in more than seeds and numbers, or one cannot begin.
         Preempted: SIGTERM or Ctrl-C; all have saved.
     """
-    first, *others = [_shape(to_json(experiment)) for experiment, _, _ in members]
+    described = [to_json(experiment) for experiment, _, _ in members]
+    first, *others = map(_shape, described)
     for other in others:
         if differing := differences(first, other):
+            may = sorted(numbers(described[0]), key=lambda path: path.count("."))
             raise UserError(
                 f"these experiments cannot train together; they differ in {'; '.join(differing)}. What may differ are "
-                f"seeds and {', '.join(NUMBERS)}"
+                f"seeds and {', '.join(may)}"
             )
     if not all(isinstance(runtime.distributed, Local) for _, runtime, _ in members):
         raise UserError("--runtime.distributed: runs that train together do so in one process; leave it out")
@@ -170,10 +150,10 @@ def values_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     """For each: its seed, and the numbers by their paths in which they differ."""
     described = [to_json(experiment) for experiment in experiments]
     out: list[dict[str, Any]] = [{"seed": experiment.seed} for experiment in experiments]
-    for path in NUMBERS:
-        numbers = [_at(each, path) for each in described]
-        if len(set(map(repr, numbers))) > 1:
-            for values, number in zip(out, numbers, strict=True):
+    for path in numbers(described[0]):
+        found = [_at(each, path) for each in described]
+        if len(set(map(repr, found))) > 1:
+            for values, number in zip(out, found, strict=True):
                 values[path] = float(number)
     return out
 

@@ -74,13 +74,18 @@ def test_samples_during_training_end_at_them(given, monkeypatch):
     monkeypatch.setattr(Generator, "__call__", noted)
     run = slmjax.train(replace(experiment, objective=NextToken()), runtime=runtime)
     assert [(len(text.tokens), text.reason) for text in made] == [(1, "eos")]
-    left = beginning.Beginning("0" * 64, None)
-    assert beginning.told(left, Tokenizer.load(run.folder), run.folder).ends == tuple(EVERY)
+    tokenizer = Tokenizer.load(run.folder)
+    others = GenerationConfig(said={"eos_token_id": [7]})
+    for left in (beginning.Beginning("0" * 64, None), beginning.Beginning("0" * 64, {}, others, tokenizer.fingerprint)):
+        assert beginning.told(left, tokenizer, run.folder).ends == tuple(EVERY), "a resumed run goes by its own copy"
 
 
-def test_ids_of_another_tokenizer_are_no_ends(model):
-    tokenizer, said = Tokenizer.load(model), GenerationConfig(said={"eos_token_id": [7]})
+@pytest.mark.parametrize("where", ["said", "ids"])
+def test_ids_of_another_tokenizer_are_no_ends(model, tmp_path, where):
+    tokenizer, said = Tokenizer.load(model), GenerationConfig(**{where: {"eos_token_id": [7]}})
     for fingerprint, ends in ((tokenizer.fingerprint, (7,)), ("another", ())):
         start = beginning.Beginning("0" * 64, {}, said, fingerprint)
-        assert beginning.told(start, tokenizer, model).ends == ends
-    assert beginning.told(None, tokenizer, model) == NOTHING_SAID
+        found = beginning.told(start, tokenizer, tmp_path)
+        assert found.ends == ends
+        assert tuple(found.said.get("eos_token_id", ())) == ends, "what the run's folder keeps"
+    assert beginning.told(None, tokenizer, tmp_path) == NOTHING_SAID
