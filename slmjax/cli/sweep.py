@@ -90,6 +90,8 @@ class ReportArgs:
     """Of the bootstrap"""
     level: float = 0.9
     """Of all intervals of the report; that of the held-out run was chosen when it was written"""
+    out: str | None = None
+    """Where to write, such as a folder of a repository; default: the sweep's folder"""
 
 
 def main(argv: list[str]) -> int:
@@ -212,15 +214,16 @@ def _cells(argv: list[str]) -> int:
 def _report(argv: list[str]) -> int:
     args = parse(
         ReportArgs, argv, prog="slmjax sweep report",
-        description="Writes results.tsv and report.html with its pictures: losses, the fit of a scaling law where the "
-        "design allows one, the held-out prediction, failures and cost.",
+        description="Writes results.tsv, and report.html and report.md with pictures: losses, the fit of a scaling law "
+        "where the design allows one, the held-out prediction, failures and cost.",
         example="slmjax sweep report runs/chinchilla",
     )  # fmt: skip
     from slmjax.scaling.analysis import Settings
     from slmjax.sweeps import folder as folders
     from slmjax.sweeps.report import write
 
-    for file in write(folders.read(at(args.dir)), Settings(draws=args.draws, level=args.level)):
+    settings = Settings(draws=args.draws, level=args.level)
+    for file in write(folders.read(at(args.dir)), settings, None if args.out is None else at(args.out)):
         print(file)
     return 0
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slmjax.errors import UserError
 from slmjax.files import write_text
@@ -30,20 +31,34 @@ PICTURES = {
     "profiles.png": "How well each parameter is determined",
     "cells.png": "What became of the cells, and what they took",
 }
+CELLS = ("cell", "", "state", "loss ± standard error", "parameters", "tokens", "FLOPs", "time", "expected")
 
 
-def write(folder: Folder, settings: Settings | None = None) -> list[Path]:
-    """Writes results.tsv, the pictures, fit.json where the runs can be fitted, and report.html.
+class Section(NamedTuple):
+    """A table of the report; one without rows is left out."""
+
+    title: str
+    rows: Sequence[tuple[str, ...]]
+    head: tuple[str, ...] = ()
+    """Names of the columns; without them each row is a name and its values"""
+
+
+def write(folder: Folder, settings: Settings | None = None, out: Path | None = None) -> list[Path]:
+    """Writes results.tsv, the pictures, fit.json where the runs can be fitted, report.html, and report.md, which a
+    repository can keep.
 
     Args:
         settings: of the fit.
+        out: where to; None: into the sweep's folder.
 
     Returns:
         The files, the report first.
     """
-    results, states = folder.write_results(), folder.states()
-    pictures = folder.path / "pictures"
-    pictures.mkdir(exist_ok=True)
+    results, states, out = folder.write_results(), folder.states(), folder.path if out is None else out
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    if out != folder.path:
+        results = Path(shutil.copy(results, out))
     drawn = [cells_picture(pictures / "cells.png", folder, states)]
     analysis: Analysis | None = None
     why = ""
@@ -54,12 +69,13 @@ def write(folder: Folder, settings: Settings | None = None) -> list[Path]:
     written = [results]
     if analysis is not None:
         drawn += draw(pictures, analysis)
-        file = folder.path / "fit.json"
+        file = out / "fit.json"
         write_text(file, json.dumps(analysis.json(), indent=1) + "\n")
         written.append(file)
-    page = folder.path / "report.html"
+    page, text = out / "report.html", out / "report.md"
     write_text(page, render(folder, states, analysis, why, drawn))
-    return [page, *written, *drawn]
+    write_text(text, markdown(folder, states, analysis, why, drawn))
+    return [page, text, *written, *drawn]
 
 
 def render(
@@ -68,22 +84,54 @@ def render(
     """The page. `why`: the reason that there is no fit."""
     names = [state.name for state in states.values()]
     done = "complete" if set(names) <= {"complete", "dropped"} else "running" if "running" in names else "unfinished"
-    by_name = {file.name: file for file in pictures}
-    images = "".join(_image(by_name[name], text) for name, text in PICTURES.items() if name in by_name)
-    prediction = predicting.compared(folder)
-    sections = [
-        _cards(folder, states),
-        table("Held-out run", _held_out(prediction)) if prediction else "",
-        *(_fit(analysis) if analysis else (table("The law", [("no fit", why)]),)),
-        f'<div class="charts">{images}</div>',
-        table("Failures", _failures(folder, states), head=("cell", "", "state", "reason")),
-        table(
-            "Cells", _cells(folder, states),
-            head=("cell", "", "state", "loss ± standard error", "parameters", "tokens", "FLOPs", "time", "expected"),
-        ),
-    ]  # fmt: skip
+    found, cells = sections(folder, states, analysis, why)
+    images = "".join(_image(file, text) for file, text in _pictures(pictures))
+    body = [cards(_cards(folder, states)), *(table(*section) for section in found)]
+    body += [f'<div class="charts">{images}</div>', *(table(*section) for section in cells)]
     about = f"the rows are in {RESULTS}, each run's own report in runs/CELL/report.html"
-    return page(folder.name, about, "".join(sections), "report", state=done)
+    return page(folder.name, about, "".join(body), "report", state=done)
+
+
+def markdown(
+    folder: Folder, states: dict[str, State], analysis: Analysis | None, why: str, pictures: Sequence[Path]
+) -> str:
+    """The page as Markdown, with the pictures beside it."""
+    found, cells = sections(folder, states, analysis, why)
+    lines = [f"# {folder.name}", "", *(f"- {a}: {b}{f' ({c})' if c else ''}" for a, b, c in _cards(folder, states))]
+    for section in (*found, *cells):
+        if any(any(row[1:]) for row in section.rows):
+            columns = len(section.rows[0])
+            lines += ["", f"## {section.title}", "", _line(section.head or [""] * columns), "|---" * columns + "|"]
+            lines += [_line(row) for row in section.rows]
+    for file, text in _pictures(pictures):
+        lines += ["", f"![{text}]({file.parent.name}/{file.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"| {cell.replace('|', ' ')} " for cell in cells) + "|"
+
+
+def sections(
+    folder: Folder, states: dict[str, State], analysis: Analysis | None, why: str
+) -> tuple[list[Section], list[Section]]:
+    """The tables that tell of the law, and those that tell of the cells."""
+    prediction = predicting.compared(folder)
+    return (
+        [
+            Section("Held-out run", list(_held_out(prediction)) if prediction else []),
+            *(_fit(analysis) if analysis else (Section("The law", [("no fit", why)]),)),
+        ],
+        [
+            Section("Failures", list(_failures(folder, states)), ("cell", "", "state", "reason")),
+            Section("Cells", list(_cells(folder, states)), CELLS),
+        ],
+    )
+
+
+def _pictures(files: Sequence[Path]) -> Iterable[tuple[Path, str]]:
+    by_name = {file.name: file for file in files}
+    return ((by_name[name], text) for name, text in PICTURES.items() if name in by_name)
 
 
 def cells_picture(file: Path, folder: Folder, states: dict[str, State]) -> Path:
@@ -114,7 +162,7 @@ def cells_picture(file: Path, folder: Folder, states: dict[str, State]) -> Path:
     return file
 
 
-def _cards(folder: Folder, states: dict[str, State]) -> str:
+def _cards(folder: Folder, states: dict[str, State]) -> list[tuple[str, str, str]]:
     cells = [cell for cell in folder.cells if states[cell.hash].name == "complete"]
     names = [state.name for state in states.values()]
     failed = names.count("failed") + names.count("diverged")
@@ -127,7 +175,7 @@ def _cards(folder: Folder, states: dict[str, State]) -> str:
     if cells:
         best = min(cells, key=lambda cell: states[cell.hash].loss)
         found.insert(0, ("lowest loss", f"{states[best.hash].loss:.4f}", best.label))
-    return cards(found)
+    return found
 
 
 def _held_out(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -145,23 +193,23 @@ def _held_out(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "a line", f"without a floor is off by {found['error_of_line']:+.2%}"
 
 
-def _fit(analysis: Analysis) -> Iterable[str]:
+def _fit(analysis: Analysis) -> Iterable[Section]:
     names = {"a": "a: best N ~ C^a"}
-    yield table("The law", [(names.get(name, name), str(e)) for name, e in analysis.estimates.items()])
+    yield Section("The law", [(names.get(name, name), str(e)) for name, e in analysis.estimates.items()])
     others = [(f"approach {key}", f if isinstance(f, str) else str(f.a)) for key, f in analysis.others.items()]
     if analysis.bias is not None:
         bias = analysis.bias
         there = f"{bias.a:+.4f} in a; at C={bias.flops:.2g}, {bias.params:+.1%} in N and {bias.tokens:+.1%} in D"
         others.append(("bias of 2", f"on these cells of a surface without noise: {there}"))
-    yield table("a, by approach", [("approach 3", str(analysis.estimates["a"])), *others])
-    yield table(
+    yield Section("a, by approach", [("approach 3", str(analysis.estimates["a"])), *others])
+    yield Section(
         "a, by what counts as FLOPs a token", [(CONVENTIONS[k], str(e)) for k, e in analysis.conventions.items()]
     )
-    yield table("Predictions of the largest budgets from the smaller ones", _roll_out(analysis))
+    yield Section("Predictions of the largest budgets from the smaller ones", list(_roll_out(analysis)))
     notes = list(analysis.notes)
     if analysis.seeds.identified and not math.isnan(analysis.seeds.value):
         notes.append(f"seeds of one cell differ by {analysis.seeds.value:.2%} (standard deviation of ln loss)")
-    yield table("To know", [("", note) for note in notes])
+    yield Section("To know", [("", note) for note in notes])
 
 
 def _roll_out(analysis: Analysis) -> Iterable[tuple[str, str]]:

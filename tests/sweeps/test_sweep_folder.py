@@ -302,11 +302,22 @@ def test_the_held_out_run_is_predicted_first_and_then_compared(tmp_path):
         assert words in page
     for words in ("without 1", "fitted to 10 runs, 5 predicted", "inside their 90% intervals"):
         assert words in page
+    text = report.markdown(folder, folder.states(), analysis, "", [])
+    tables = [part.splitlines() for part in re.split(r"\n\n", text) if part.startswith("|")]
+    assert len(tables) == len(re.findall("<table>", page))
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
 
 
 def test_a_report_without_a_fit_says_why(folder):
     ran(folder, folder.cells[0])
     ran(folder, folder.cells[1], event="diverged", step=2, reason="Diverged: <nan>")
+    done = slmjax("sweep", "report", folder.path, "--out", folder.path / "elsewhere")
+    assert done.code == 0, done.err
+    text = (folder.path / "elsewhere" / "report.md").read_text()
+    assert "| no fit |" in text
+    for link in re.findall(r"\]\((.*?)\)", text):
+        assert (folder.path / "elsewhere" / link).is_file()
+    assert not (folder.path / "report.html").exists()
     done = slmjax("sweep", "report", folder.path)
     assert done.code == 0, done.err
     page = (folder.path / "report.html").read_text()
