@@ -25,14 +25,16 @@ _count = functools.cache(parameter_count)
 class LlamaShape:
     """Llamas of one shape: a number of parameters -> the model of that shape which is nearest to it.
 
-    The width is a multiple of `multiple`, the depth the width over `aspect`, the hidden layer 8/3 of the width, rounded
-    to a multiple of 8; every head has `head_dim` channels.
+    The width is a multiple of `multiple`, the depth the width over `aspect` or `layers` in every size, the hidden layer
+    8/3 of the width, rounded to a multiple of 8; every head has `head_dim` channels.
     """
 
     vocab: int
     context: int
     aspect: float = 32.0
     """Width over layers"""
+    layers: int | None = None
+    """As many in every size. Where `aspect` gives few, each further one is a step in the loss, which no law has"""
     head_dim: int = 16
     multiple: int = 8
     tied: bool = True
@@ -41,7 +43,7 @@ class LlamaShape:
         """The model of this width."""
         heads = max(1, round(width / self.head_dim))
         return llama(
-            layers=max(1, round(width / self.aspect)), width=width, heads=heads, kv_heads=heads,
+            layers=self.layers or max(1, round(width / self.aspect)), width=width, heads=heads, kv_heads=heads,
             head_dim=self.head_dim, hidden=max(8, 8 * round(width / 3)), vocab=self.vocab, context=self.context,
             tied=self.tied,
         )  # fmt: skip

@@ -81,6 +81,8 @@ def test_isoflop_is_the_arithmetic_of_a_llama():
         flops = closed_form(counts[nearest])[1]
         assert cell.experiment.steps == round(budget / (flops * LENGTH * BATCH))
         assert cell.experiment.seed == cell.experiment.steps
+    assert [shape.wide(width).layers for width in (8, 32, 64)] == [1, 2, 4]
+    assert [replace(shape, layers=3).wide(width).layers for width in (8, 32, 64)] == [3, 3, 3]
 
 
 SHAPE = LlamaShape(vocab=VOCAB, context=LENGTH)
