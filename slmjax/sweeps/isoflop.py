@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from slmjax.config import Experiment
 from slmjax.errors import UserError, positive
@@ -18,6 +19,7 @@ FEWEST_STEPS = 10
 """Of a run that tells anything"""
 
 
+Size = TypeVar("Size", bound=float)
 _count = functools.cache(parameter_count)
 
 
@@ -64,8 +66,8 @@ class LlamaShape:
 def isoflop(
     base: Cells,
     budgets: Sequence[float],
-    sizes: Sequence[float] | Mapping[float, Sequence[float]],
-    model: Callable[[float], Assembly],
+    sizes: Sequence[Size] | Mapping[float, Sequence[Size]],
+    model: Callable[[Size], Assembly],
     adapt: Callable[[Experiment], Experiment] | None = None,
 ) -> tuple[Cell, ...]:
     """Every size at every budget C, for as many steps as C allows: tokens D = C / FLOPs a token, by convention (iii)
