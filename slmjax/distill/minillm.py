@@ -16,6 +16,7 @@ from slmjax.distill.teacher import Teacher, average, check
 from slmjax.errors import UserError, positive
 from slmjax.losses.auxiliary import with_auxiliary
 from slmjax.losses.divergences import ReverseKL
+from slmjax.losses.logits import at, likeliest
 from slmjax.losses.next_token import cross_entropy
 from slmjax.losses.pieces import token_values
 from slmjax.models.assembly import Assembly
@@ -134,13 +135,12 @@ class Rewarded(ObjectiveSpec):
                 theirs = [each.unembed(frozen[name], inputs["hidden"][name]) for name, each in read.items()]
                 p = average(theirs, temperature=1.0, outputs=logits.shape[-1], tokens=self.tokens)
                 values = cross_entropy(logits, inputs["targets"])
-                hit = jnp.arange(logits.shape[-1], dtype=inputs["targets"].dtype) == inputs["targets"][..., None]
                 return {
                     "loss": values["loss"],
                     "divergence": ReverseKL()(p, jax.nn.log_softmax(logits)),
-                    "log_p": jnp.sum(jnp.where(hit, p, 0.0), axis=-1),
+                    "log_p": at(p, inputs["targets"]),
                     "accuracy": values["accuracy"].astype(logits.dtype),
-                    "agreement": (jnp.argmax(p, axis=-1) == jnp.argmax(logits, axis=-1)).astype(logits.dtype),
+                    "agreement": (likeliest(p) == likeliest(logits)).astype(logits.dtype),
                 }
 
             read_here = (batch.tokens, batch.positions, batch.segment_ids)

@@ -17,11 +17,12 @@ from slmjax.distill import terms
 from slmjax.distill.features import Seen
 from slmjax.distill.sequences import FromData, Sequences, begin_step
 from slmjax.distill.source import Online, Source
-from slmjax.distill.teacher import Teacher, average, check, rounded
+from slmjax.distill.teacher import Teacher, check, combined, rounded
 from slmjax.distill.terms import Term, Weight
 from slmjax.errors import UserError
 from slmjax.losses.auxiliary import with_auxiliary
 from slmjax.losses.divergences import Divergence, ForwardKL
+from slmjax.losses.logits import at, exponentials, largest, likeliest
 from slmjax.losses.next_token import cross_entropy
 from slmjax.losses.pieces import weighted_means
 from slmjax.models.assembly import Assembly
@@ -219,13 +220,20 @@ class Taught(ObjectiveSpec):
                     found["sampled"] = inputs["sampled"].astype(jnp.float32)
                 if not spec.match:
                     return found
-                theirs = [teacher.unembed(frozen[name], inputs["hidden"][name]) for name, teacher in read.items()]
-                target = average(theirs, temperature=spec.temperature, outputs=logits.shape[-1], tokens=tokens)
-                hit = jnp.arange(logits.shape[-1], dtype=inputs["targets"].dtype) == inputs["targets"][..., None]
+                # The barrier keeps XLA's CPU back end from computing the product and what follows in one slow loop.
+                theirs = [
+                    jax.lax.optimization_barrier(teacher.unembed(frozen[name], inputs["hidden"][name]))
+                    for name, teacher in read.items()
+                ]
+                target = combined(theirs, temperature=spec.temperature, outputs=logits.shape[-1], tokens=tokens)
+                top, best = largest(target), likeliest(logits)
+                divergence = spec.divergence.of_logits(
+                    target, logits / spec.temperature, (top, largest(logits) / spec.temperature)
+                )
                 return found | {
-                    "divergence": spec.divergence(target, jax.nn.log_softmax(logits / spec.temperature)),
-                    "teacher_loss": -jnp.sum(jnp.where(hit, target, 0.0), axis=-1),
-                    "agreement": jnp.argmax(target, axis=-1) == jnp.argmax(logits, axis=-1),
+                    "divergence": divergence,
+                    "teacher_loss": exponentials(target, top)[2] - at(target, inputs["targets"]),
+                    "agreement": at(target, best) >= top,
                 }
 
             read_here = (batch.tokens, batch.positions, batch.segment_ids)
@@ -238,7 +246,7 @@ class Taught(ObjectiveSpec):
             inputs = {"targets": where.targets, "hidden": hidden, "sampled": where.of(sampled[..., None])[..., 0]}
             total, metrics = weighted_means(
                 per_token, model.unembed, params, where.of(output.hidden), inputs, where.weights,
-                factors=factors, chunk=spec.chunk, arrays=4 * (1 + len(read)),
+                factors=factors, chunk=spec.chunk, arrays=1 + len(read),
             )  # fmt: skip
             metrics = {name: x for name, x in metrics.items() if name != "of_data"}
             if spec.terms:

@@ -15,6 +15,7 @@ from slmjax.distill.stored import listed, normalised
 from slmjax.errors import UserError
 from slmjax.losses.auxiliary import with_auxiliary
 from slmjax.losses.divergences import Divergence, ForwardKL
+from slmjax.losses.logits import likeliest
 from slmjax.losses.next_token import cross_entropy
 from slmjax.losses.pieces import weighted_means
 from slmjax.models.assembly import Assembly
@@ -77,12 +78,12 @@ class DistillOffline(ObjectiveSpec):
         def per_token(logits: jax.Array, inputs: Any) -> Mapping[str, jax.Array]:
             values, events = cross_entropy(logits, inputs["targets"]), inputs["log_probs"]
             theirs = normalised(events) if self.renormalise else events
-            likeliest = jnp.take_along_axis(inputs["ids"], jnp.argmax(events, axis=-1, keepdims=True), axis=-1)[..., 0]
+            first = jnp.take_along_axis(inputs["ids"], jnp.argmax(events, axis=-1, keepdims=True), axis=-1)[..., 0]
             return {
                 "loss": values["loss"],
                 "divergence": self.divergence(theirs, listed(inputs["ids"], jax.nn.log_softmax(logits))),
                 "accuracy": values["accuracy"],
-                "agreement": likeliest == jnp.argmax(logits, axis=-1),
+                "agreement": first == likeliest(logits),
             }
 
         def loss(params: Any, frozen: Any, batch: Batch, key: Key) -> tuple[Any, Mapping[str, Any]]:

@@ -78,7 +78,12 @@ def rounded(teacher: Teacher, bits: int) -> Teacher:
 
 
 def average(logits: Sequence[jax.Array], *, temperature: float, outputs: int, tokens: int | None) -> jax.Array:
-    """The log of the mean of the teachers' probabilities, over the student's outputs.
+    """The log of the mean of the teachers' probabilities, [..., V]: `combined`, normalised."""
+    return jax.nn.log_softmax(combined(logits, temperature=temperature, outputs=outputs, tokens=tokens))
+
+
+def combined(logits: Sequence[jax.Array], *, temperature: float, outputs: int, tokens: int | None) -> jax.Array:
+    """Logits of the mean of the teachers' probabilities, over the student's outputs; those of one teacher as they are.
 
     Models pad their tables to a round number of rows, so equal tokenizers do not mean equal numbers of logits: what
     counts is the id. Rows without a token have probability 0.
@@ -94,18 +99,16 @@ def average(logits: Sequence[jax.Array], *, temperature: float, outputs: int, to
     """
     known = outputs if tokens is None else min(outputs, tokens)
 
-    def log_probs(z: jax.Array) -> jax.Array:
+    def aligned(z: jax.Array) -> jax.Array:
         z = z[..., :outputs] / temperature
         if z.shape[-1] < outputs:
             missing = [(0, 0)] * (z.ndim - 1) + [(0, outputs - z.shape[-1])]
             z = jnp.pad(z, missing, constant_values=-jnp.inf)
-        if known < outputs:
-            z = jnp.where(jnp.arange(outputs) < known, z, -jnp.inf)
-        return jax.nn.log_softmax(z)
+        return z if known == outputs else jnp.where(jnp.arange(outputs) < known, z, -jnp.inf)
 
-    each = [log_probs(z) for z in logits]
-    if len(each) == 1:
-        return each[0]
+    if len(logits) == 1:
+        return aligned(logits[0])
+    each = [jax.nn.log_softmax(aligned(z)) for z in logits]
     largest = jnp.max(jnp.stack(each), axis=0)
     live = largest > -jnp.inf
     total = sum(jnp.exp(x - jnp.where(live, largest, 0.0)) for x in each)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.errors import UserError
+from slmjax.losses.logits import exponentials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,11 @@ class Divergence(ABC):
     def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
         """Log-probabilities of teacher and student, each [..., V] -> nats [...]."""
 
+    def of_logits(self, teacher: jax.Array, student: jax.Array, most: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The same of logits, each [..., V], and the maximum of both, each [...]; to be differentiated by the student's
+        logits alone."""
+        return self(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Divergence):
@@ -32,6 +38,9 @@ class ForwardKL(Divergence):
 
     def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
         return kl(teacher, student)
+
+    def of_logits(self, teacher: jax.Array, student: jax.Array, most: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _forward_kl(teacher, student, *most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +120,32 @@ def kl(p: jax.Array, q: jax.Array) -> jax.Array:
     # Both factors are replaced where p = 0, since the gradient of a masked inf would be nan.
     p, q = jnp.where(live, p, 0.0), jnp.where(live, q, 0.0)
     return jnp.sum(jnp.where(live, jnp.exp(p) * (p - q), 0.0), axis=-1)
+
+
+@jax.custom_vjp
+def _forward_kl(t: jax.Array, z: jax.Array, most_t: jax.Array, most_z: jax.Array) -> jax.Array:
+    """KL(softmax(t) || softmax(z)) of logits [..., V] with these maxima [...]. Its gradient by z has a closed form,
+    softmax(z) - softmax(t).
+
+    Each exponential is computed once, for value and gradient; differentiation of `kl` would compute them three times.
+    """
+    return _forward_kl_and_saved(t, z, most_t, most_z)[0]
+
+
+def _forward_kl_and_saved(
+    t: jax.Array, z: jax.Array, most_t: jax.Array, most_z: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    (of_t, sum_t, log_t), (of_z, sum_z, log_z) = exponentials(t, most_t), exponentials(z, most_z)
+    cross = jnp.sum(jnp.where(of_t > 0, of_t * (t - z), 0.0), axis=-1)
+    return cross / sum_t - log_t + log_z, (of_t, sum_t, of_z, sum_z)
+
+
+def _forward_kl_gradient(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[None, jax.Array, None, None]:
+    of_t, sum_t, of_z, sum_z = saved
+    return None, of_z * (g / sum_z)[..., None] - of_t * (g / sum_t)[..., None], None, None
+
+
+_forward_kl.defvjp(_forward_kl_and_saved, _forward_kl_gradient)
 
 
 def mixture(p: jax.Array, q: jax.Array, share: float) -> jax.Array:

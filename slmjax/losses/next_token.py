@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slmjax.losses.logits import at, exponentials, largest
 from slmjax.losses.pieces import weighted_means
 from slmjax.types import Metrics, Params
 
@@ -41,9 +42,6 @@ def next_token(
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
     """For logits [..., V] and targets [...], values [...]: `loss`, -log p(target) in nats; `z_loss`, (log Z)^2;
     `accuracy`, whether no token is likelier than the target."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison instead of a gather: its gradient is no scatter, and it stays local when V is sharded.
-    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    correct = target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
-    return {"loss": log_z - target, "z_loss": jnp.square(log_z), "accuracy": correct}
+    most, target = largest(logits), at(logits, targets)
+    log_z = exponentials(logits, most)[2]
+    return {"loss": log_z - target, "z_loss": jnp.square(log_z), "accuracy": target >= most}

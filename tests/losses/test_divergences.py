@@ -59,11 +59,18 @@ def logits(seed, shape=(5, 7, 11)):
 
 
 def measured(divergence, teacher, student):
-    """Values and gradients by the student's logits, in float64."""
+    """Values and gradients by the student's logits, in float64; the same of log-probabilities and of logits."""
     with jax.enable_x64(True):
         teacher, student = jnp.asarray(teacher, jnp.float64), jnp.asarray(student, jnp.float64)
-        values = lambda z: divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(z))  # noqa: E731
-        return np.asarray(values(student)), np.asarray(jax.grad(lambda z: values(z).sum())(student))
+        forms = (
+            lambda z: divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(z)),
+            lambda z: divergence.of_logits(teacher, z, (teacher.max(-1), jax.lax.stop_gradient(z.max(-1)))),
+        )
+        one, other = [(np.asarray(f(student)), np.asarray(jax.grad(lambda z: f(z).sum())(student))) for f in forms]  # noqa: B023
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-12, atol=1e-14)
+    if np.isfinite(one[0]).all():
+        np.testing.assert_allclose(one[1], other[1], rtol=1e-10, atol=1e-14)
+    return other
 
 
 @pytest.fixture(scope="module")
