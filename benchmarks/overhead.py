@@ -106,10 +106,10 @@ def whole(run: Program, batches: list[Batch], steps: int) -> float:
     """Seconds a step of the loop, between its first row and its last."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Timed(Path(folder) / "metrics.jsonl")
-        loop.train(
-            run, data=Batches(batches), steps=steps, workdir=Path(folder), tracker=rows, guard=Skip(),
+        loop.train(loop.Job(
+            program=run, data=Batches(batches), steps=steps, workdir=Path(folder), tracker=rows, guard=Skip(),
             checkpoints=Checkpoints(every=0, seconds=0), say=lambda line: None,
-        )  # fmt: skip
+        ))  # fmt: skip
     return (rows.times[-1] - rows.times[0]) / (len(rows.times) - 1)
 
 

@@ -35,13 +35,12 @@ from slmjax.track import environment
 from slmjax.track.progress import si
 from slmjax.track.trackers import open_trackers
 from slmjax.track.wandb_run import Server
-from slmjax.train import stored
+from slmjax.train import loop, stored
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import extra, latest_step
 from slmjax.train.hooks import Evaluate, Hook, Profile, Sample, Silent, Tracker, silent
 from slmjax.train.lock import OPEN, Fence
-from slmjax.train.loop import Speed
-from slmjax.train.loop import train as loop
+from slmjax.train.loop import Job, Speed
 from slmjax.train.processes import barrier, of_the_first, together
 from slmjax.types import Batch, Frozen, Objective, Params
 
@@ -165,15 +164,15 @@ def _run(ready: Ready, fence: Fence) -> None:
     built = build(experiment, replace(ready.runtime, compute=choice.compute, dtype="auto"))
     frozen = placed(built.objective, ready.runtime, built.program.mesh)
     ready = ready._replace(experiment=experiment)
-    loop(frozen=frozen, fence=fence, **arguments(ready, built, choice, _replicated(built, ready.runtime)))
+    loop.train(replace(job(ready, built, choice, _replicated(built, ready.runtime)), frozen=frozen, fence=fence))
 
 
-def arguments(
+def job(
     ready: Ready, built: Built, choice: Choice, more: Sequence[str] = (), *, among: int = 1,
     server: Server | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Makes the folder that of the run, opens what records it, and tells it what it is going to do; the arguments of
-    `loop.train` but for `frozen` and `fence`.
+) -> Job:  # fmt: skip
+    """Makes the folder that of the run, opens what records it, and tells it what it is going to do: the run's job, but
+    for `frozen` and `fence`.
 
     Args:
         ready: its experiment has the models that its objective reads in memory.
@@ -200,19 +199,19 @@ def arguments(
     for line in (_summary(experiment, built, opened, peak, peak_source), *notes):
         log(line)
     log(f"{built.compute.dtype} {choice.reason}{about_time(experiment, built.compute, spent.model) if first else ''}")
-    return {
-        "program": built.program._replace(init=beginning.starting(experiment, built, ready.start)),
-        "data": data,
-        "steps": experiment.steps,
-        "workdir": folder,
-        "tracker": tracker,
-        "guard": experiment.guard,
-        "checkpoints": _checkpoints(experiment, runtime),
-        "hooks": [*own, *ready.hooks],
-        "speed": Speed(flops_per_token=spent.total, peak_flops=peak),
-        "log_every": runtime.log_every,
-        "say": log,
-    }
+    return Job(
+        program=built.program._replace(init=beginning.starting(experiment, built, ready.start)),
+        data=data,
+        steps=experiment.steps,
+        workdir=folder,
+        tracker=tracker,
+        guard=experiment.guard,
+        checkpoints=_checkpoints(experiment, runtime),
+        hooks=[*own, *ready.hooks],
+        speed=Speed(flops_per_token=spent.total, peak_flops=peak),
+        log_every=runtime.log_every,
+        say=log,
+    )
 
 
 def _claim(ready: Ready, choice: Choice, spent: cost.Cost) -> None:

@@ -14,7 +14,7 @@ from slmjax.errors import Diverged, Preempted, UserError
 from slmjax.nn.compute import Compute
 from slmjax.runs.build import Built, pieces
 from slmjax.runs.folder import held
-from slmjax.runs.launch import Ready, arguments, next_steps, prepare
+from slmjax.runs.launch import Ready, job, next_steps, prepare
 from slmjax.runs.same_compute import settle
 from slmjax.serialise import differences, fingerprint, to_json
 from slmjax.traced import numbers
@@ -119,13 +119,13 @@ def _together(several: Sequence[Ready], fences: Sequence[Fence]) -> list[Excepti
             experiment, program = experiments[i], population.programs[i]
             parts = pieces(experiment, compute)
             built = Built(parts.model, parts.view, objective, program, compute)
-            given = arguments(
+            alone = job(
                 ready._replace(experiment=experiment), built, choice,
                 [f"one of {len(several)} runs that train as one program: times and speeds are those of a step of all"],
                 among=len(several), server=server,
             )  # fmt: skip
-            given |= {"frozen": population.frozen, "fence": fences[i]}
-            runs.append(training(held=population.held(i), signals=signals, **given))
+            one = replace(alone, frozen=population.frozen, fence=fences[i])
+            runs.append(training(one, population.held(i), signals))
         return population.train(runs)
 
 

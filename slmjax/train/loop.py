@@ -3,19 +3,13 @@ next. Hooks, guard and checkpoint policy decide everything else."""
 
 from __future__ import annotations
 
-import json
-import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import xxhash
 
 from slmjax.errors import Diverged, Preempted
 from slmjax.lease import Superseded
@@ -25,6 +19,7 @@ from slmjax.train.consensus import make_consensus, read
 from slmjax.train.guard import Guard, Then
 from slmjax.train.hooks import At, Hook, Silent, Tracker, silent
 from slmjax.train.lock import OPEN, Fence, Locked
+from slmjax.train.rows import batch_hash, keep, memory_bytes
 from slmjax.train.signals import Signals
 from slmjax.train.step import Program
 from slmjax.types import Batch, BatchStream, Frozen, TrainState
@@ -68,33 +63,36 @@ class Settled(NamedTuple):
     save: bool
 
 
-def train(
-    program: Program,
-    *,
-    data: BatchStream,
-    steps: int,
-    workdir: Path,
-    tracker: Tracker,
-    guard: Guard,
-    checkpoints: Checkpoints,
-    hooks: Sequence[Hook] = (),
-    frozen: Frozen = (),
-    speed: Speed | None = None,
-    log_every: int = 1,
-    say: Callable[[str], None] = print,
-    fence: Fence = OPEN,
-) -> TrainState:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run trains, on which data, and what it does besides."""
+
+    program: Program
+    data: BatchStream
+    steps: int
+    workdir: Path
+    """The run folder; its checkpoints are in `checkpoints`"""
+    tracker: Tracker
+    guard: Guard
+    """The one that `program` was made with; its `then` decides what follows a bad step"""
+    checkpoints: Checkpoints
+    hooks: Sequence[Hook] = ()
+    frozen: Frozen = ()
+    """`Objective.frozen`, on the mesh"""
+    speed: Speed | None = None
+    log_every: int = 1
+    say: Callable[[str], None] = print
+    fence: Fence = OPEN
+    """Asked before everything that is written to `workdir`, and before each row"""
+
+
+def train(job: Job) -> TrainState:
     """Trains to `steps`, from the newest good checkpoint in `workdir/checkpoints` if there is one.
 
     A row of metrics holds those of the step (`make_step`), of the hooks due, and `tokens` (so far), `epoch` (if the
     data have epochs), `batch` (a hash of the batch over all processes), `step_seconds`, `tokens_per_second`, `mfu`
     (given `speed`, and where that is at most 1) and `memory_bytes`. None of them counts time spent in hooks
     and saves.
-
-    Args:
-        guard: the one that `program` was made with; its `then` decides what follows a bad step.
-        frozen: `Objective.frozen`, on the mesh.
-        fence: asked before everything that is written to `workdir`, and before each row.
 
     Raises:
         Locked: another run holds the checkpoint folder; `tracker.finish` is not called.
@@ -103,52 +101,24 @@ def train(
         Diverged: the guard stopped the run; the bad batches are in `workdir/evidence`.
         StorageError: a checkpoint cannot be written or read.
     """
-    alone = Alone(program, frozen)
+    alone = Alone(job.program, job.frozen)
     with Signals() as signals:
-        return alone(
-            training(
-                program, alone, signals, data=data, steps=steps, workdir=workdir, tracker=tracker, guard=guard,
-                checkpoints=checkpoints, hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say,
-                fence=fence,
-            )
-        )  # fmt: skip
+        return alone(training(job, alone, signals))
 
 
-def training(
-    program: Program,
-    held: Held,
-    signals: Signals,
-    *,
-    data: BatchStream,
-    steps: int,
-    workdir: Path,
-    tracker: Tracker,
-    guard: Guard,
-    checkpoints: Checkpoints,
-    hooks: Sequence[Hook] = (),
-    frozen: Frozen = (),
-    speed: Speed | None = None,
-    log_every: int = 1,
-    say: Callable[[str], None] = print,
-    fence: Fence = OPEN,
-) -> Steps:
+def training(job: Job, held: Held, signals: Signals) -> Steps:
     """`train` as a generator: whoever drives it computes its steps.
 
     Args:
         held: where the driver keeps the run's state.
         signals: of the process.
     """
-    first = jax.process_index() == 0
-    tracker, say = (tracker, say) if first else (Silent(), silent)
+    if jax.process_index() != 0:
+        job = replace(job, tracker=Silent(), say=silent)
     status = "failed"
     try:
-        with Checkpointer(workdir / "checkpoints", checkpoints, say, fence) as saved:
-            run = _Run(
-                program=program, data=data, steps=steps, workdir=workdir, tracker=tracker, guard=guard, saved=saved,
-                hooks=hooks, frozen=frozen, speed=speed, log_every=log_every, say=say, signals=signals, held=held,
-                fence=fence,
-            )  # fmt: skip
-            state = yield from run.advancing()
+        with Checkpointer(job.workdir / "checkpoints", job.checkpoints, job.say, job.fence) as saved:
+            state = yield from _Run(job=job, saved=saved, signals=signals, held=held, speed=job.speed).advancing()
         status = "complete"
         return state
     except (Locked, Superseded):
@@ -161,29 +131,20 @@ def training(
         status = "preempted"
         raise
     finally:
-        if status and fence.mine():
-            tracker.finish(status)
+        if status and job.fence.mine():
+            job.tracker.finish(status)
 
 
 @dataclass(kw_only=True)
 class _Run:
-    """One process's part in a run: the arguments of `train`, and the values that change during the run."""
+    """One process's part in a run, with the values that change during it."""
 
-    program: Program
-    data: BatchStream
-    steps: int
-    workdir: Path
-    tracker: Tracker
-    guard: Guard
+    job: Job
     saved: Checkpointer
-    hooks: Sequence[Hook]
-    frozen: Frozen
-    speed: Speed | None
-    log_every: int
-    say: Callable[[str], None]
     signals: Signals
     held: Held
-    fence: Fence
+    speed: Speed | None
+    """That of the job, unless it turns out to be wrong"""
     rollbacks: int = 0
     marked: tuple[float, int] = (0.0, 0)
     """Monotonic seconds and step from which the speed is measured"""
@@ -194,11 +155,11 @@ class _Run:
 
     def advancing(self) -> Steps:
         step = self.restore()
-        policy, consensus = self.saved.policy, make_consensus(self.program.mesh)
+        policy, consensus = self.saved.policy, make_consensus(self.job.program.mesh)
         last_save = time.monotonic()
         pending: Pending | None = None
-        while step < self.steps:
-            batch = next(self.data)
+        while step < self.job.steps:
+            batch = next(self.job.data)
             metrics = yield batch
             assert metrics is not None, "whoever computes the step answers with its metrics"
             step += 1
@@ -207,7 +168,7 @@ class _Run:
             overdue = 0 < policy.seconds <= time.monotonic() - last_save
             rows = batch_hash(batch, jax.process_index() * len(batch.tokens))
             agreed = consensus((self.signals.received is not None, overdue), rows)
-            previous, pending = pending, Pending(step, batch, self.data.state(), metrics, agreed, done)
+            previous, pending = pending, Pending(step, batch, self.job.data.state(), metrics, agreed, done)
 
             stop = save = False
             if previous is not None:  # while the device computes this step, read the one before
@@ -218,8 +179,8 @@ class _Run:
                 stop, save = settled.stop, settled.save
                 self.log(previous.step, settled.metrics)
 
-            due = [hook for hook in self.hooks if hook.due(step, self.steps)]
-            save |= step == self.steps or policy.due(step)
+            due = [hook for hook in self.job.hooks if hook.due(step, self.job.steps)]
+            save |= step == self.job.steps or policy.due(step)
             if not (due or save or stop):
                 continue
 
@@ -229,41 +190,41 @@ class _Run:
                 continue
             state = self.held.get()
             row = settled.metrics
-            self.fence.check()
+            self.job.fence.check()
             for hook in due:
-                row |= hook(At(step, state, self.program, self.frozen, self.workdir, self.say))
-            if step == self.steps and policy.best and policy.best not in row:
-                self.say(
+                row |= hook(At(step, state, self.job.program, self.job.frozen, self.job.workdir, self.job.say))
+            if step == self.job.steps and policy.best and policy.best not in row:
+                self.job.say(
                     f"no best checkpoint was kept: checkpoints.best is {policy.best!r}, which is no metric; "
                     f"there are: {', '.join(row)}"
                 )
             self.log(step, row, always=bool(due))
             if save or stop or settled.save or settled.stop or self.saved.improves(row):
-                extra = {"data": pending.position, "tracker": self.tracker.state(), "rollbacks": self.rollbacks}
+                extra = {"data": pending.position, "tracker": self.job.tracker.state(), "rollbacks": self.rollbacks}
                 self.saved.save(step, state, extra, row)
                 last_save = time.monotonic()
             del state  # it may be a copy
-            if (stop or settled.stop) and step < self.steps:
+            if (stop or settled.stop) and step < self.job.steps:
                 self.saved.wait()
                 raise self.signals.error(step)
             pending = None
             self.marked = (time.monotonic(), step)
         self.saved.wait()
-        self.fence.check(now=True)
-        self.tracker.artifact(self.saved.folder / str(step), "checkpoint", {"step": step})
+        self.job.fence.check(now=True)
+        self.job.tracker.artifact(self.saved.folder / str(step), "checkpoint", {"step": step})
         return self.held.get()
 
     def restore(self) -> int:
         """Sets the state of the newest good checkpoint, or of step 0 if there is none. Returns its step."""
-        restored = self.saved.restore(self.program.abstract)
+        restored = self.saved.restore(self.job.program.abstract)
         step = restored.step if restored else 0
         if restored:
-            self.data.restore(restored.extra["data"])
+            self.job.data.restore(restored.extra["data"])
             self.rollbacks = restored.extra["rollbacks"]
-            self.say(f"resumed after step {step} of {self.steps}")
-        self.tracker.resume(step)
+            self.job.say(f"resumed after step {step} of {self.job.steps}")
+        self.job.tracker.resume(step)
         self.marked = (time.monotonic(), step)
-        self.held.set(restored.state if restored else self.program.init())
+        self.held.set(restored.state if restored else self.job.program.init())
         return step
 
     def roll_back(self, bad: Pending) -> int:
@@ -271,8 +232,8 @@ class _Run:
         rollbacks = self.rollbacks + 1
         step = self.restore()
         self.rollbacks = rollbacks
-        self.data.restore(bad.position)
-        self.say(f"rolled back to step {step}; the data up to the batch of step {bad.step} are skipped")
+        self.job.data.restore(bad.position)
+        self.job.say(f"rolled back to step {step}; the data up to the batch of step {bad.step} are skipped")
         return step
 
     def settle(self, pending: Pending) -> Settled:
@@ -288,14 +249,17 @@ class _Run:
         self.saved.check()
         then = Then.GO_ON
         if not row["good"]:
-            then = self.guard.then(int(row["consecutive"]), self.rollbacks)
-            where = self.keep_evidence(pending, row)
+            then = self.job.guard.then(int(row["consecutive"]), self.rollbacks)
+            self.job.fence.check()
+            retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
+            where = self.job.workdir / "evidence" / f"step-{pending.step}{retry}"
+            keep(where, pending.batch, {"step": pending.step, **row}, pending.position)
             what = f"step {pending.step}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-            self.say(f"{what}: the guard skips this update; batch and metrics are in {where}")
+            self.job.say(f"{what}: the guard skips this update; batch and metrics are in {where}")
             if then is Then.STOP:
                 so_far = f"{row['consecutive']:.0f} bad steps in a row, {self.rollbacks} rollbacks"
                 fix = f"look at {where}, then lower the learning rate or change the guard"
-                raise Diverged(f"{what}: {type(self.guard).__name__} gives up after {so_far}; {fix}")
+                raise Diverged(f"{what}: {type(self.job.guard).__name__} gives up after {so_far}; {fix}")
         (stop, save), rows_hash = read(pending.agreed)
         return Settled(self.row(pending, row, seconds, rows_hash), then, stop, save)
 
@@ -317,7 +281,7 @@ class _Run:
                 self.faster += 1
                 if self.faster == FASTER:
                     self.speed = None
-                    self.say(
+                    self.job.say(
                         f"{FASTER} steps were faster than the ceiling that was measured for matrix products (step "
                         f"{pending.step}: {mfu:.0%} of it), so that figure is wrong: MFU is not shown"
                     )
@@ -325,48 +289,7 @@ class _Run:
         return {name: float(x) for name, x in out.items()}
 
     def log(self, step: int, row: dict[str, float], always: bool = False) -> None:
-        if always or step % self.log_every == 0 or step == self.steps:
-            self.fence.check()
-            self.tracker.log(step, row)
+        if always or step % self.job.log_every == 0 or step == self.job.steps:
+            self.job.fence.check()
+            self.job.tracker.log(step, row)
             self.marked = (self.settled, step)
-
-    def keep_evidence(self, pending: Pending, row: Mapping[str, float]) -> Path:
-        """Writes batch and metrics of a bad step to evidence/step-<n>, with -retry-<k> after k rollbacks."""
-        self.fence.check()
-        retry = f"-retry-{self.rollbacks}" if self.rollbacks else ""
-        at = self.workdir / "evidence" / f"step-{pending.step}{retry}"
-        at.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(at / f"batch-{jax.process_index()}.npz", **_arrays(pending.batch))
-        finite = {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
-        record = {"step": pending.step, **finite, "data": pending.position}
-        (at / f"metrics-{jax.process_index()}.json").write_text(json.dumps(record, indent=1))
-        return at
-
-
-def _arrays(batch: Batch) -> dict[str, Any]:
-    """{name: array} of a batch, including those of `extra`."""
-    return {name: x for name, x in batch._asdict().items() if name != "extra"} | dict(sorted(batch.extra.items()))
-
-
-def batch_hash(batch: Batch, first: int = 0) -> int:
-    """The sum of 48 bits of xxh3 of each row of each array, modulo 2^48 (exact in a float64).
-
-    A row's hash is seeded with its number and continues that of the row in the array before. `first` is the number of
-    the first row, so that the hash of a batch is the sum of those of its parts."""
-    arrays = [np.ascontiguousarray(x) for x in _arrays(batch).values()]
-
-    def of_row(i: int) -> int:
-        seed = first + i
-        for x in arrays:
-            seed = xxhash.xxh3_64_intdigest(x[i].tobytes(), seed=seed)
-        return seed >> 16
-
-    return sum(map(of_row, range(len(batch.tokens)))) % 2**48
-
-
-def memory_bytes() -> int:
-    """Peak memory in bytes: of the fullest device if devices report it, else of this process."""
-    stats = [d.memory_stats() or {} for d in jax.local_devices()]
-    peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,16 +14,17 @@ from slmjax.train import loop
 from slmjax.train.checkpoint import Checkpoints
 from slmjax.train.checkpoint_folder import steps
 from slmjax.train.guard import Halt, Rollback, Skip
+from slmjax.train.rows import batch_hash
 
 pytestmark = pytest.mark.fast
 
 
 def run(workdir, guard, data, last=12, every=4):
     tracker, said = toy.Tracker(), []
-    state = loop.train(
-        toy.program(guard=guard), data=data, steps=last, workdir=workdir, tracker=tracker, guard=guard,
+    state = loop.train(loop.Job(
+        program=toy.program(guard=guard), data=data, steps=last, workdir=workdir, tracker=tracker, guard=guard,
         checkpoints=Checkpoints(every=every), say=said.append,
-    )  # fmt: skip
+    ))  # fmt: skip
     return state, tracker, said
 
 
@@ -125,7 +126,7 @@ def test_a_spike_rolls_back_and_skips_the_data_around_it(tmp_path):
     assert tracker.resumed == [0, 8]
     seen = {step: row["batch"] for step, row in tracker.rows.items()}
     used = [*range(8), 11, 12, 13, 14]
-    assert seen == {i + 1: loop.batch_hash(toy.batch(b)) for i, b in enumerate(used)}
+    assert seen == {i + 1: batch_hash(toy.batch(b)) for i, b in enumerate(used)}
 
     program = toy.program(guard=guard)
     expected = program.init()
@@ -138,7 +139,7 @@ def test_a_spike_rolls_back_and_skips_the_data_around_it(tmp_path):
 def test_rollback_before_the_first_checkpoint_starts_over(tmp_path):
     _, tracker, said = run(tmp_path, Rollback(), toy.Data(nan=(1,)), last=4, every=100)
     assert said[-1].startswith("rolled back to step 0")
-    assert [row["batch"] for row in tracker.rows.values()] == [loop.batch_hash(toy.batch(b)) for b in (2, 3, 4, 5)]
+    assert [row["batch"] for row in tracker.rows.values()] == [batch_hash(toy.batch(b)) for b in (2, 3, 4, 5)]
 
 
 def test_rollbacks_are_bounded(tmp_path):

@@ -23,15 +23,16 @@ from slmjax.train.checkpoint_folder import extra, steps
 from slmjax.train.guard import Rollback, Skip
 from slmjax.train.hooks import Evaluate, Profile, Sample, loss_estimate
 from slmjax.train.lock import Locked, Open, lock
+from slmjax.train.rows import batch_hash
 from slmjax.train.signals import Interrupted, Signals
 
 
 def train(workdir, *, data=None, last=12, every=5, guard=Skip(), say=print, **more):  # noqa: B008
     tracker = toy.Tracker()
-    state = loop.train(
-        toy.program(guard=guard), data=data or toy.Data(), steps=last, workdir=workdir, tracker=tracker, guard=guard,
-        checkpoints=Checkpoints(**{"every": every} | more.pop("policy", {})), say=say, **more,
-    )  # fmt: skip
+    state = loop.train(loop.Job(
+        program=toy.program(guard=guard), data=data or toy.Data(), steps=last, workdir=workdir, tracker=tracker,
+        guard=guard, checkpoints=Checkpoints(**{"every": every} | more.pop("policy", {})), say=say, **more,
+    ))  # fmt: skip
     return state, tracker
 
 
@@ -82,9 +83,9 @@ def test_an_interrupted_run_repeats_the_one_that_was_not(tmp_path, guard):
         }  # fmt: skip
         if error:
             with pytest.raises(error):
-                loop.train(toy.program(guard=guard), **arguments)
+                loop.train(loop.Job(program=toy.program(guard=guard), **arguments))
         else:
-            state = loop.train(toy.program(guard=guard), **arguments)
+            state = loop.train(loop.Job(program=toy.program(guard=guard), **arguments))
         rows = tracker.rows
     assert list(rows) == list(range(1, 21))
     assert kept(rows) == kept(expected.rows)
@@ -114,7 +115,9 @@ def test_the_status_of_each_ending(tmp_path):
     tracker = toy.Tracker()
     arguments = {"steps": 3, "tracker": tracker, "guard": Skip(), "checkpoints": Checkpoints()}
     with pytest.raises(Killed):
-        loop.train(toy.program(), data=toy.Data(on_next=at_batch(1, die)), workdir=tmp_path, **arguments)
+        loop.train(
+            loop.Job(program=toy.program(), data=toy.Data(on_next=at_batch(1, die)), workdir=tmp_path, **arguments)
+        )
     assert tracker.status == "failed"
     assert train(tmp_path / "a", last=2)[1].status == "complete"
 
@@ -123,7 +126,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     tracker = toy.Tracker()
     arguments = {"steps": 3, "tracker": tracker, "guard": Skip(), "checkpoints": Checkpoints(), "workdir": tmp_path}
     with lock(tmp_path / "checkpoints"), pytest.raises(Locked, match="is at work here"):
-        loop.train(toy.program(), data=toy.Data(), **arguments)
+        loop.train(loop.Job(program=toy.program(), data=toy.Data(), **arguments))
     assert tracker.status is None
     assert tracker.resumed == []
 
@@ -153,10 +156,10 @@ def test_who_is_taken_over_from_writes_no_more(tmp_path, in_a_save):
         fence.closing |= index == 5
 
     with pytest.raises(Superseded):
-        loop.train(
-            toy.program(), data=toy.Data(on_next=take), steps=9, workdir=tmp_path, tracker=tracker, guard=Skip(),
-            checkpoints=Checkpoints(every=2), fence=fence,
-        )  # fmt: skip
+        loop.train(loop.Job(
+            program=toy.program(), data=toy.Data(on_next=take), steps=9, workdir=tmp_path, tracker=tracker,
+            guard=Skip(), checkpoints=Checkpoints(every=2), fence=fence,
+        ))  # fmt: skip
     assert 6 not in steps(tmp_path / "checkpoints")  # nor is a save committed that is being written
     assert max(tracker.rows) == (6 if in_a_save else 4)
     assert tracker.status is None
@@ -222,13 +225,13 @@ def test_a_row_holds_what_it_says(tmp_path):
     row = tracker.rows[3]
     assert row["tokens"] == 3 * toy.B * toy.T
     assert row["epoch"] == 0.3
-    assert row["batch"] == loop.batch_hash(toy.batch(2)) < 2**48
+    assert row["batch"] == batch_hash(toy.batch(2)) < 2**48
     assert row["tokens_per_second"] == pytest.approx(toy.B * toy.T / row["step_seconds"])
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 10 / 1e15)
     assert row["memory_bytes"] > 1e7
     assert row["weight"] == toy.batch(2).weights.sum()
     assert all(isinstance(x, float) for x in row.values())
-    assert {r["batch"] for r in tracker.rows.values()} == {loop.batch_hash(toy.batch(i)) for i in range(3)}
+    assert {r["batch"] for r in tracker.rows.values()} == {batch_hash(toy.batch(i)) for i in range(3)}
 
 
 def test_no_mfu_is_shown_where_a_step_is_faster_than_the_ceiling(tmp_path):
@@ -248,10 +251,10 @@ def test_a_step_takes_its_own_time_also_where_the_device_is_done_at_once(tmp_pat
         return jax.block_until_ready(program.step(*args))
 
     before = time.monotonic()
-    loop.train(
-        program._replace(step=slow), data=toy.Data(), steps=9, workdir=tmp_path, tracker=tracker, guard=Skip(),
+    loop.train(loop.Job(
+        program=program._replace(step=slow), data=toy.Data(), steps=9, workdir=tmp_path, tracker=tracker, guard=Skip(),
         checkpoints=Checkpoints(every=3),
-    )  # fmt: skip
+    ))  # fmt: skip
     seconds = [row["step_seconds"] for row in tracker.rows.values()]
     assert min(seconds) >= 0.02
     assert sum(seconds) < time.monotonic() - before
@@ -346,9 +349,9 @@ def test_the_hash_of_a_batch_is_the_sum_of_those_of_its_parts():
     batch = toy.batch(0)
     half = len(batch.tokens) // 2
     parts = [jax.tree.map(lambda x: x[:half], batch), jax.tree.map(lambda x: x[half:], batch)]
-    whole = loop.batch_hash(batch)
-    assert whole == sum(loop.batch_hash(part, i * half) for i, part in enumerate(parts)) % 2**48
-    assert whole != loop.batch_hash(batch._replace(tokens=batch.tokens[::-1]))  # rows in another order
+    whole = batch_hash(batch)
+    assert whole == sum(batch_hash(part, i * half) for i, part in enumerate(parts)) % 2**48
+    assert whole != batch_hash(batch._replace(tokens=batch.tokens[::-1]))  # rows in another order
 
 
 def test_numbers_survive_the_consensus():

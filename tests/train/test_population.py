@@ -54,7 +54,7 @@ def together(path, kind, several, devices):
     given = [arguments(path / str(i)) for i in range(len(several))]
     with Signals() as signals:
         runs = [
-            loop.training(program, population.held(i), signals, **given[i])
+            loop.training(loop.Job(program=program, **given[i]), population.held(i), signals)
             for i, program in enumerate(population.programs)
         ]
         assert population.train(runs) == [None] * len(several)
@@ -82,7 +82,7 @@ def test_a_run_among_others_is_the_run_alone(kind, tmp_path):
     built, curve = parts(optimizer, schedule, other)
     program = toy.program(optimizer=built, schedule=curve, seed=7)
     alone = arguments(tmp_path / "alone")
-    state = loop.train(program, **alone)
+    state = loop.train(loop.Job(program=program, **alone))
     close(rows[1], alone["tracker"].rows)
     for path, x in tree.flatten(state).items():
         np.testing.assert_allclose(tree.flatten(population.get(1))[path], x, rtol=2e-3, atol=2e-5, err_msg=path)
@@ -113,7 +113,8 @@ def test_an_error_outside_the_runs_ends_each_of_them(tmp_path):
     population._step = lambda *_: 1 / 0
     with Signals() as signals:
         runs = [
-            loop.training(p, population.held(i), signals, **given[i]) for i, p in enumerate(population.programs)
+            loop.training(loop.Job(program=p, **given[i]), population.held(i), signals)
+            for i, p in enumerate(population.programs)
         ]  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             population.train(runs)

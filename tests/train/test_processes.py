@@ -45,11 +45,11 @@ def half(batch):
 
 tracker, said, code = toy.Tracker(), [], 0
 try:
-    loop.train(
-        toy.program(Mesh(data=2, fsdp=2), jax.devices()), data=Half(), steps=10, workdir=folder, tracker=tracker,
-        guard=Skip(), checkpoints=Checkpoints(every=4, best="validation/loss"), say=said.append,
+    loop.train(loop.Job(
+        program=toy.program(Mesh(data=2, fsdp=2), jax.devices()), data=Half(), steps=10, workdir=folder,
+        tracker=tracker, guard=Skip(), checkpoints=Checkpoints(every=4, best="validation/loss"), say=said.append,
         hooks=(Evaluate(every=5, batches=lambda: [half(toy.batch(100))]),),
-    )
+    ))
 except Preempted as stopped:
     said.append(str(stopped))
     code = stopped.code
@@ -85,10 +85,10 @@ def run(folder, stop_at=-1):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     tracker = toy.Tracker()
-    loop.train(
-        toy.program(), data=toy.Data(), steps=10, workdir=tmp_path_factory.mktemp("one"), tracker=tracker,
+    loop.train(loop.Job(
+        program=toy.program(), data=toy.Data(), steps=10, workdir=tmp_path_factory.mktemp("one"), tracker=tracker,
         guard=Skip(), checkpoints=Checkpoints(),
-    )  # fmt: skip
+    ))  # fmt: skip
     return tracker.rows
 
 
