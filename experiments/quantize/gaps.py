@@ -66,6 +66,7 @@ WAYS: dict[str, Way] = {
     "2 bits, balanced": Way(2, Balanced()),
     "2 bits, SEQ, from scratch": Way(2, SEQ(), share=1.0),
     "2 bits, SEQ, share of the law": Way(2, SEQ(), share=LAW),
+    "2 bits, balanced, share of the law": Way(2, Balanced(), share=LAW),
     "ternary, SEQ": Way(1.58, SEQ(levels=3)),
     "ternary, BitNet": Way(1.58, BitNet()),
     "binary": Way(1, Binary()),
