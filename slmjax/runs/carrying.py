@@ -7,7 +7,7 @@ parameter whose codes the format cannot hold is written as floats, which are its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,37 +21,57 @@ from slmjax.convert.gguf.load import scale_name, written_as
 from slmjax.convert.hf import abstract, check_embeddings, check_not_folded
 from slmjax.convert.packed import PackedTensor, spread
 from slmjax.errors import UserError
+from slmjax.models.decoder import Decoder
+from slmjax.models.families.common.rows import Family
 from slmjax.runs.loading import Loaded
 
+Check = Callable[[str, Packed, Sequence[table.Entry]], None]
+"""(path, its codes, the tensors of the file): raises UserError where the format cannot hold them"""
+Format = Callable[[Family, Decoder], tuple[Family, Check]]
+"""(family, decoder) -> the family as which the format writes it, and its check"""
 
-def carried(loaded: Loaded, format: str, dtype: str, say: Callable[[str], None]) -> Mapping[str, Packed]:
+
+def hugging_face(dtype: str) -> Format:
+    """Args: dtype: of the folder, which is that of its scales."""
+
+    def check(path: str, packed: Packed, entries: Sequence[table.Entry]) -> None:
+        check_embeddings({path: packed})
+        for tensor in _matrices(path, packed):
+            pack_quantized.carrier(path, tensor).scales(path, tensor, dtype)
+
+    return lambda family, decoder: (family, check)
+
+
+def gguf(family: Family, decoder: Decoder) -> tuple[Family, Check]:
+    """A `Format`."""
+    family, architecture, config = written_as(decoder)
+
+    def check(path: str, packed: Packed, entries: Sequence[table.Entry]) -> None:
+        for tensor in _matrices(path, packed):
+            if carrier_of(path, tensor).of_matrix(tensor) is not None:
+                for entry in entries:
+                    if path in dict(entry.parts):
+                        scale_name(architecture.rename(entry.key, layers_of(config)))
+
+    return family, check
+
+
+def carried(loaded: Loaded, format: Format, say: Callable[[str], None]) -> Mapping[str, Packed]:
     """The codes to export; of a model that slmjax has quantized, all.
 
     Args:
-        format: "hf" or "gguf".
-        dtype: of a Hugging Face folder, which is that of its scales.
         say: called with a line if parameters become floats.
     """
     if not (loaded.packed and loaded.foreign):
         return loaded.packed
     family, folded = expressed(loaded.decoder, loaded.numerics)
-    decoder = folded.decoder
-    if format == "gguf":
-        family, architecture, config = written_as(decoder)
-    entries = table.entries(family.rows(decoder), abstract(decoder))
+    family, check = format(family, folded.decoder)
+    entries = table.entries(family.rows(folded.decoder), abstract(folded.decoder))
     wrong: dict[str, str] = {}
     for path, packed in loaded.packed.items():
         try:
             check_not_folded(folded, {path: packed})
-            if format == "hf":
-                check_embeddings({path: packed})
-            for tensor in _matrices(path, packed):
-                if format == "hf":
-                    pack_quantized.carrier(path, tensor).scales(path, tensor, dtype)
-                elif carrier_of(path, tensor).of_matrix(tensor) is not None:
-                    for entry in entries:
-                        if path in dict(entry.parts):
-                            scale_name(architecture.rename(entry.key, layers_of(config)))
+            check(path, packed, entries)
         except UserError as e:
             wrong[path] = str(e)
     for entry in entries:  # a tensor is packed as a whole

@@ -17,7 +17,7 @@ from slmjax.convert.gguf.export import check_file_free, export_gguf
 from slmjax.convert.gguf.write import KINDS
 from slmjax.errors import UserError
 from slmjax.runs import facts
-from slmjax.runs.carrying import carried
+from slmjax.runs.carrying import carried, gguf, hugging_face
 from slmjax.runs.evaluating import HeldOut, opened
 from slmjax.runs.loading import Loaded, generative
 from slmjax.track.ledger import Ledger
@@ -107,13 +107,13 @@ def write_hf(export: Export, loaded: Loaded, *, donate: bool = False, say: Calla
         say: called with a line if parameters that an imported model holds as codes become floats (`carrying.carried`).
     """
     tokenizer = loaded.tokenizer() if loaded.has_tokenizer else None
-    packed = carried(loaded, "hf", export.dtype, say)
+    packed = carried(loaded, hugging_face(export.dtype), say)
     return _written(export, loaded, export_hf, tokenizer=tokenizer, donate=donate, packed=packed)
 
 
 def write_gguf(export: Export, loaded: Loaded, *, donate: bool = False, say: Callable[[str], None] = print) -> Any:
     """-> `convert.gguf.export.ExportedGGUF`. Args: as `write_hf`; `say` also tells end tokens that do not fit."""
-    packed, tokenizer = carried(loaded, "gguf", export.dtype, say), loaded.tokenizer()
+    packed, tokenizer = carried(loaded, gguf, say), loaded.tokenizer()
     done = _written(export, loaded, export_gguf, tokenizer=tokenizer, packed=packed, donate=donate)
     if done.ends_left_out:
         names = ", ".join(f"{i} ({tokenizer.raw.id_to_token(i)!r})" for i in done.ends_left_out)

@@ -28,7 +28,7 @@ from slmjax.models.families.common.llama_like import Sizes
 from slmjax.models.families.llama import llama
 from slmjax.models.families.phi3 import phi3
 from slmjax.nn.position import Rope
-from slmjax.runs.carrying import carried
+from slmjax.runs.carrying import carried, gguf, hugging_face
 from slmjax.runs.library import LoadedModel
 from slmjax.runs.loading import load
 
@@ -251,9 +251,9 @@ def test_a_packed_file_runs_from_its_codes_and_is_imported_with_them(tmp_path):
         assert each.foreign
         assert_same(each.weights, params)
     said = []
-    assert set(carried(loaded[1], "gguf", "float32", said.append)) == set(packed)
+    assert set(carried(loaded[1], gguf, said.append)) == set(packed)
     assert not said
-    assert set(carried(loaded[0], "hf", "float32", said.append)) == set(packed) - {"embed/table"}
+    assert set(carried(loaded[0], hugging_face("float32"), said.append)) == set(packed) - {"embed/table"}
     assert said[0].startswith("1 of 3 packed parameters are written as floats, first embed/table: ")
     ids = np.arange(40)
     mine, theirs = (LoadedModel(x).logits(ids) for x in (loaded[0], replace(loaded[0], weights=loaded[0].params)))
