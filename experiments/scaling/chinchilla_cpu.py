@@ -43,7 +43,7 @@ WIDTHS = {
 }
 """By budget; the middle one is expected to be best, from 40 to 60 tokens a parameter"""
 BUDGETS = tuple(WIDTHS)
-HELD_OUT, HELD_OUT_WIDTH = 6e12, 72
+HELD_OUT, HELD_OUT_WIDTH = 6e12, 88
 PEAK_LR = 0.011
 LENGTH = 128
 SHAPE = LlamaShape(vocab=264, context=LENGTH, layers=2, head_dim=8)
@@ -82,7 +82,7 @@ def sweep() -> Sweep:
     again = [*cells[:10], cells[12], cells[17]]
     largest = adapted(at_budget(replace(base(), model=SHAPE.wide(HELD_OUT_WIDTH)), HELD_OUT))
     held_out = Cell(experiment=largest, tags={"budget": HELD_OUT})
-    return Sweep(name="chinchilla-cpu", cells=(*cells, *seeds(again, 2, first=1)), held_out=held_out)
+    return Sweep(name="chinchilla-cpu", cells=(*cells, *seeds(again, 2, first=1)), held_out=held_out, coupled=True)
 
 
 def learning_rates() -> Sweep:

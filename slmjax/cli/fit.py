@@ -37,6 +37,8 @@ class Args:
     """How the search begins: variable projection, 108 points, or 4500 (slow)"""
     terms: Literal["auto", "none", "precision", "repetition", "both"] = "auto"
     """What bits and repeated data do to the law; auto: what varies in the table"""
+    coupled: bool = False
+    """L = E + (A/N^alpha + B/D^beta)^gamma, of one parameter more: where the note says that the sum does not fit"""
     same_exponent: bool = False
     """alpha = beta: two parameters less to identify"""
     drop_highest: int = 0
@@ -103,6 +105,7 @@ def main(argv: list[str]) -> int:
         args.method,
         args.terms,
         args.same_exponent,
+        args.coupled,
         args.draws,
         args.level,
         args.seed,

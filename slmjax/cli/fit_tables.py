@@ -8,6 +8,7 @@ from typing import Any
 
 from slmjax.cli import tables
 from slmjax.scaling.conventions import CONVENTIONS
+from slmjax.scaling.coupled import Coupled
 from slmjax.scaling.estimated import Estimated
 
 
@@ -50,6 +51,8 @@ def law_text(analysis: Any) -> str:
             for f in term.factors
         )
         parts.append(f"{term.coefficient}/{below}")
+    if isinstance(law, Coupled):
+        return f"L = {law.floor} + ({' + '.join(parts[1:])})^{law.power}"
     return "L = " + " + ".join(parts)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from slmjax.errors import UserError
 from slmjax.scaling import approaches, conventions, identify
+from slmjax.scaling.coupled import Coupled
 from slmjax.scaling.criterion import HUBER, Criterion
 from slmjax.scaling.estimated import Estimated, from_draws
 from slmjax.scaling.fit import Fitted, Method, fit
 from slmjax.scaling.law import Additive, chinchilla, tied
 from slmjax.scaling.quantity import PARAMETERS, TOKENS, Effective, Quantity, Repeated
 from slmjax.scaling.runs import BITS, Runs
-from slmjax.scaling.uncertainty import LEVEL, Bootstrap, Profile, bootstrap, profile, replicate_spread
+from slmjax.scaling.uncertainty import LEVEL, Bootstrap, Profile, bootstrap, lack_of_fit, profile, replicate_spread
 
 Terms = Literal["auto", "none", "precision", "repetition", "both"]
+SURE = 0.01
+"""The chance of residuals as large as they are, below which the law is said not to fit"""
 FAR = 1000.0
 """Approach 2's bias is told for this many times the largest budget, at most 1e24 FLOPs or 10 times it"""
 
@@ -32,6 +35,8 @@ class Settings:
     method: Method = "projection"
     terms: Terms = "auto"
     same_exponent: bool = False
+    coupled: bool = False
+    """E + (A / N^alpha + B / D^beta)^gamma (`coupled.Coupled`) instead of a sum"""
     draws: int = 300
     level: float = LEVEL
     seed: int = 0
@@ -93,8 +98,8 @@ class Analysis:
         }
 
 
-def law_for(runs: Runs, settings: Settings) -> Additive:
-    """Chinchilla's law, with the terms that the settings ask for; `auto`: those whose columns vary.
+def law_for(runs: Runs, settings: Settings) -> Additive | Coupled:
+    """Chinchilla's law, or the coupled one, with the terms that the settings ask for; `auto`: those whose columns vary.
 
     Raises:
         UserError: a column that a term needs is not there.
@@ -112,7 +117,8 @@ def law_for(runs: Runs, settings: Settings) -> Additive:
         )
     n: Quantity = Effective(kinds=kinds) if wanted else PARAMETERS
     d: Quantity = Repeated() if repeats else TOKENS
-    return (tied if settings.same_exponent else chinchilla)(n, d)
+    law = (tied if settings.same_exponent else chinchilla)(n, d)
+    return Coupled(law) if settings.coupled else law
 
 
 def analyse(runs: Runs, settings: Settings | None = None) -> Analysis:
@@ -142,7 +148,10 @@ def analyse(runs: Runs, settings: Settings | None = None) -> Analysis:
         estimates["a"] = estimates["a"].because(f"it follows from {which}, which the runs do not identify")
     others, bias = _others(runs, fitted, settings)
     told = conventions.flops_per_token(runs.columns)
-    by_convention = conventions.exponents(runs, settings.criterion, draws=settings.draws) if len(told) > 1 else {}
+    plain = law_for(runs, replace(settings, terms="none"))
+    by_convention = (
+        conventions.exponents(runs, settings.criterion, law=plain, draws=settings.draws) if len(told) > 1 else {}
+    )
     return Analysis(
         runs, fitted, draws, estimates, profiles, replicate_spread(runs), others, bias, by_convention,
         tuple(_notes(runs, fitted, law)),
@@ -173,8 +182,15 @@ def _others(
     return others, bias
 
 
-def _notes(runs: Runs, fitted: Fitted, law: Additive) -> list[str]:
+def _notes(runs: Runs, fitted: Fitted, law: Additive | Coupled) -> list[str]:
     notes = []
+    misfit = lack_of_fit(runs, fitted)
+    if misfit is not None and misfit.chance < SURE:
+        try_it = "" if isinstance(law, Coupled) else "; try the coupled law"
+        notes.append(
+            f"the law does not fit: its residuals are {misfit.ratio:.1f} times what seeds of one cell explain (chance "
+            f"{misfit.chance:.1g}), so its intervals are too narrow{try_it}"
+        )
     if runs.skipped:
         notes.append(f"{runs.skipped} rows are left out: diverged, failed, unfinished or held out")
     ratio = runs["flops"] / runs["params"] / runs["tokens"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from slmjax.scaling.coupled import Coupled
 from slmjax.scaling.criterion import HUBER, Criterion
 from slmjax.scaling.estimated import Estimated, from_draws
 from slmjax.scaling.fit import fit
@@ -45,7 +46,12 @@ def flops_per_token(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def exponents(
-    runs: Runs, criterion: Criterion = HUBER, *, law: Additive | None = None, draws: int = 300, level: float = LEVEL
+    runs: Runs,
+    criterion: Criterion = HUBER,
+    *,
+    law: Additive | Coupled | None = None,
+    draws: int = 300,
+    level: float = LEVEL,
 ) -> dict[str, Estimated]:
     """a of N* ~ C^a under each convention: N is a sixth of the FLOPs a token, so that C = 6 N D holds in each, and
     the law is fitted again with it."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from slmjax.errors import UserError
 from slmjax.scaling import starts as searches
+from slmjax.scaling.coupled import Coupled
 from slmjax.scaling.criterion import HUBER, Criterion
 from slmjax.scaling.law import Additive, Allocation, Columns, Law, allocation
 from slmjax.scaling.solve import Solved, minimise
@@ -121,7 +122,7 @@ def refit(
         return criterion.residuals(log_predicted, loss), jacobian
 
     low, high = (np.asarray([getattr(p, side) for p in law.parameters]) for side in ("low", "high"))
-    basis = law.basis(columns) if isinstance(law, Additive) else None
+    basis = law.basis(columns) if isinstance(law, Additive | Coupled) else None
     weights = np.ones(len(loss)) if weights is None else weights
     return minimise(residuals, start, criterion, weights=weights, low=low, high=high, free=free, basis=basis)
 
@@ -143,6 +144,6 @@ def split(law: Law, theta: np.ndarray) -> Allocation:
     Raises:
         UserError: the law has no terms in both params and tokens.
     """
-    if not isinstance(law, Additive):
+    if not isinstance(law, Additive | Coupled):
         raise UserError("only a sum of power laws has a best split of a budget in closed form")
-    return allocation(named(law, theta), law)
+    return allocation(named(law, theta), law.inner if isinstance(law, Coupled) else law)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slmjax.errors import UserError
+from slmjax.scaling.coupled import Coupled
 from slmjax.scaling.estimated import Estimated
 from slmjax.scaling.fit import Fitted
 from slmjax.scaling.law import Additive
@@ -32,7 +33,7 @@ def refuse(runs: Runs) -> None:
         )
 
 
-def verdicts(runs: Runs, law: Additive) -> dict[str, str]:
+def verdicts(runs: Runs, law: Additive | Coupled) -> dict[str, str]:
     """Parameters, and "a" (of N* ~ C^a), that the cells of the runs cannot identify, each with the reason."""
     out: dict[str, str] = {}
     for term in law.terms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -240,3 +241,30 @@ def replicate_spread(runs: Runs) -> Estimated:
     total = sum(float(np.sum((group - group.mean()) ** 2)) for group in groups)
     low, high = (math.sqrt(total / chdtri(free, q)) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Estimated(math.sqrt(total / free), low, high)
+
+
+class Misfit(NamedTuple):
+    """What the residuals of a law are, beside the differences between seeds."""
+
+    ratio: float
+    """Standard deviation of the cells' means around the law, over what it would be if seeds alone made them differ"""
+    chance: float
+    """That it would be as large if the law were right (F test for lack of fit)"""
+
+
+def lack_of_fit(runs: Runs, fitted: Fitted) -> Misfit | None:
+    """None: no cell was run with two seeds, or there are no more cells than parameters.
+
+    Draper and Smith 1998, Applied Regression Analysis, section 2.1.
+    """
+    from scipy.special import fdtrc
+
+    cells = [runs.cells == cell for cell in np.unique(runs.cells)]
+    logs, residuals = np.log(runs["loss"]), fitted.residuals
+    within = sum(float(np.sum((logs[cell] - logs[cell].mean()) ** 2)) for cell in cells)
+    around = sum(int(cell.sum()) * float(residuals[cell].mean()) ** 2 for cell in cells)
+    free, more = len(runs) - len(cells), len(cells) - len(fitted.theta)
+    if free < 1 or more < 1 or not within:
+        return None
+    f = (around / more) / (within / free)
+    return Misfit(math.sqrt(f), float(fdtrc(more, free, f)))

@@ -65,6 +65,8 @@ class Sweep:
     cells: tuple[Cell, ...]
     held_out: Cell | None = None
     """A run that is not fitted: its loss is predicted from the others and written down, and only then does it run"""
+    coupled: bool = False
+    """The law of its predictions and of its report is `scaling.coupled.Coupled`, instead of Chinchilla's"""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

@@ -107,6 +107,7 @@ class Folder:
         data_dir: where the cells find prepared data.
         device: kind of device that the plan was made for: cpu, gpu, tpu.
         memory: bytes of a device.
+        coupled: `Sweep.coupled`.
     """
 
     path: Path
@@ -116,6 +117,7 @@ class Folder:
     data_dir: str = "runs/data"
     device: str = "cpu"
     memory: float = math.inf
+    coupled: bool = False
 
     def config(self, cell: Planned) -> Path:
         return self.path / "cells" / f"{cell.hash}.json"
@@ -272,7 +274,7 @@ def read(path: str | Path) -> Folder:
     data = read_json(path / FILE)
     try:
         cells = tuple(Planned(**cell) for cell in data["cells"])
-        about = {name: data[name] for name in ("device", "memory") if name in data}
+        about = {name: data[name] for name in ("device", "memory", "coupled") if name in data}
         return Folder(path, data["name"], cells, data["source"], data["data_dir"], **about)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / FILE} was written by another version of slmjax ({error}); plan it again") from None
@@ -300,6 +302,7 @@ def save(folder: Folder, experiments: Mapping[str, Any]) -> None:
             "source": folder.source,
             "data_dir": folder.data_dir,
             "device": folder.device,
+            **({"coupled": True} if folder.coupled else {}),
             **({"memory": folder.memory} if math.isfinite(folder.memory) else {}),
             "cells": [dataclasses.asdict(cell) for cell in folder.cells],
         }

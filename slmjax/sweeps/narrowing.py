@@ -59,7 +59,7 @@ def current(folder: Folder, target: Mapping[str, float] | None = None, settings:
     if target is None and held_out is None:
         raise UserError("the sweep has no held-out cell; name what to predict, such as --target params=1e6,tokens=2e7")
     runs = read_runs(folder.write_results())
-    draws = refits(runs, Settings() if settings is None else settings)
+    draws = refits(runs, Settings(coupled=folder.coupled) if settings is None else settings)
     law = draws.fitted.law
     if target is None:
         assert held_out is not None

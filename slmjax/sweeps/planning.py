@@ -75,7 +75,9 @@ def plan(sweep: Sweep, source: Path | None, out: Path, *, data_dir: str, memory:
             too_large.append(f"{made.hash} ({made.label}) takes {si(made.memory)}B of {si(memory)}B; {change}")
     planned = trunks.shared(planned, {cell.hash: cell.experiment for cell in sweep.everything})
     source_file = str(source.resolve()) if source else ""
-    folder = Folder(out, sweep.name, tuple(planned), source_file, data_dir, jax.default_backend(), memory)
+    folder = Folder(
+        out, sweep.name, tuple(planned), source_file, data_dir, jax.default_backend(), memory, sweep.coupled
+    )
     return Plan(folder, experiments, tuple(too_large), (*_repeats(planned), *design(planned)))
 
 

@@ -36,7 +36,7 @@ def ahead(folder: Folder) -> str:
     file = folder.path / FILE
     if not (file.is_file() and folder.run(cell).exists()):
         results = folder.write_results()
-        found = predict(read_runs(results), cell)
+        found = predict(read_runs(results), cell, Settings(coupled=folder.coupled))
         found["results_sha256"] = sha256(results.read_bytes()).hexdigest()
         write_text(file, json.dumps({cell.hash: found}, indent=1) + "\n")
     found = read_json(file)[cell.hash]

@@ -8,6 +8,7 @@ import math
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ def write(folder: Folder, settings: Settings | None = None, out: Path | None = N
     analysis: Analysis | None = None
     why = ""
     try:
+        settings = replace(settings or Settings(), coupled=folder.coupled)
         analysis = analyse(read_runs(results), settings)
     except UserError as error:
         why = str(error)

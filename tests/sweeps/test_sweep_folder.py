@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from slmjax.lease import lease
 from slmjax.scaling.analysis import Settings, analyse
 from slmjax.scaling.runs import read as read_runs
 from slmjax.sweeps import folder as folders
-from slmjax.sweeps import grouping, planning, predicting, report, wandb_sweep
+from slmjax.sweeps import grouping, narrowing, planning, predicting, report, wandb_sweep
 from slmjax.sweeps.cells import Cell
 from slmjax.sweeps.making import grid, halving, seeds
 from slmjax.sweeps.running import command, run
@@ -266,6 +267,24 @@ def test_nothing_left_to_run(folder):
     (folder.path / "ledger.jsonl").unlink()
     with pytest.raises(Diverged, match="4 of 5 cells complete, 1 diverged"):
         run(folder, say=said.append)
+
+
+def test_a_sweep_may_go_by_the_coupled_law(tmp_path):
+    plan, experiments = isoflops(tmp_path / "plain"), {}
+    for cell in plan.cells:
+        experiments[cell.hash] = folders.read_json(plan.config(cell))["experiment"]
+    folders.save(replace(plan, path=tmp_path / "s", coupled=True), experiments)
+    folder = folders.read(tmp_path / "s")
+    assert folder.coupled
+    assert not folders.read(tmp_path / "plain").coupled
+    for cell in folder.cells[:-1]:
+        ran(folder, cell, loss=noisy(cell))
+    predicting.ahead(folder)
+    last = folder.held_out
+    found = json.loads((folder.path / predicting.FILE).read_text())[last.hash]
+    assert "gamma" in found["parameters"]
+    assert found["mean"]["value"] == pytest.approx(surface(last.params, last.tokens), rel=2e-3)
+    assert "gamma" in narrowing.current(folder).draws.values
 
 
 def test_the_held_out_run_is_predicted_first_and_then_compared(tmp_path):
