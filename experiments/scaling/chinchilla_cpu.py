@@ -11,8 +11,8 @@ half million bytes. Every model has two layers.
 
 The recipe scales with the budget: the batch grows with its square root, from one sequence at the smallest, so that each
 budget makes 500 to 11,000 steps, and the learning rate is the same for all. With 8 sequences everywhere the best rate
-falls with the power 0.3 of the budget, the smallest one ends 8% higher, and its seeds differ by 2%, which made the
-prediction 1.9% too high. `learning_rates` is a sweep of the rate.
+falls with the power 0.3 of the budget, the smallest one ends 8% higher, and its seeds differ by 2%. `learning_rates` is
+a sweep of the rate. The law is the coupled one: why, and what was predicted, is in docs/scaling.md.
 
 Initial values have a standard deviation of 1 / sqrt(width): the usual 0.02 is far too little for a width of 16. Those
 of matrices whose product is added to the residual stream are zero: at the smallest budget that is worth 1.9%.
