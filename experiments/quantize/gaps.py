@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from byte_model import FULL, STEPS, Losses, experiment, held_out, losses, measured, model, parameters, quantized, run
+from byte_model import (
+    FULL,
+    STEPS,
+    WEIGHT_DECAY,
+    Losses,
+    experiment,
+    held_out,
+    losses,
+    measured,
+    model,
+    parameters,
+    quantized,
+    run,
+)
 
 from slmjax.compress.quant.budget import fraction
 from slmjax.compress.quant.learned import LSQ, SEQ, Balanced, Binary
@@ -54,6 +67,7 @@ class Way(NamedTuple):
     """Of rounding after training; empty: trained"""
     share: float = 0.25
     """Of the steps that are trained with rounded weights"""
+    weight_decay: float = WEIGHT_DECAY
 
 
 WAYS: dict[str, Way] = {
@@ -64,6 +78,7 @@ WAYS: dict[str, Way] = {
     "2 bits, LSQ": Way(2, LSQ(bits=2)),
     "2 bits, SEQ": Way(2, SEQ()),
     "2 bits, balanced": Way(2, Balanced()),
+    "2 bits, balanced, no weight decay": Way(2, Balanced(), weight_decay=0.0),
     "2 bits, SEQ, from scratch": Way(2, SEQ(), share=1.0),
     "2 bits, SEQ, share of the law": Way(2, SEQ(), share=LAW),
     "2 bits, balanced, share of the law": Way(2, Balanced(), share=LAW),
@@ -118,7 +133,8 @@ def rows_of(seed: int, work: Path, ways: Mapping[str, Way], steps: int = STEPS) 
             found = Losses(loss, float("nan"))
         else:
             view = quantized(way.quantizer, way.share)
-            found = losses(run(work, folder_name(name), seed, view, steps=steps))
+            alike = name.removesuffix(", no weight decay")  # a folder's name has the weight decay
+            found = losses(run(work, folder_name(alike), seed, view, way.weight_decay, steps))
         rows.append(Row(name, seed, *found, found.last - full.last, found.averaged - full.last))
     return rows
 
