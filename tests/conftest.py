@@ -30,7 +30,12 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)  # tables are as wide as where no terminal says how wide
 
+import hypothesis  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+# How long an example takes tells how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("slmjax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("slmjax")
 
 install_import_hook("slmjax", "typecheck.typecheck")
 
