@@ -13,8 +13,8 @@ bits, and is predicted before it runs. 45 runs and the held-out one, 2.3e13 FLOP
 
 With learned steps (LSQ) in their place it was run, and failed: 8 bits lost 0.1 nats, gamma ended at its bound, and the
 held-out loss, 2.02, was predicted as 1.70. A learned step of 8 bits is some 0.003 wide, and Adam moves it by up to the
-learning rate, 0.011, a step. At 40 thousand parameters and 400 steps, not rounded 1.965, LSQ ends at 2.104 in 8 bits and
-2.381 in 3, absmax at 1.957 and 2.043.
+learning rate, 0.011, a step. At 40 thousand parameters and 400 steps, not rounded 1.965, LSQ ends at 2.104 in 8 bits
+and 2.381 in 3, absmax at 1.957 and 2.043.
 """
 
 from dataclasses import replace
