@@ -9,6 +9,8 @@
 
 The teacher has read two trillion tokens, the student 0.2 million: the case where distillation pays (arXiv:2502.08606).
 Nine tenths of the student are its table of 49,152 tokens. `alone` is the same model without a teacher.
+Measured once: validation loss 6.00 nats a token with the teacher and 6.45 without after 100 steps, which took 5 minutes
+and 1 on two cores with AVX-512 and AMX that other programs used too.
 To read the teacher once and train often, write its targets first: docs/distill_offline.md.
 """
 
